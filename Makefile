@@ -1,0 +1,45 @@
+# Every target that needs the virtual environment makes it first, so that `make demo` and `make test` are all that a
+# fresh clone needs. Other Python: make PYTHON=python3.12 test. Other place: make VENV=/tmp/venv test.
+
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CODE := salmonn_hf training eval tests
+
+.DEFAULT_GOAL := help
+.PHONY: help install quality style test test-slow demo clean
+
+help: ## List the targets.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## Create the virtual environment and install the package with all development tools.
+
+# torch goes first: nothing installed later may then choose another build of it.
+$(STAMP): setup.cfg constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+quality: $(STAMP) ## Check style and formatting.
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+
+style: $(STAMP) ## Fix style and formatting in place.
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+test: $(STAMP) ## Run the quick tests.
+	$(BIN)/python -m pytest -q
+
+test-slow: $(STAMP) ## Run the slow tests, which may download models.
+	$(BIN)/python -m pytest -q -m slow
+
+demo: $(STAMP) ## Transcribe the recordings that ship with the project, or one file: make demo AUDIO=file.wav
+	$(BIN)/python eval/demo.py $(AUDIO)
+
+clean: ## Remove caches and build products; the virtual environment stays.
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find $(CODE) -type d -name __pycache__ -prune -exec rm -rf {} +
