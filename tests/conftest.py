@@ -1,0 +1,144 @@
+"""Tiny models of random weights: the package's own code is tested on these, in seconds, without a download."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test but the marked ones may reach for a hub
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, PreTrainedTokenizerFast, WhisperConfig
+
+import salmonn_hf
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+LANGUAGE_MODELS = ("llama", "gemma2", "qwen2", "gpt_neox")
+
+
+def tiny_text_config(model_type="llama", **kwargs):
+    sizes = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 4096,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+    }
+    if model_type == "gpt_neox":  # no grouped queries
+        del sizes["num_key_value_heads"], sizes["head_dim"]
+    return AutoConfig.for_model(model_type, **sizes | kwargs)
+
+
+def tiny_config(model_type="llama", text_config=None, **kwargs):
+    audio_config = WhisperConfig(
+        d_model=16,
+        encoder_layers=2,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=32,
+        vocab_size=100,
+        num_mel_bins=80,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=3,
+    )
+    settings = {
+        "audio_config": audio_config,
+        "qformer_config": {
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+            "encoder_hidden_size": 16,
+            "cross_attention_frequency": 1,
+        },
+        "text_config": text_config or tiny_text_config(model_type),
+        "audio_token_id": 3,
+        "window_frames": 8,
+        "window_stride": 8,
+        "queries_per_window": 2,
+        "window_position_embeddings": True,
+        "projector_norm": True,
+    }
+    return salmonn_hf.SalmonnConfig(**settings | kwargs)
+
+
+def randomise(model, seed=0):
+    """Weights large enough for every part to change the output visibly."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = 0.3 if parameter.ndim > 1 else 0.1
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+    return model
+
+
+def tiny_tokenizer():
+    """Bytes as tokens, with ChatML's special tokens and one for audio."""
+    special = ["<unk>", "<|im_start|>", "<|im_end|>", "<|audio|>"]
+    vocabulary = {token: index for index, token in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        additional_special_tokens=["<|audio|>"],
+        chat_template=(
+            "{%- for message in messages -%}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
+            "{{ '<|im_end|>\n' }}{%- endfor -%}{{ '<|im_start|>assistant\n' if add_generation_prompt else '' }}"
+        ),
+    )
+
+
+def tiny_processor(config=None):
+    config = config or tiny_config()
+    return salmonn_hf.SalmonnProcessor(
+        salmonn_hf.SalmonnFeatureExtractor(),
+        tiny_tokenizer(),
+        window_frames=config.window_frames,
+        window_stride=config.window_stride,
+        queries_per_window=config.queries_per_window,
+    )
+
+
+def tiny_model(config=None, seed=0):
+    torch.manual_seed(seed)
+    return randomise(salmonn_hf.SalmonnForConditionalGeneration(config or tiny_config()).eval(), seed)
+
+
+def noise(seconds, seed=0):
+    """A clip of noise with a slow swell, float32 at 16 kHz."""
+    rng = np.random.default_rng(seed)
+    samples = int(seconds * 16000)
+    swell = 0.1 + 0.1 * np.sin(np.linspace(0, 3 * seconds, samples))
+    return (rng.standard_normal(samples) * swell).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    """A directory with a tiny random model and its processor, as save_pretrained writes them."""
+    directory = tmp_path_factory.mktemp("tiny-salmonn")
+    tiny_model().save_pretrained(directory)
+    tiny_processor().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """Recordings that ship beside the repository, not in it."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip("the shared recordings are not here: this check needs ../shared/data")
+    return SHARED / "data"

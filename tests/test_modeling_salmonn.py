@@ -1,0 +1,286 @@
+"""The model: shapes and lengths, independence of the batch, generation, losses, against transformers' own parts."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import LANGUAGE_MODELS, noise, tiny_config, tiny_model, tiny_processor, tiny_text_config
+from transformers import AutoModelForCausalLM, Wav2Vec2Config
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from salmonn_hf import SalmonnFeatureExtractor, SalmonnForConditionalGeneration, SalmonnModel
+
+SECONDS = [0.3, 29.0, 1.7, 4.0, 11.3]
+
+
+def without_dropout():
+    """A tiny config whose training mode computes what its evaluation mode does."""
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return tiny_config(qformer_config=tiny_config().qformer_config.to_dict() | dropout)
+
+
+def test_encoder_equals_whispers_own_on_30_seconds():
+    model = tiny_model()
+    whisper = WhisperEncoder(model.config.audio_config).eval()
+    whisper.load_state_dict(model.audio_tower.state_dict())
+    features = torch.randn(2, 80, 3000)
+    ours = model.audio_tower(features, attention_mask=torch.ones(2, 3000)).last_hidden_state
+    torch.testing.assert_close(ours, whisper(features).last_hidden_state, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_encoder_features_do_not_depend_on_the_batch(implementation):
+    config = tiny_config()
+    config._attn_implementation = implementation
+    model = tiny_model(config)
+    extractor = SalmonnFeatureExtractor()
+    clips = [noise(s, i) for i, s in enumerate(SECONDS)]
+    with torch.no_grad():
+        batch = model.encode_audio(**extractor(clips, return_tensors="pt"))
+        for row, clip in enumerate(clips):
+            alone = model.encode_audio(**extractor([clip], return_tensors="pt"))
+            length = int(batch["audio_frames_mask"][row].sum())
+            assert length == alone["audio_frames"].shape[1]
+            difference = batch["audio_frames"][row, :length] - alone["audio_frames"][0]
+            assert difference.abs().max() < 2e-5
+
+
+@pytest.mark.parametrize(("window", "stride", "queries"), [(17, 17, 1), (8, 8, 2), (8, 4, 1), (1, 1, 3)])
+def test_audio_tokens_are_in_proportion_to_the_clip(window, stride, queries):
+    config = tiny_config(window_frames=window, window_stride=stride, queries_per_window=queries)
+    model, processor = tiny_model(config), tiny_processor(config)
+    frames = torch.tensor([1, window, window + 1, 2 * window, 123])
+    if stride == window:
+        assert model.connector.num_windows(frames).tolist() == [-(-int(n) // window) for n in frames]
+    for clip_seconds in (0.1, 1.0, 3.33):
+        inputs = processor(text="<|audio|>", audio=noise(clip_seconds))
+        embeds = model.get_audio_features(inputs["input_features"], inputs["input_features_mask"]).pooler_output
+        assert len(embeds) == (inputs["input_ids"] == 3).sum()
+
+
+def test_every_frame_reaches_a_window():
+    """The tail of a clip must be heard: changing its last frame changes the last audio token, and no other."""
+    model = tiny_model(tiny_config(window_frames=17, window_stride=17, queries_per_window=1))
+    frames = torch.randn(1, 40, 16)
+    mask = torch.ones(1, 40, dtype=torch.bool)
+    changed = frames.clone()
+    changed[0, -1] = -changed[0, -1]
+    with torch.no_grad():
+        before, after = model.connect_audio(frames, mask)[0], model.connect_audio(changed, mask)[0]
+    assert len(before) == 3
+    assert torch.equal(before[:2], after[:2]) and not torch.allclose(before[2], after[2], atol=1e-4)
+
+
+def test_padding_frames_have_no_influence():
+    model = tiny_model()
+    frames = torch.randn(2, 50, 16)
+    mask = torch.ones(2, 50, dtype=torch.bool)
+    mask[1, 21:] = False
+    garbage = frames.clone()
+    garbage[1, 21:] = 1e3
+    with torch.no_grad():
+        assert torch.equal(model.connect_audio(frames, mask)[0], model.connect_audio(garbage, mask)[0])
+
+
+@pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
+def test_text_alone_is_the_language_model(model_type):
+    """Without audio the logits are those of the language model itself, soft caps and embedding scale included."""
+    model = tiny_model(tiny_config(model_type))
+    reference = AutoModelForCausalLM.from_config(model.config.text_config).eval()
+    reference.load_state_dict(model.language_model.state_dict())
+    input_ids = torch.randint(4, 300, (2, 9))
+    torch.testing.assert_close(model(input_ids=input_ids).logits, reference(input_ids=input_ids).logits)
+
+
+def test_gemma_scales_audio_as_it_scales_text():
+    """Gemma multiplies every input embedding by √hidden; audio embeddings go through the same."""
+    model = tiny_model(tiny_config("gemma2"))
+    audio_embeds = torch.randn(2, 32)
+    merged = model.merge_audio(torch.tensor([[5, 3, 3, 6]]), audio_embeds)
+    torch.testing.assert_close(merged[0, 1:3], audio_embeds * 32**0.5)
+    raw = model.get_input_embeddings().weight
+    torch.testing.assert_close(merged[0, 0], raw[5] * 32**0.5)
+
+
+@pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
+def test_batch_equals_single(model_type):
+    config = tiny_config(model_type)
+    model, processor = tiny_model(config), tiny_processor(config)
+    clips = [noise(s, i) for i, s in enumerate(SECONDS)]
+    generate = {"max_new_tokens": 6, "do_sample": False}
+    batch = model.generate(**processor.apply_transcription_request(clips), **generate)[:, -6:]
+    for row, clip in enumerate(clips):
+        alone = model.generate(**processor.apply_transcription_request(clip), **generate)
+        assert alone[0, -6:].tolist() == batch[row].tolist()
+
+
+def test_several_clips_in_one_prompt():
+    model, processor = tiny_model(), tiny_processor()
+    first, second = noise(1.0, 1), noise(2.5, 2)
+    prompts = ["<|audio|> and <|audio|>?", "<|audio|>"]
+    inputs = processor(text=prompts, audio=[first, second, first])
+    both = model(**inputs).logits[0, -1]
+    swapped = model(**processor(text=prompts[:1], audio=[second, first])).logits[0, -1]
+    alone = model(**processor(text=prompts[:1], audio=[first, second])).logits[0, -1]
+    torch.testing.assert_close(both, alone, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(both, swapped, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"num_beams": 3},
+        {"do_sample": True, "top_k": 5},
+        {"repetition_penalty": 1.3},
+        {"num_beams": 2, "num_return_sequences": 2},
+    ],
+)
+def test_generation_modes(kwargs):
+    model, processor = tiny_model(), tiny_processor()
+    inputs = processor.apply_transcription_request([noise(1.0), noise(2.0)])
+    output = model.generate(**inputs, max_new_tokens=4, **kwargs)
+    assert output.shape == (2 * kwargs.get("num_return_sequences", 1), inputs["input_ids"].shape[1] + 4)
+
+
+def test_generation_hears_the_audio():
+    model, processor = tiny_model(), tiny_processor()
+    logits = [model(**processor.apply_transcription_request(noise(2.0, seed))).logits[0, -1] for seed in (1, 2)]
+    assert (logits[0] - logits[1]).abs().max() > 1e-2
+
+
+def test_loss_is_that_of_transformers_and_counts_items_in_batch():
+    model, processor = tiny_model(without_dropout()), tiny_processor()
+    inputs = processor(text=["<|audio|>abc", "<|audio|>abcdef"], audio=[noise(0.5), noise(1.0)])
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] < 4, -100)
+    output = model(**inputs, labels=labels)
+    expected = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(output.loss, expected)
+    count = int((labels != -100).sum())
+    summed = model(**inputs, labels=labels, num_items_in_batch=torch.tensor(2 * count)).loss
+    torch.testing.assert_close(summed, expected / 2)
+    model.train()  # logits of the answers only
+    trained = model(**inputs, labels=labels)
+    torch.testing.assert_close(trained.loss, expected, atol=1e-4, rtol=1e-4)
+    assert trained.logits.shape[1] < output.logits.shape[1]
+
+
+def test_ctc_loss_is_torchs_own():
+    config = tiny_config(ctc_vocab_size=5)
+    model = tiny_model(config)
+    model.ctc_head.token_ids.copy_(torch.tensor([10, 20, 30, 40, 50]))
+    frames, mask = torch.randn(2, 60, 16), torch.ones(2, 60, dtype=torch.bool)
+    mask[1, 33:] = False
+    labels = torch.tensor([[0, 1, 1, 4], [2, 3, -100, -100]])
+    output = model(audio_frames=frames, audio_frames_mask=mask, ctc_labels=labels)
+    embeds, lengths = model.connect_audio(frames, mask)
+    log_probs = [
+        row.log_softmax(-1)
+        for row in model.ctc_head(embeds, model.get_input_embeddings().weight).split(lengths.tolist())
+    ]
+    total = sum(
+        torch.nn.functional.ctc_loss(p[:, None], (y + 1)[None], (len(p),), (len(y),), reduction="sum")
+        for p, y in zip(log_probs, (labels[0], labels[1, :2]), strict=True)
+    )
+    torch.testing.assert_close(output.loss, total / 6)
+
+
+def test_clips_without_speech_take_no_part_in_ctc():
+    model = tiny_model(tiny_config(ctc_vocab_size=5))
+    frames, mask = torch.randn(2, 40, 16), torch.ones(2, 40, dtype=torch.bool)
+    labels = torch.tensor([[0, 1], [-100, -100]])
+    both = model(audio_frames=frames, audio_frames_mask=mask, ctc_labels=labels).loss
+    one = model(audio_frames=frames[:1], audio_frames_mask=mask[:1], ctc_labels=labels[:1]).loss
+    torch.testing.assert_close(both, one)
+
+
+def test_encoded_audio_can_stand_in_for_features():
+    model, processor = tiny_model(), tiny_processor()
+    inputs = processor.apply_transcription_request([noise(0.7), noise(2.0)])
+    direct = model(**inputs).logits
+    encoded = model.encode_audio(inputs.pop("input_features"), inputs.pop("input_features_mask"))
+    torch.testing.assert_close(model(**inputs, **encoded).logits, direct)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    processor = tiny_processor()
+    inputs = processor(text=["<|audio|>abc"], audio=[noise(1.0)])
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model(without_dropout())
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.train()
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        gradients.append(model.connector.proj.weight.grad)
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert gradients[0].abs().sum() > 0
+
+
+def test_a_frozen_encoder_stays_in_evaluation_mode():
+    model = tiny_model()
+    model.audio_tower.requires_grad_(False)
+    model.train()
+    assert not model.audio_tower.training and model.connector.training and model.language_model.training
+
+
+def test_bfloat16_is_near_float32():
+    model, processor = tiny_model(), tiny_processor()
+    inputs = processor.apply_transcription_request(noise(2.0))
+    exact = model(**inputs).logits
+    rounded = model.to(torch.bfloat16)(**inputs).logits.float()
+    assert (exact - rounded).norm() / exact.norm() < 0.05
+
+
+def test_headless_model_shares_the_checkpoint(tiny_checkpoint):
+    headless = SalmonnModel.from_pretrained(tiny_checkpoint)
+    full = SalmonnForConditionalGeneration.from_pretrained(tiny_checkpoint)
+    assert isinstance(full, SalmonnModel)
+    inputs = tiny_processor().apply_transcription_request(noise(1.0))
+    hidden = headless(**inputs).last_hidden_state
+    torch.testing.assert_close(full.get_output_embeddings()(hidden), full(**inputs).logits)
+
+
+def test_a_sound_encoder_joins_in():
+    """Any encoder of raw audio fits the second place; here a tiny Wav2Vec2 of other width and other length."""
+    sound_config = Wav2Vec2Config(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, conv_dim=(16, 16),
+        conv_stride=(16, 20), conv_kernel=(16, 20), num_feat_extract_layers=2, num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2, feat_extract_norm="layer", do_stable_layer_norm=True, mask_time_prob=0.0,
+    )  # fmt: skip
+    qformer_config = tiny_config().qformer_config.to_dict() | {"encoder_hidden_size": 16 + 24}
+    config = tiny_config(sound_config=sound_config, qformer_config=qformer_config)
+    model, processor = tiny_model(config), tiny_processor(config)
+    processor.feature_extractor.return_input_values = True
+    clips = [noise(1.0, 1), noise(3.1, 2)]
+    inputs = processor.apply_transcription_request(clips)
+    batch = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, -4:]
+    alone = model.generate(**processor.apply_transcription_request(clips[0]), max_new_tokens=4, do_sample=False)
+    assert batch[0].tolist() == alone[0, -4:].tolist()
+    silenced = inputs["input_values"].clone() * 0
+    assert not torch.allclose(model(**inputs).logits, model(**{**inputs, "input_values": silenced}).logits, atol=1e-3)
+
+
+def test_placeholder_mismatch_is_named():
+    model, processor = tiny_model(), tiny_processor()
+    inputs = processor(text="<|audio|>", audio=noise(1.0))
+    inputs["input_ids"] = inputs["input_ids"][:, :-1]
+    inputs["attention_mask"] = inputs["attention_mask"][:, :-1]
+    with pytest.raises(ValueError, match="audio placeholders"):
+        model(**inputs)
+    with pytest.raises(ValueError, match="0 audio embeddings"):
+        model(input_ids=torch.tensor([[5, 3]]))
+
+
+def test_tied_and_untied_language_models():
+    for tied in (False, True):
+        config = tiny_config(text_config=tiny_text_config(tie_word_embeddings=tied))
+        model = SalmonnForConditionalGeneration(config)
+        same = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        assert same == tied
+
+
+def test_position_of_audio_in_time_matters():
+    """A reversed clip must not read the same: the window positions tell frames apart."""
+    model, processor = tiny_model(), tiny_processor()
+    clip = noise(1.0) * np.linspace(0, 1, 16000, dtype=np.float32)
+    forwards, backwards = (model(**processor.apply_transcription_request(c)).logits for c in (clip, clip[::-1].copy()))
+    assert not torch.allclose(forwards, backwards, atol=1e-3)
