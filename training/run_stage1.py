@@ -1,0 +1,109 @@
+"""
+Stage 1, alignment: the window Q-Former learns to put audio where the language model's own word embeddings lie, by CTC
+against them. The language model itself is not run, so this takes minutes.
+
+    accelerate launch training/run_stage1.py training/recipes/nano/stage1.yaml
+    accelerate launch training/run_stage1.py training/recipes/nano/stage1.yaml --max_steps 50 --output_dir runs/try
+
+The same command goes on from the last checkpoint in `output_dir`.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from salmonn_hf import SalmonnFeatureExtractor, SalmonnProcessor
+from salmonn_hf.base_parts import resolve_base_part
+from salmonn_hf.checkpoint import config_from_base_parts, from_base_parts
+from salmonn_hf.recipe import parse_recipe
+from salmonn_hf.training import (
+    CachedSpeechDataset,
+    SalmonnTrainer,
+    SpeechArguments,
+    SpeechCollator,
+    ctc_vocabulary,
+    freeze_base_parts,
+    save_model,
+)
+
+
+@dataclass
+class ModelArguments:
+    audio_tower: str = field(metadata={"help": "Whisper encoder: hub name or directory."})
+    language_model: str = field(metadata={"help": "Causal language model: hub name or directory."})
+    audio_token: str = field(default="<|audio|>", metadata={"help": "Token of its vocabulary that text never uses."})
+    window_frames: int = field(default=17, metadata={"help": "Encoder frames (20 ms) per Q-Former window."})
+    window_stride: int = field(default=17, metadata={"help": "Encoder frames between window starts."})
+    queries_per_window: int = field(default=1, metadata={"help": "Audio tokens per window."})
+    qformer_hidden_size: int = field(default=768)
+    qformer_layers: int = field(default=2)
+    qformer_heads: int = field(default=12)
+    chat_template: str | None = field(
+        default=None, metadata={"help": "Jinja file; default: the language model's own."}
+    )
+
+
+def main():
+    model_args, data_args, training_args = parse_recipe((ModelArguments, SpeechArguments, TrainingArguments))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.manual_seed(training_args.seed)
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve_base_part(model_args.language_model))
+    if model_args.chat_template:
+        tokenizer.chat_template = Path(model_args.chat_template).read_text()
+    train_speech, eval_speech = data_args.load()
+    ctc_token_ids = ctc_vocabulary([text for part in train_speech for text in part["text"]], tokenizer)
+
+    windows = {
+        "window_frames": model_args.window_frames,
+        "window_stride": model_args.window_stride,
+        "queries_per_window": model_args.queries_per_window,
+    }
+    config = config_from_base_parts(
+        model_args.audio_tower,
+        model_args.language_model,
+        audio_token_id=tokenizer.convert_tokens_to_ids(model_args.audio_token),
+        window_position_embeddings=True,
+        projector_norm=True,
+        ctc_vocab_size=len(ctc_token_ids),
+        qformer_config={
+            "hidden_size": model_args.qformer_hidden_size,
+            "num_hidden_layers": model_args.qformer_layers,
+            "num_attention_heads": model_args.qformer_heads,
+            "intermediate_size": 4 * model_args.qformer_hidden_size,
+        },
+        **windows,
+    )
+    processor = SalmonnProcessor(
+        SalmonnFeatureExtractor(feature_size=config.audio_config.num_mel_bins),
+        tokenizer,
+        audio_token=model_args.audio_token,
+        **windows,
+    )
+    model = from_base_parts(config, dtype=torch.bfloat16)
+    model.ctc_head.token_ids.copy_(torch.tensor(ctc_token_ids))
+    model.match_projection_to_embeddings()
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    freeze_base_parts(model, alignment_only=True)
+
+    build = (model, processor.feature_extractor, data_args.feature_cache)
+    trainer = SalmonnTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=CachedSpeechDataset.build(train_speech, *build),
+        eval_dataset=CachedSpeechDataset.build([eval_speech], *build),
+        data_collator=SpeechCollator(processor, ctc_token_ids, alignment_only=True),
+        processing_class=processor,
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
+    save_model(trainer, processor)
+    trainer.evaluate()
+
+
+if __name__ == "__main__":
+    main()
