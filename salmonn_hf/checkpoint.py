@@ -1,10 +1,12 @@
 """Adapter checkpoints: what was trained goes to the file, the frozen base parts are named and fetched at loading."""
 
+import shutil
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, WhisperConfig
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import cached_file
 
 from .base_parts import resolve_base_part
@@ -89,6 +91,13 @@ def adapter_state_dict(name_or_path: str, config, **hub_kwargs) -> dict[str, tor
     if missing or left_over:
         raise ValueError(f"{file} does not fit its config: missing {missing[:5]}, left over {left_over[:5]}.")
     return state_dict
+
+
+def save_code(directory: str | Path):
+    """Copy the pipeline and the modules it needs into a checkpoint, for processes without the package."""
+    pipeline_file = Path(__file__).with_name("pipeline_salmonn.py")
+    for file in (pipeline_file, *get_relative_import_files(pipeline_file)):
+        shutil.copyfile(file, Path(directory) / Path(file).name)
 
 
 def config_from_base_parts(audio_tower: str, language_model: str, **kwargs):

@@ -4,6 +4,18 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, Blip2QFormerConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+# Where a checkpoint keeps its code, see `checkpoint.save_code`.
+CUSTOM_PIPELINES = {
+    "automatic-speech-recognition": {
+        "impl": "pipeline_salmonn.SalmonnAutomaticSpeechRecognitionPipeline",
+        "pt": ["AutoModel"],
+    }
+}
+AUTO_MODELS = {
+    name: "modeling_salmonn.SalmonnForConditionalGeneration"
+    for name in ("AutoModel", "AutoModelForSpeechSeq2Seq", "AutoModelForMultimodalLM")
+}
+
 
 @strict
 class SalmonnConfig(PreTrainedConfig):
@@ -63,6 +75,9 @@ class SalmonnConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False  # the language model ties its own
 
     def __post_init__(self, **kwargs):
+        if not __name__.startswith("transformers_modules"):
+            # Where the package is imported, its own pipeline is registered; the checkpoint's would ask for trust.
+            kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
         if self.audio_config.model_type != "whisper":
             raise ValueError(
@@ -73,8 +88,8 @@ class SalmonnConfig(PreTrainedConfig):
         if self.qformer_config.encoder_hidden_size != width:
             raise ValueError(
                 f"qformer_config.encoder_hidden_size is {self.qformer_config.encoder_hidden_size}, but the encoders "
-                f"give {width} features (Whisper {self.audio_config.d_model} + sound {sound_width}). Set it to {width}, "
-                "or name the encoders this Q-Former was trained with."
+                f"give {width} features (Whisper {self.audio_config.d_model} + sound {sound_width}). Set it to "
+                f"{width}, or name the encoders this Q-Former was trained with."
             )
         if self.qformer_config.hidden_size % self.qformer_config.num_attention_heads:
             raise ValueError(
@@ -91,6 +106,13 @@ class SalmonnConfig(PreTrainedConfig):
                 f"audio_token_id {self.audio_token_id} lies outside the language model's vocabulary of "
                 f"{self.text_config.vocab_size} tokens; name a token that it has and text never uses."
             )
+
+    def to_dict(self):
+        """With what a process without the package needs to find the checkpoint's own code (`trust_remote_code`)."""
+        settings = super().to_dict() | {"custom_pipelines": CUSTOM_PIPELINES}
+        if settings.get("auto_map"):
+            settings["auto_map"] = settings["auto_map"] | AUTO_MODELS
+        return settings
 
 
 SalmonnConfig.register_for_auto_class()

@@ -12,12 +12,14 @@ import torch
 
 from .audio import load_audio
 
+# What the features depend on; how the extractor was loaded must not change their name.
+FEATURE_SETTINGS = ("feature_size", "sampling_rate", "n_fft", "hop_length", "dither", "tail_seconds")
+
 
 def cache_key(clips, encoder_name: str, feature_extractor) -> str:
     """A name for the features of these clips by this encoder: other audio or settings, another name."""
-    digest = hashlib.sha256(
-        json.dumps([encoder_name, feature_extractor.to_dict()], default=str, sort_keys=True).encode()
-    )
+    settings = {name: getattr(feature_extractor, name) for name in FEATURE_SETTINGS}
+    digest = hashlib.sha256(json.dumps([encoder_name, settings], sort_keys=True).encode())
     for clip in clips:
         digest.update(hashlib.sha256(clip["bytes"] or Path(clip["path"]).read_bytes()).digest())
     return digest.hexdigest()[:24]

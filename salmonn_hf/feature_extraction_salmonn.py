@@ -59,7 +59,7 @@ class SalmonnFeatureExtractor(WhisperFeatureExtractor):
             if len(clip) > self.n_samples:
                 raise AudioError(
                     f"Clip {index} lasts {len(clip) / self.sampling_rate:.1f} s; the encoder hears "
-                    f'{self.chunk_length} s at most. Use pipeline("automatic-speech-recognition"), which cuts longer ones.'
+                    f'{self.chunk_length} s at most. Use pipeline("automatic-speech-recognition"), which cuts it.'
                 )
         # Whole encoder frames (two hops each) only, so that the length in frames is the same alone and in any batch.
         frame = 2 * self.hop_length

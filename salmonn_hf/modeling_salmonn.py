@@ -151,15 +151,17 @@ class SalmonnCTCHead(nn.Module):
         center = rows.mean(0)  # token embeddings share a large common part, which tells none of them apart
         rows = nn.functional.normalize(rows - center, dim=-1)
         blank = nn.functional.normalize(self.blank.float()[None], dim=-1)
-        audio_embeds = nn.functional.normalize(audio_embeds.float() - center, dim=-1)
-        cosines = torch.cat([nn.functional.linear(audio_embeds, w) for w in (blank, rows)], dim=-1)
-        logits = cosines * self.log_scale.exp()
-        return logits.float().log_softmax(-1)
+        directions = nn.functional.normalize(audio_embeds.float() - center, dim=-1)
+        # As a plain matrix product: with more axes torch would copy the rows for each of them.
+        directions = directions.flatten(0, -2)
+        cosines = torch.cat([nn.functional.linear(directions, w) for w in (blank, rows)], dim=-1)
+        log_probs = (cosines * self.log_scale.exp()).float().log_softmax(-1)
+        return log_probs.unflatten(0, audio_embeds.shape[:-1])
 
     def loss(self, log_probs: torch.Tensor, lengths: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         r"""
         Args:
-            log_probs (`torch.Tensor` of shape `(clips, audio tokens, 1 + ctc_vocab_size)`).
+            log_probs (`torch.Tensor` of shape `(audio tokens, clips, 1 + ctc_vocab_size)`).
             lengths (`torch.LongTensor` of shape `(clips,)`): audio tokens of each clip.
             labels (`torch.LongTensor` of shape `(clips, tokens)`): indices into `token_ids`, padded with -100. A clip
                 with no label at all (no speech) takes no part.
@@ -168,16 +170,15 @@ class SalmonnCTCHead(nn.Module):
             Scalar, nats per target token.
         """
         label_lengths = (labels != -100).sum(-1)
-        has_speech = label_lengths > 0
         losses = nn.functional.ctc_loss(
-            log_probs[has_speech].transpose(0, 1),
-            labels[has_speech].clamp(min=0) + 1,
-            lengths[has_speech],
-            label_lengths[has_speech],
+            log_probs,
+            labels.clamp(min=0) + 1,
+            lengths,
+            label_lengths,
             reduction="none",
             zero_infinity=True,  # a transcript longer than its audio has tokens has no path
         )
-        return losses.sum() / label_lengths.sum().clamp(min=1)
+        return losses[label_lengths > 0].sum() / label_lengths.sum().clamp(min=1)
 
 
 class SalmonnPreTrainedModel(PreTrainedModel):
@@ -236,12 +237,14 @@ class SalmonnPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):
         """As `PreTrainedModel.save_pretrained`, but a model with `config.base_parts` leaves those frozen parts out."""
-        from .checkpoint import without_base_parts
+        from .checkpoint import save_code, without_base_parts
 
         state_dict = self.state_dict() if state_dict is None else state_dict
         super().save_pretrained(
             save_directory, *args, state_dict=without_base_parts(state_dict, self.config), **kwargs
         )
+        if kwargs.get("is_main_process", True):
+            save_code(save_directory)
 
 
 class SalmonnModel(SalmonnPreTrainedModel):
@@ -465,8 +468,8 @@ class SalmonnForConditionalGeneration(SalmonnModel, GenerationMixin):
 
         ctc_loss = None
         if ctc_labels is not None:
-            log_probs = self.ctc_head(audio_embeds, self.get_input_embeddings().weight)
-            log_probs = nn.utils.rnn.pad_sequence(log_probs.split(num_tokens.tolist()), batch_first=True)
+            clips = nn.utils.rnn.pad_sequence(audio_embeds.split(num_tokens.tolist()))
+            log_probs = self.ctc_head(clips, self.get_input_embeddings().weight)
             ctc_loss = self.ctc_head.loss(log_probs, num_tokens, ctc_labels)
             if inputs_embeds is None:
                 return SalmonnOutput(loss=ctc_loss, ctc_loss=ctc_loss, audio_embeds=audio_embeds)
@@ -484,7 +487,10 @@ class SalmonnForConditionalGeneration(SalmonnModel, GenerationMixin):
                 logits=outputs.logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
             if ctc_loss is not None:
-                loss = loss + self.config.ctc_loss_weight * ctc_loss
+                # Over accumulated batches the next-token loss is a share of their common mean; so must this one be.
+                items = kwargs.get("num_items_in_batch")
+                share = 1.0 if items is None else (labels[:, 1:] != -100).sum() / items
+                loss = loss + self.config.ctc_loss_weight * share * ctc_loss
         return SalmonnOutput(
             loss=loss,
             logits=outputs.logits,

@@ -52,6 +52,8 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
             **kwargs,
         )
         self.type = "seq2seq"
+        # An answer with a placeholder for audio in it could not be continued.
+        self._generation_defaults["suppress_tokens"] = [model.config.audio_token_id]
 
     def __call__(self, inputs, **kwargs):
         r"""
@@ -219,7 +221,7 @@ def processor_from_parts(model, tokenizer, feature_extractor) -> SalmonnProcesso
         "queries_per_window": model.config.queries_per_window,
     }
     if model.name_or_path:
-        saved, _ = SalmonnProcessor.get_processor_dict(model.name_or_path, revision=model.config._commit_hash)
+        saved, _ = SalmonnProcessor.get_processor_dict(model.name_or_path)
         settings |= saved
     return SalmonnProcessor.from_args_and_dict([feature_extractor, tokenizer], settings)
 

@@ -6,6 +6,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from peft.tuners.lora import LoraLayer
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -216,6 +217,11 @@ class SalmonnTrainer(Trainer):
     def __init__(self, *args, lora_learning_rate: float | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.lora_learning_rate = lora_learning_rate
+        if self.args.bf16 or self.args.fp16:
+            # Autocast brings LoRA's inputs to its precision; PEFT would first make a float32 copy of each of them.
+            for module in self.model.modules():
+                if isinstance(module, LoraLayer):
+                    module.cast_input_dtype_enabled = False
 
     def _get_train_sampler(self, train_dataset=None):
         args = self.args

@@ -183,6 +183,20 @@ def test_ctc_loss_is_torchs_own():
     torch.testing.assert_close(output.loss, total / 6)
 
 
+def test_ctc_loss_shares_in_accumulated_batches():
+    """With twice the items in the accumulated batch, this one brings half of its loss, alignment included."""
+    config = without_dropout()
+    config.ctc_vocab_size, config.ctc_loss_weight = 5, 0.5
+    model, processor = tiny_model(config), tiny_processor()
+    inputs = processor(text=["<|audio|>abc"], audio=[noise(1.0)])
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["input_ids"] < 4, -100)
+    inputs["ctc_labels"] = torch.tensor([[0, 3]])
+    plain = model(**inputs)
+    next_token = model(**{**inputs, "ctc_labels": None}).loss
+    torch.testing.assert_close(plain.loss, next_token + 0.5 * plain.ctc_loss)
+    torch.testing.assert_close(model(**inputs, num_items_in_batch=torch.tensor(6)).loss, plain.loss / 2)
+
+
 def test_clips_without_speech_take_no_part_in_ctc():
     model = tiny_model(tiny_config(ctc_vocab_size=5))
     frames, mask = torch.randn(2, 40, 16), torch.ones(2, 40, dtype=torch.bool)

@@ -1,0 +1,110 @@
+"""The processor: placeholders, chat template, transcription requests, bad input."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import noise, tiny_config, tiny_processor, tiny_tokenizer
+from transformers import AutoProcessor
+
+from salmonn_hf import AudioError, SalmonnFeatureExtractor, SalmonnProcessor
+
+
+def audio_tokens(inputs):
+    return (inputs["input_ids"] == 3).sum(-1).tolist()
+
+
+def test_placeholders_follow_each_clips_length():
+    processor = tiny_processor()
+    inputs = processor.apply_transcription_request([noise(1.0), noise(5.0)])
+    # 1 s and the 0.2 s tail are 60 encoder frames, 8 windows of 8, 2 queries each.
+    assert audio_tokens(inputs) == [16, 2 * -(-260 // 8)]
+    assert inputs["attention_mask"][0, 0] == 0 and inputs["attention_mask"][:, -1].tolist() == [1, 1]  # left-padded
+    assert inputs["input_features_mask"].sum(-1).tolist() == [120, 520]
+
+
+def test_transcription_request_takes_prompt_and_language():
+    processor = tiny_processor()
+
+    def asked(**kwargs):
+        return processor.tokenizer.decode(processor.apply_transcription_request(noise(0.2), **kwargs)["input_ids"][0])
+
+    assert "Transcribe the speech." in asked()
+    assert "in German." in asked(language="German")
+    assert "What is said?" in asked(prompt="What is said?") and "Transcribe" not in asked(prompt="What is said?")
+    with pytest.raises(ValueError, match="at least one clip"):
+        processor.apply_transcription_request([])
+
+
+def test_chat_template_with_several_turns_and_clips(tmp_path):
+    import soundfile
+
+    soundfile.write(tmp_path / "a.wav", noise(0.5), 16000)
+    conversation = [
+        {
+            "role": "user",
+            "content": [{"type": "audio", "path": str(tmp_path / "a.wav")}, {"type": "text", "text": "1?"}],
+        },
+        {"role": "assistant", "content": "one"},
+        {"role": "user", "content": [{"type": "text", "text": "and "}, {"type": "audio", "audio": noise(1.0)}]},
+    ]
+    processor = tiny_processor()
+    inputs = processor.apply_chat_template(conversation, tokenize=True, return_dict=True, add_generation_prompt=True)
+    text = processor.tokenizer.decode(inputs["input_ids"][0])
+    first, second = processor.num_audio_tokens(35), processor.num_audio_tokens(60)
+    assert text == (
+        f"<|im_start|>user\n{'<|audio|>' * first}1?<|im_end|>\n<|im_start|>assistant\none<|im_end|>\n"
+        f"<|im_start|>user\nand {'<|audio|>' * second}<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert isinstance(conversation[0]["content"][0]["path"], str)  # the caller's messages are left as they were
+
+
+def test_a_tokenizer_without_chat_template_gets_salmonns():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    processor = SalmonnProcessor(SalmonnFeatureExtractor(), tokenizer)
+    text = processor.apply_chat_template(processor.transcription_messages(), add_generation_prompt=True)
+    assert text == "USER: <|audio|>Transcribe the speech.\nASSISTANT: "
+
+
+def test_saved_and_loaded_is_the_same(tmp_path):
+    processor = tiny_processor(tiny_config(window_frames=17, window_stride=17, queries_per_window=4))
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert type(loaded) is SalmonnProcessor
+    for setting in ("audio_token", "window_frames", "window_stride", "queries_per_window", "chat_template"):
+        assert getattr(loaded, setting) == getattr(processor, setting)
+    clip = noise(2.0)
+    for key, value in processor.apply_transcription_request(clip).items():
+        assert torch.equal(value, loaded.apply_transcription_request(clip)[key])
+
+
+def test_placeholder_and_clip_counts_must_agree():
+    processor = tiny_processor()
+    with pytest.raises(ValueError, match="2 <.audio.> tokens and 1 audio"):
+        processor(text="<|audio|><|audio|>", audio=noise(0.3))
+    with pytest.raises(ValueError, match="no audio inputs"):
+        processor(text="<|audio|>")
+
+
+def test_an_unknown_audio_token_is_named():
+    with pytest.raises(ValueError, match="<nothing>"):
+        SalmonnProcessor(SalmonnFeatureExtractor(), tiny_tokenizer(), audio_token="<nothing>")
+
+
+@pytest.mark.parametrize(
+    ("clip", "message"),
+    [
+        (np.zeros(0, np.float32), "no samples"),
+        (np.array([0.1, np.nan], np.float32), "NaN"),
+        (noise(31.0), "31.0 s"),
+        ("no/such/file.wav", "no/such/file.wav"),
+    ],
+)
+def test_bad_clips_are_named(clip, message):
+    with pytest.raises(AudioError, match=message):
+        tiny_processor().apply_transcription_request([noise(0.3), clip])
+
+
+def test_text_alone():
+    inputs = tiny_processor()(text=["hello", "you there"])
+    assert set(inputs) == {"input_ids", "attention_mask"}
