@@ -42,6 +42,7 @@ class ModelArguments:
     qformer_hidden_size: int = field(default=768)
     qformer_layers: int = field(default=2)
     qformer_heads: int = field(default=12)
+    qformer_dropout: float = field(default=0.1, metadata={"help": "0 for short runs, which do not overfit."})
     chat_template: str | None = field(
         default=None, metadata={"help": "Jinja file; default: the language model's own."}
     )
@@ -75,6 +76,8 @@ def main():
             "num_hidden_layers": model_args.qformer_layers,
             "num_attention_heads": model_args.qformer_heads,
             "intermediate_size": 4 * model_args.qformer_hidden_size,
+            "hidden_dropout_prob": model_args.qformer_dropout,
+            "attention_probs_dropout_prob": model_args.qformer_dropout,
         },
         **windows,
     )
