@@ -59,6 +59,8 @@ def main() -> None:
 
     model = str(resolve_base_part(arguments.model)) if arguments.model in REGISTRY_COPIES else arguments.model
     transcriber = pipeline("automatic-speech-recognition", model=model, dtype=arguments.dtype, device=arguments.device)
+    if transcriber.tokenizer.pad_token is None:  # transformers' own pipeline needs one to make batches
+        transcriber.tokenizer.pad_token = transcriber.tokenizer.eos_token
     # Clips of like length side by side, so that batches hold little padding; the longest first, so that a batch too
     # large for the memory fails at once.
     rows = sorted(waveforms, key=lambda row: -len(waveforms[row]))

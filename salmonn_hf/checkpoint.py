@@ -1,12 +1,11 @@
 """Adapter checkpoints: what was trained goes to the file, the frozen base parts are named and fetched at loading."""
 
-import shutil
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, WhisperConfig
-from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import cached_file
 
 from .base_parts import resolve_base_part
@@ -95,9 +94,9 @@ def adapter_state_dict(name_or_path: str, config, **hub_kwargs) -> dict[str, tor
 
 def save_code(directory: str | Path):
     """Copy the pipeline and the modules it needs into a checkpoint, for processes without the package."""
-    pipeline_file = Path(__file__).with_name("pipeline_salmonn.py")
-    for file in (pipeline_file, *get_relative_import_files(pipeline_file)):
-        shutil.copyfile(file, Path(directory) / Path(file).name)
+    from .pipeline_salmonn import SalmonnAutomaticSpeechRecognitionPipeline
+
+    custom_object_save(SalmonnAutomaticSpeechRecognitionPipeline, directory)
 
 
 def config_from_base_parts(audio_tower: str, language_model: str, **kwargs):
@@ -109,6 +108,7 @@ def config_from_base_parts(audio_tower: str, language_model: str, **kwargs):
 
     audio_config = WhisperConfig.from_pretrained(resolve_base_part(audio_tower))
     text_config = AutoConfig.from_pretrained(resolve_base_part(language_model))
+    text_config.name_or_path = language_model  # not the directory on this machine
     qformer_config = {
         "num_hidden_layers": 2,
         "cross_attention_frequency": 1,

@@ -418,6 +418,12 @@ class SalmonnModel(SalmonnPreTrainedModel):
 class SalmonnForConditionalGeneration(SalmonnModel, GenerationMixin):
     """SALMONN with its language-model head: transcribes, captions, answers."""
 
+    def __init__(self, config: SalmonnConfig):
+        super().__init__(config)
+        self.generation_config.suppress_tokens = [
+            config.audio_token_id
+        ]  # it stands for audio that was given, not made
+
     def get_output_embeddings(self):
         return self.language_model.get_output_embeddings()
 

@@ -52,8 +52,6 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
             **kwargs,
         )
         self.type = "seq2seq"
-        # An answer with a placeholder for audio in it could not be continued.
-        self._generation_defaults["suppress_tokens"] = [model.config.audio_token_id]
 
     def __call__(self, inputs, **kwargs):
         r"""

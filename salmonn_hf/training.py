@@ -12,6 +12,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .audio import load_audio
+from .checkpoint import is_base_key
 from .feature_cache import FeatureCache, build_feature_cache
 from .metrics import word_error_rate
 
@@ -231,6 +232,11 @@ class SalmonnTrainer(Trainer):
             lengths=self.train_dataset.lengths,
             generator=generator,
         )
+
+    def _issue_warnings_after_load(self, load_result):
+        # A checkpoint leaves the frozen base parts out: only what else is missing is worth a warning.
+        missing = [key for key in load_result.missing_keys if not is_base_key(key, self.model.config)]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:

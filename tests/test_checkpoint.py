@@ -1,6 +1,7 @@
 """Adapter checkpoints: only what was trained, put together with its base parts, merged to a full model."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from conftest import noise, tiny_config, tiny_model, tiny_processor, tiny_text_c
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, WhisperForConditionalGeneration
 
+import salmonn_hf
 from salmonn_hf import SalmonnForConditionalGeneration
 from salmonn_hf.base_parts import BasePartNotFoundError
 from salmonn_hf.checkpoint import config_from_base_parts, from_base_parts
@@ -75,6 +77,13 @@ def test_loaded_adapter_is_the_trained_model(adapter, cls):
     assert torch.equal(logits(model), logits(loaded))
     assert loaded.generation_config.eos_token_id == model.generation_config.eos_token_id
     assert loaded.name_or_path == str(directory)
+
+
+def test_no_cache_directory_gets_into_the_config(base_parts, monkeypatch):
+    monkeypatch.setattr("salmonn_hf.checkpoint.resolve_base_part", {n: base_parts[n] for n in base_parts}.get)
+    config = config_from_base_parts("audio_tower", "language_model", audio_token_id=3)
+    assert base_parts["language_model"] not in config.to_json_string()
+    assert base_parts["audio_tower"] not in config.to_json_string()
 
 
 def test_saved_again_it_is_the_same_file(adapter, tmp_path):
@@ -146,3 +155,13 @@ def test_a_full_checkpoint_keeps_an_unmerged_adapter(tmp_path):
                 parameter.add_(torch.randn_like(parameter))
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(AutoModel.from_pretrained(tmp_path)), logits(model))
+
+
+def test_the_committed_checkpoint_carries_this_code():
+    """After a change of the package: `save_code` from salmonn_hf.checkpoint on the directory."""
+    nano = Path(__file__).resolve().parents[1] / "model_cards" / "salmonn-lite-nano"
+    package = Path(salmonn_hf.__file__).parent
+    names = {file.name for file in nano.glob("*.py")}
+    assert {"modeling_salmonn.py", "pipeline_salmonn.py"} <= names
+    for name in names:
+        assert (nano / name).read_text() == (package / name).read_text(), name

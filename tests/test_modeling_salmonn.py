@@ -141,6 +141,18 @@ def test_generation_modes(kwargs):
     assert output.shape == (2 * kwargs.get("num_return_sequences", 1), inputs["input_ids"].shape[1] + 4)
 
 
+def test_the_audio_token_is_never_generated():
+    """Were it, the next step would look for audio embeddings that nobody gave."""
+    model, processor = tiny_model(), tiny_processor()
+    with torch.no_grad():
+        model.get_output_embeddings().weight[3] = 0
+        model.get_output_embeddings().bias = torch.nn.Parameter(torch.full((300,), -50.0))
+        model.get_output_embeddings().bias[3] = 50.0
+    inputs = processor.apply_transcription_request(noise(1.0))
+    output = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert 3 not in output[0, inputs["input_ids"].shape[1] :]
+
+
 def test_generation_hears_the_audio():
     model, processor = tiny_model(), tiny_processor()
     logits = [model(**processor.apply_transcription_request(noise(2.0, seed))).logits[0, -1] for seed in (1, 2)]

@@ -2,7 +2,9 @@
 
 import io
 import json
+import logging
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -122,14 +124,14 @@ def test_both_stages_from_recipes(parts, tmp_path, monkeypatch):
     assert any("eval_wer" in entry for entry in state["log_history"])
 
 
-def test_resumed_training_ends_as_an_unbroken_run(parts, tmp_path, monkeypatch):
+def test_resumed_training_ends_as_an_unbroken_run(parts, tmp_path, monkeypatch, caplog):
     run("run_stage1.py", stage1_recipe(parts, tmp_path / "whole"), tmp_path, monkeypatch)
     broken = stage1_recipe(parts, tmp_path / "broken")
     run("run_stage1.py", broken, tmp_path, monkeypatch)
-    import shutil
-
     shutil.rmtree(tmp_path / "broken" / "checkpoint-4")  # as if killed after step 2
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # to where caplog listens
     run("run_stage1.py", broken, tmp_path, monkeypatch)
+    assert "missing keys" not in caplog.text  # the frozen parts are never in a checkpoint
     states = [
         SalmonnForConditionalGeneration.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "broken")
     ]

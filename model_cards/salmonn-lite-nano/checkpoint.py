@@ -1,0 +1,133 @@
+"""Adapter checkpoints: what was trained goes to the file, the frozen base parts are named and fetched at loading."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, WhisperConfig
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import cached_file
+
+from .base_parts import resolve_base_part
+
+# Where Whisper checkpoints keep the encoder, with and without their language-model head.
+WHISPER_ENCODER_PREFIXES = ("model.encoder.", "encoder.")
+
+
+def is_base_key(key: str, config) -> bool:
+    """Whether a state-dict key belongs to a frozen base part; LoRA weights inside one do not."""
+    return key.split(".")[0] in (config.base_parts or {}) and ".lora_" not in key
+
+
+def without_base_parts(state_dict: dict, config) -> dict:
+    """The entries of `state_dict` that an adapter checkpoint holds; all of them if the config names no base parts."""
+    return {key: value for key, value in state_dict.items() if not is_base_key(key, config)}
+
+
+def read_weights(directory: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a directory's safetensors file or shards, memory-mapped."""
+    files = sorted(directory.glob("model*.safetensors"))
+    if not files:
+        raise OSError(f"{directory} holds no model*.safetensors; save the part there with save_pretrained.")
+    return {key: value for file in files for key, value in load_file(file).items()}
+
+
+def part_keys(part: str, state_dict: dict) -> dict[str, torch.Tensor]:
+    """A base part's own tensors under the names that they have inside SALMONN (before LoRA)."""
+    if part == "audio_tower":
+        for prefix in WHISPER_ENCODER_PREFIXES:
+            if any(key.startswith(prefix) for key in state_dict):
+                state_dict = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+                break
+    return {f"{part}.{key}": value for key, value in state_dict.items()}
+
+
+def base_state_dict(config) -> dict[str, torch.Tensor]:
+    """
+    The tensors of `config.base_parts`, under the keys of `SalmonnModel`.
+
+    Raises:
+        BasePartNotFoundError: if a part cannot be had.
+        ValueError: if a part's tensors have other shapes than the config says, naming both.
+    """
+    from .modeling_salmonn import SalmonnForConditionalGeneration
+
+    with torch.device("meta"):
+        expected = SalmonnForConditionalGeneration(config).state_dict()
+    # LoRA moves a Linear's weight to `base_layer`.
+    renamed = {key.replace(".base_layer.", "."): key for key in expected}
+    state_dict = {}
+    for part, name in config.base_parts.items():
+        for key, value in part_keys(part, read_weights(resolve_base_part(name))).items():
+            key = renamed.get(key, key)
+            if key in expected and expected[key].shape != value.shape:
+                raise ValueError(
+                    f"Base part '{name}' does not fit: its {key} has shape {tuple(value.shape)}, the checkpoint was "
+                    f"made with {tuple(expected[key].shape)}."
+                )
+            state_dict[key] = value
+    return state_dict
+
+
+def adapter_state_dict(name_or_path: str, config, **hub_kwargs) -> dict[str, torch.Tensor]:
+    """
+    The trained tensors of an adapter checkpoint, all of which must be there.
+
+    Raises:
+        OSError: if the file is missing or not a whole safetensors file.
+        ValueError: if tensors are missing or left over, naming them.
+    """
+    from .modeling_salmonn import SalmonnForConditionalGeneration
+
+    file = cached_file(name_or_path, "model.safetensors", **hub_kwargs)
+    try:
+        state_dict = load_file(file)
+    except Exception as error:
+        raise OSError(f"{file} is not a whole safetensors file ({error}); fetch or save it again.") from error
+    with torch.device("meta"):
+        expected = {k for k in SalmonnForConditionalGeneration(config).state_dict() if not is_base_key(k, config)}
+    missing, left_over = sorted(expected - set(state_dict)), sorted(set(state_dict) - expected)
+    if missing or left_over:
+        raise ValueError(f"{file} does not fit its config: missing {missing[:5]}, left over {left_over[:5]}.")
+    return state_dict
+
+
+def save_code(directory: str | Path):
+    """Copy the pipeline and the modules it needs into a checkpoint, for processes without the package."""
+    from .pipeline_salmonn import SalmonnAutomaticSpeechRecognitionPipeline
+
+    custom_object_save(SalmonnAutomaticSpeechRecognitionPipeline, directory)
+
+
+def config_from_base_parts(audio_tower: str, language_model: str, **kwargs):
+    """
+    A `SalmonnConfig` around two base parts, e.g. `config_from_base_parts("openai/whisper-base.en",
+    "HuggingFaceTB/SmolLM2-135M-Instruct", window_frames=17, ...)`. The Q-Former's encoder width is filled in.
+    """
+    from .configuration_salmonn import SalmonnConfig
+
+    audio_config = WhisperConfig.from_pretrained(resolve_base_part(audio_tower))
+    text_config = AutoConfig.from_pretrained(resolve_base_part(language_model))
+    text_config.name_or_path = language_model  # not the directory on this machine
+    qformer_config = {
+        "num_hidden_layers": 2,
+        "cross_attention_frequency": 1,
+        "encoder_hidden_size": audio_config.d_model,
+    }
+    qformer_config |= kwargs.pop("qformer_config", {})
+    return SalmonnConfig(
+        audio_config=audio_config,
+        text_config=text_config,
+        qformer_config=qformer_config,
+        base_parts={"audio_tower": audio_tower, "language_model": language_model},
+        **kwargs,
+    )
+
+
+def from_base_parts(config, **kwargs):
+    """A model of `config`: base parts loaded, everything else freshly initialised (see `SalmonnConfig.base_parts`)."""
+    from .modeling_salmonn import SalmonnForConditionalGeneration
+
+    return SalmonnForConditionalGeneration.from_pretrained(
+        None, config=config, state_dict=base_state_dict(config), **kwargs
+    )

@@ -1,0 +1,120 @@
+"""Configuration of SALMONN: a Whisper encoder, an optional sound encoder, a window Q-Former and a causal LM."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, Blip2QFormerConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+# Where a checkpoint keeps its code, see `checkpoint.save_code`.
+CUSTOM_PIPELINES = {
+    "automatic-speech-recognition": {
+        "impl": "pipeline_salmonn.SalmonnAutomaticSpeechRecognitionPipeline",
+        "pt": ["AutoModel"],
+    }
+}
+AUTO_MODELS = {
+    name: "modeling_salmonn.SalmonnForConditionalGeneration"
+    for name in ("AutoModel", "AutoModelForSpeechSeq2Seq", "AutoModelForMultimodalLM")
+}
+
+
+@strict
+class SalmonnConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`SalmonnForConditionalGeneration`].
+
+    Args:
+        audio_config (`WhisperConfig` or `dict`): the speech encoder (only the encoder half of Whisper is built).
+        sound_config (`PreTrainedConfig` or `dict`, *optional*): a second encoder, for sound and music, that takes raw
+            audio as `input_values` with an `attention_mask`, as BEATs, Wav2Vec2 and HuBERT do. `None`: speech alone.
+        qformer_config (`Blip2QFormerConfig` or `dict`): the window Q-Former. Its `encoder_hidden_size` must equal the
+            width of the joined encoder features.
+        text_config (`PreTrainedConfig` or `dict`): the language model, any that `AutoModelForCausalLM` knows.
+        audio_token_id (`int`): the token that stands for one audio embedding in `input_ids`.
+        window_frames (`int`): encoder frames (20 ms each) in a Q-Former window. SALMONN: 17, that is 0.333 s.
+        window_stride (`int`): encoder frames between the starts of two windows. SALMONN: 17.
+        queries_per_window (`int`): learned queries, and so audio tokens, per window. SALMONN: 1.
+        window_position_embeddings (`bool`): add a learned position to the frames of a window, so that the queries can
+            tell its start from its end. SALMONN has none.
+        projector_norm (`bool`): LayerNorm after the projection into the language model. SALMONN has none.
+        ctc_vocab_size (`int`): tokens of the CTC alignment head over the language model's own embeddings; 0 for no
+            head.
+        ctc_loss_weight (`float`): weight of the CTC loss beside the next-token loss when `ctc_labels` are given.
+        lora (`dict`, *optional*): `peft.LoraConfig` arguments of the adapter inside the language model.
+        base_parts (`dict`, *optional*): for an adapter checkpoint, which frozen parts its file leaves out and where
+            they come from, e.g. `{"audio_tower": "openai/whisper-base.en", "language_model": "google/gemma-2-2b-it"}`.
+
+    Raises:
+        ValueError: if the parts do not fit each other; the message names both sizes.
+    """
+
+    model_type = "salmonn"
+    sub_configs_defaults = {
+        "audio_config": SubConfigSpec(config_class=AutoConfig, model_type="whisper"),
+        "sound_config": SubConfigSpec(config_class=AutoConfig, model_type="wav2vec2", optional=True),
+        "qformer_config": SubConfigSpec(
+            config_class=Blip2QFormerConfig,
+            init_kwargs={"num_hidden_layers": 2, "cross_attention_frequency": 1, "encoder_hidden_size": 384},
+        ),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+    }
+
+    audio_config: dict | PreTrainedConfig | None = None
+    sound_config: dict | PreTrainedConfig | None = None
+    qformer_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    audio_token_id: int = 0
+    window_frames: int = 17
+    window_stride: int = 17
+    queries_per_window: int = 1
+    window_position_embeddings: bool = False
+    projector_norm: bool = False
+    ctc_vocab_size: int = 0
+    ctc_loss_weight: float | int = 0.0
+    lora: dict | None = None
+    base_parts: dict | None = None
+    tie_word_embeddings: bool = False  # the language model ties its own
+
+    def __post_init__(self, **kwargs):
+        if not __name__.startswith("transformers_modules"):
+            # Where the package is imported, its own pipeline is registered; the checkpoint's would ask for trust.
+            kwargs.pop("custom_pipelines", None)
+        super().__post_init__(**kwargs)
+        if self.audio_config.model_type != "whisper":
+            raise ValueError(
+                f"audio_config is of type '{self.audio_config.model_type}'; the speech encoder must be a Whisper one."
+            )
+        sound_width = self.sound_config.hidden_size if self.sound_config is not None else 0
+        width = self.audio_config.d_model + sound_width
+        if self.qformer_config.encoder_hidden_size != width:
+            raise ValueError(
+                f"qformer_config.encoder_hidden_size is {self.qformer_config.encoder_hidden_size}, but the encoders "
+                f"give {width} features (Whisper {self.audio_config.d_model} + sound {sound_width}). Set it to "
+                f"{width}, or name the encoders this Q-Former was trained with."
+            )
+        if self.qformer_config.hidden_size % self.qformer_config.num_attention_heads:
+            raise ValueError(
+                f"qformer_config.hidden_size {self.qformer_config.hidden_size} is not a multiple of its "
+                f"num_attention_heads {self.qformer_config.num_attention_heads}."
+            )
+        if self.window_frames < 1 or self.queries_per_window < 1 or not 1 <= self.window_stride <= self.window_frames:
+            raise ValueError(
+                f"window_frames {self.window_frames}, window_stride {self.window_stride} and queries_per_window "
+                f"{self.queries_per_window} must be at least 1, and the stride no longer than the window."
+            )
+        if not 0 <= self.audio_token_id < self.text_config.vocab_size:
+            raise ValueError(
+                f"audio_token_id {self.audio_token_id} lies outside the language model's vocabulary of "
+                f"{self.text_config.vocab_size} tokens; name a token that it has and text never uses."
+            )
+
+    def to_dict(self):
+        """With what a process without the package needs to find the checkpoint's own code (`trust_remote_code`)."""
+        settings = super().to_dict() | {"custom_pipelines": CUSTOM_PIPELINES}
+        if settings.get("auto_map"):
+            settings["auto_map"] = settings["auto_map"] | AUTO_MODELS
+        return settings
+
+
+SalmonnConfig.register_for_auto_class()
+
+__all__ = ["SalmonnConfig"]
