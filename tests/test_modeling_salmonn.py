@@ -233,7 +233,7 @@ def test_gradient_checkpointing_changes_nothing():
     for checkpointing in (False, True):
         model = tiny_model(without_dropout())
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         model.train()
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
         gradients.append(model.connector.proj.weight.grad)
