@@ -93,8 +93,7 @@ class SalmonnProcessor(ProcessorMixin):
             ValueError: if the number of placeholders is not that of the clips.
             AudioError: for a clip that cannot be used, naming it.
         """
-        if audio is not None:
-            audio = self.feature_extractor.fetch_audio(audio if isinstance(audio, (list, tuple)) else [audio])
+        # The base class has the feature extractor's fetch_audio decode the clips.
         kwargs = {"padding": True, "return_tensors": "pt", **kwargs}
         return super().__call__(text=text, audio=audio, **kwargs)
 
