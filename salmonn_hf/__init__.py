@@ -4,14 +4,19 @@ from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
     AutoModel,
+    AutoModelForAudioClassification,
     AutoModelForMultimodalLM,
     AutoModelForSpeechSeq2Seq,
     AutoProcessor,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES
 
 from .audio import AudioError, load_audio
+from .configuration_beats import BeatsConfig
 from .configuration_salmonn import SalmonnConfig
+from .feature_extraction_beats import BeatsFeatureExtractor
 from .feature_extraction_salmonn import SalmonnFeatureExtractor
+from .modeling_beats import BeatsForAudioClassification, BeatsModel
 from .modeling_salmonn import SalmonnForConditionalGeneration, SalmonnModel
 from .pipeline_salmonn import register_pipeline
 from .processing_salmonn import SalmonnProcessor
@@ -25,10 +30,20 @@ AutoModelForSpeechSeq2Seq.register(SalmonnConfig, SalmonnForConditionalGeneratio
 AutoModelForMultimodalLM.register(SalmonnConfig, SalmonnForConditionalGeneration)
 AutoFeatureExtractor.register(SalmonnConfig, SalmonnFeatureExtractor)
 AutoProcessor.register(SalmonnConfig, SalmonnProcessor)
+AutoConfig.register("beats", BeatsConfig)
+AutoModel.register(BeatsConfig, BeatsModel)
+AutoModelForAudioClassification.register(BeatsConfig, BeatsForAudioClassification)
+AutoFeatureExtractor.register(BeatsConfig, BeatsFeatureExtractor)
+# The pipeline looks here, and not among what is registered, to tell whether it supports a model.
+MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES["beats"] = "BeatsForAudioClassification"
 register_pipeline()
 
 __all__ = [
     "AudioError",
+    "BeatsConfig",
+    "BeatsFeatureExtractor",
+    "BeatsForAudioClassification",
+    "BeatsModel",
     "SalmonnConfig",
     "SalmonnFeatureExtractor",
     "SalmonnForConditionalGeneration",

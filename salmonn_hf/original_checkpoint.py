@@ -1,0 +1,47 @@
+"""Checkpoints of the original implementations, as `torch.save` wrote them."""
+
+import pickle
+import re
+from pathlib import Path
+
+import torch
+
+
+def load_original_checkpoint(path: str | Path) -> dict:
+    r"""
+    Read a checkpoint of tensors and plain values (numbers, strings, lists, dicts). Code in it is never run.
+
+    Args:
+        path (`str` or `Path`): a file that `torch.save` wrote.
+
+    Returns:
+        `dict`: its content, the tensors on the CPU.
+
+    Raises:
+        OSError: if there is no such file, or it is cut short or no torch file.
+        ValueError: if it holds anything but tensors and plain values, or no dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no checkpoint file {path}; give the path of the downloaded .pt or .pth file."
+        )
+    try:
+        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        # The unpickler names the function or class that it will not run; other bytes are no pickle at all.
+        refused = re.search(r"GLOBAL ([\w.]+\w)", str(error))
+        if refused is None:
+            raise OSError(f"{path} is no torch checkpoint, or a damaged one. Download it again.") from error
+        raise ValueError(
+            f"{path} holds pickled code ({refused[1]}), which is not run. Fetch the checkpoint from its publisher "
+            "again, or save its tensors and settings alone with torch.save."
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise OSError(f"{path} is cut short, damaged or no torch checkpoint ({error}). Download it again.") from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(
+            f"{path} holds a {type(checkpoint).__name__}, not the dict of an original checkpoint; give the published "
+            "file itself."
+        )
+    return checkpoint
