@@ -73,7 +73,8 @@ class SalmonnProcessor(ProcessorMixin):
     def num_audio_tokens(self, num_frames: int) -> int:
         """Audio tokens for `num_frames` encoder frames (20 ms each); see `SalmonnWindowQFormer.num_windows`."""
         steps = max(num_frames - self.window_frames, 0)
-        return (-(-steps // self.window_stride) + 1) * self.queries_per_window
+        incomplete = 0 if self.feature_extractor.pad_to_30_seconds else self.window_stride - 1
+        return ((steps + incomplete) // self.window_stride + 1) * self.queries_per_window
 
     def replace_audio_token(self, audio_inputs, audio_idx, **kwargs) -> str:
         mel_frames = int(audio_inputs["input_features_mask"][audio_idx].sum())

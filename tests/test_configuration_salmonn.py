@@ -27,6 +27,7 @@ def test_default_is_a_working_config():
         ({"audio_token_id": 300}, "300 tokens"),
         ({"window_stride": 9}, "stride"),
         ({"queries_per_window": 0}, "at least 1"),
+        ({"frame_mlp_size": 8, "window_stride": 7}, "7 frames do not fall into 2 equal shares"),
         ({"audio_config": tiny_text_config()}, "must be a Whisper"),
     ],
 )

@@ -30,11 +30,22 @@ def test_a_clip_has_the_same_frames_alone_and_in_a_batch(seconds):
 
 
 def test_waveforms_for_a_sound_encoder():
-    clips = [noise(0.5), noise(1.0)]
+    clips = [noise(0.5), noise(1.5)]
     features = SalmonnFeatureExtractor(return_input_values=True)(clips)
-    assert features["input_values"].shape == (2, 16000)
-    assert features["input_values_mask"].sum(-1).tolist() == [8000, 16000]
+    assert features["input_values"].shape == (2, 24000)
+    assert features["input_values_mask"].sum(-1).tolist() == [16000, 24000]  # a second at least, as in SALMONN
     np.testing.assert_array_equal(features["input_values"][0, :8000], clips[0])
+    assert not features["input_values"][0, 8000:].any()
+
+
+@pytest.mark.parametrize("seconds", [0.3, 12.34, 30.0])
+def test_original_geometry_is_whispers_own(seconds):
+    extractor = SalmonnFeatureExtractor(pad_to_30_seconds=True)
+    clips = [noise(seconds), noise(2.0, 1)]
+    ours = extractor(clips)
+    whisper = WhisperFeatureExtractor()(clips, sampling_rate=16000)["input_features"]
+    assert ours["input_features_mask"].shape == (2, 3000) and ours["input_features_mask"].all()
+    np.testing.assert_allclose(ours["input_features"], whisper, atol=1e-5)
 
 
 def test_other_sampling_rates_are_refused():
@@ -43,6 +54,7 @@ def test_other_sampling_rates_are_refused():
 
 
 def test_saved_and_loaded_is_the_same(tmp_path):
-    SalmonnFeatureExtractor(feature_size=128, tail_seconds=0.1).save_pretrained(tmp_path)
+    SalmonnFeatureExtractor(feature_size=128, tail_seconds=0.1, pad_to_30_seconds=True).save_pretrained(tmp_path)
     loaded = AutoFeatureExtractor.from_pretrained(tmp_path)
     assert type(loaded) is SalmonnFeatureExtractor and loaded.feature_size == 128 and loaded.tail_seconds == 0.1
+    assert loaded.pad_to_30_seconds

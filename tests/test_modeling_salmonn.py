@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import LANGUAGE_MODELS, noise, tiny_config, tiny_model, tiny_processor, tiny_text_config
-from transformers import AutoModelForCausalLM, Wav2Vec2Config
+from transformers import AutoConfig, AutoModelForCausalLM, Wav2Vec2Config
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from salmonn_hf import SalmonnFeatureExtractor, SalmonnForConditionalGeneration, SalmonnModel
+from salmonn_hf.configuration_beats import BeatsConfig
 
 SECONDS = [0.3, 29.0, 1.7, 4.0, 11.3]
 
@@ -57,6 +58,25 @@ def test_audio_tokens_are_in_proportion_to_the_clip(window, stride, queries):
         assert len(embeds) == (inputs["input_ids"] == 3).sum()
 
 
+@pytest.mark.parametrize(("window", "stride"), [(17, 17), (8, 8), (12, 5)])
+def test_original_geometry_drops_an_incomplete_window(window, stride):
+    """The frames after the last whole window change nothing; model and processor count the windows alike."""
+    config = tiny_config(window_frames=window, window_stride=stride, pad_to_30_seconds=True)
+    model, processor = tiny_model(config), tiny_processor(config)
+    processor.feature_extractor.pad_to_30_seconds = True
+    frames, mask = torch.randn(2, 160, 16), torch.ones(2, 160, dtype=torch.bool)
+    windows = (160 - window) // stride + 1
+    changed = frames.clone()
+    changed[:, (windows - 1) * stride + window :] += 1
+    with torch.no_grad():
+        embeds, num_tokens = model.connect_audio(frames, mask)
+        assert num_tokens.tolist() == [2 * windows] * 2 == [processor.num_audio_tokens(160)] * 2
+        assert torch.equal(model.connect_audio(changed, mask)[0], embeds)
+        inputs = processor(text="<|audio|>", audio=noise(1.0))
+        embeds = model.get_audio_features(inputs["input_features"], inputs["input_features_mask"]).pooler_output
+    assert len(embeds) == (inputs["input_ids"] == 3).sum() == 2 * ((1500 - window) // stride + 1)
+
+
 def test_every_frame_reaches_a_window():
     """The tail of a clip must be heard: changing its last frame changes the last audio token, and no other."""
     model = tiny_model(tiny_config(window_frames=17, window_stride=17, queries_per_window=1))
@@ -70,8 +90,23 @@ def test_every_frame_reaches_a_window():
     assert torch.equal(before[:2], after[:2]) and not torch.allclose(before[2], after[2], atol=1e-4)
 
 
-def test_padding_frames_have_no_influence():
-    model = tiny_model()
+def test_frame_mlp_takes_each_query_its_own_frames():
+    """With the Q-Former's projection silenced, a frame changes the one audio token that stands for it."""
+    model = tiny_model(tiny_config(frame_mlp_size=12))  # windows of 8 frames, 2 queries: 4 frames each
+    with torch.no_grad():
+        model.connector.proj.weight.zero_()
+    frames = torch.randn(1, 20, 16)
+    changed = frames.clone()
+    changed[0, 13] += torch.randn(16)
+    mask = torch.ones(1, 20, dtype=torch.bool)
+    with torch.no_grad():
+        difference = model.connect_audio(frames, mask)[0] - model.connect_audio(changed, mask)[0]
+    assert difference.abs().amax(-1).gt(1e-3).tolist() == [False, False, False, True, False, False]
+
+
+@pytest.mark.parametrize("frame_mlp_size", [0, 12])
+def test_padding_frames_have_no_influence(frame_mlp_size):
+    model = tiny_model(tiny_config(frame_mlp_size=frame_mlp_size))
     frames = torch.randn(2, 50, 16)
     mask = torch.ones(2, 50, dtype=torch.bool)
     mask[1, 21:] = False
@@ -113,6 +148,21 @@ def test_batch_equals_single(model_type):
         assert alone[0, -6:].tolist() == batch[row].tolist()
 
 
+def test_learned_positions_do_not_count_padding():
+    """Rotary embeddings see distances alone; of GPT-2's, each row must begin with the first."""
+    text_config = AutoConfig.for_model(
+        "gpt2", vocab_size=300, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2, pad_token_id=2
+    )
+    config = tiny_config(text_config=text_config)
+    model, processor = tiny_model(config), tiny_processor(config)
+    clips = [noise(0.4), noise(6.0)]
+    generate = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    batch = model.generate(**processor.apply_transcription_request(clips), **generate).logits
+    alone = model.generate(**processor.apply_transcription_request(clips[0]), **generate).logits
+    for together, single in zip(batch, alone, strict=True):
+        torch.testing.assert_close(together[0], single[0], atol=1e-4, rtol=1e-4)
+
+
 def test_several_clips_in_one_prompt():
     model, processor = tiny_model(), tiny_processor()
     first, second = noise(1.0, 1), noise(2.5, 2)
@@ -151,6 +201,28 @@ def test_the_audio_token_is_never_generated():
     inputs = processor.apply_transcription_request(noise(1.0))
     output = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert 3 not in output[0, inputs["input_ids"].shape[1] :]
+
+
+def test_the_lm_head_sees_one_block_of_memory():
+    """Of a slice of a batch, torch would copy the whole LM head for each row: half of the time of a training step."""
+    model, processor = tiny_model(), tiny_processor()
+    seen = []
+    model.language_model.lm_head.register_forward_pre_hook(
+        lambda module, inputs: seen.append((inputs[0].shape[1], inputs[0].is_contiguous()))
+    )
+    inputs = processor(text=["<|audio|>abc", "<|audio|>abcdef"], audio=[noise(0.5), noise(1.0)])
+    model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    labels = inputs["input_ids"].clone()
+    labels[:, :-3] = -100
+    model.train()(**inputs, labels=labels)
+    assert seen == [(1, True), (1, True), (4, True)]
+
+
+def test_labels_from_the_first_token_on():
+    model, processor = tiny_model(without_dropout()), tiny_processor()
+    inputs = processor(text=["abc"])
+    losses = [m(**inputs, labels=inputs["input_ids"]).loss for m in (model.eval(), model.train())]
+    torch.testing.assert_close(*losses)
 
 
 def test_generation_hears_the_audio():
@@ -283,6 +355,26 @@ def test_a_sound_encoder_joins_in():
     assert batch[0].tolist() == alone[0, -4:].tolist()
     silenced = inputs["input_values"].clone() * 0
     assert not torch.allclose(model(**inputs).logits, model(**{**inputs, "input_values": silenced}).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("pad_to_30_seconds", [False, True])
+def test_beats_joins_in(pad_to_30_seconds):
+    """Clips of any length, alone as in a batch; the shortest are shorter than one of BEATs' patches."""
+    sound_config = BeatsConfig(
+        embed_dim=8, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        num_conv_pos_embedding_groups=4,
+    )  # fmt: skip
+    qformer_config = tiny_config().qformer_config.to_dict() | {"encoder_hidden_size": 16 + 24}
+    config = tiny_config(sound_config=sound_config, qformer_config=qformer_config, pad_to_30_seconds=pad_to_30_seconds)
+    model, processor = tiny_model(config), tiny_processor(config)
+    processor.feature_extractor.return_input_values = True
+    processor.feature_extractor.pad_to_30_seconds = pad_to_30_seconds
+    clips = [noise(seconds, seed) for seed, seconds in enumerate([0.05, 3.1, 0.6])]
+    with torch.no_grad():
+        batch = model(**processor.apply_transcription_request(clips)).logits[:, -1]
+        for row, clip in enumerate(clips):
+            alone = model(**processor.apply_transcription_request(clip)).logits[0, -1]
+            torch.testing.assert_close(batch[row], alone, atol=1e-4, rtol=1e-4)
 
 
 def test_placeholder_mismatch_is_named():

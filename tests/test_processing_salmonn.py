@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from conftest import noise, tiny_config, tiny_processor, tiny_tokenizer
 from transformers import AutoProcessor
@@ -20,6 +21,13 @@ def test_placeholders_follow_each_clips_length():
     assert audio_tokens(inputs) == [16, 2 * -(-260 // 8)]
     assert inputs["attention_mask"][0, 0] == 0 and inputs["attention_mask"][:, -1].tolist() == [1, 1]  # left-padded
     assert inputs["input_features_mask"].sum(-1).tolist() == [120, 520]
+
+
+def test_original_geometry_costs_every_clip_the_same():
+    processor = tiny_processor(tiny_config(window_frames=17, window_stride=17, queries_per_window=1))
+    processor.feature_extractor.pad_to_30_seconds = True
+    assert audio_tokens(processor.apply_transcription_request([noise(0.3), noise(30.0)])) == [88, 88]
+    assert processor.num_audio_tokens(160) == 9  # 160 = 9 · 17 + 7
 
 
 def test_transcription_request_takes_prompt_and_language():
@@ -103,6 +111,19 @@ def test_an_unknown_audio_token_is_named():
 def test_bad_clips_are_named(clip, message):
     with pytest.raises(AudioError, match=message):
         tiny_processor().apply_transcription_request([noise(0.3), clip])
+
+
+def test_one_clip_comes_in_any_form(tmp_path):
+    processor, clip = tiny_processor(), noise(0.5)
+    path = tmp_path / "clip.wav"
+    soundfile.write(path, clip, 16000, subtype="FLOAT")
+    expected = processor(text="<|audio|>", audio=clip)
+    forms = [str(path), path, path.read_bytes(), {"array": clip, "sampling_rate": 16000}, [clip], [str(path)]]
+    forms.append({"bytes": path.read_bytes(), "path": None})
+    for form in forms:
+        inputs = processor(text="<|audio|>", audio=form)
+        for name, value in expected.items():
+            assert torch.equal(inputs[name], value), (type(form), name)
 
 
 def test_text_alone():

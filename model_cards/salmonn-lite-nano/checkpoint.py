@@ -25,11 +25,14 @@ def without_base_parts(state_dict: dict, config) -> dict:
 
 
 def read_weights(directory: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a directory's safetensors file or shards, memory-mapped."""
-    files = sorted(directory.glob("model*.safetensors"))
+    """All tensors of a directory's weight file or shards, memory-mapped."""
+    if files := sorted(directory.glob("model*.safetensors")):
+        return {key: value for file in files for key, value in load_file(file).items()}
+    files = sorted(directory.glob("pytorch_model*.bin"))  # Vicuna, SALMONN's own language model, comes as these alone
     if not files:
         raise OSError(f"{directory} holds no model*.safetensors; save the part there with save_pretrained.")
-    return {key: value for file in files for key, value in load_file(file).items()}
+    shards = [torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in files]
+    return {key: value for shard in shards for key, value in shard.items()}
 
 
 def part_keys(part: str, state_dict: dict) -> dict[str, torch.Tensor]:

@@ -4,6 +4,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, Blip2QFormerConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .configuration_beats import BeatsConfig
+
 # Where a checkpoint keeps its code, see `checkpoint.save_code`.
 CUSTOM_PIPELINES = {
     "automatic-speech-recognition": {
@@ -33,11 +35,19 @@ class SalmonnConfig(PreTrainedConfig):
         window_frames (`int`): encoder frames (20 ms each) in a Q-Former window. SALMONN: 17, that is 0.333 s.
         window_stride (`int`): encoder frames between the starts of two windows. SALMONN: 17.
         queries_per_window (`int`): learned queries, and so audio tokens, per window. SALMONN: 1.
+        pad_to_30_seconds (`bool`): SALMONN's original geometry. Every clip is heard as 30 s, silence included, and an
+            incomplete last window is dropped: 88 audio tokens, whatever the clip. `False`: a clip costs what it lasts,
+            and its tail is kept. The feature extractor has a field of the same name.
         window_position_embeddings (`bool`): add a learned position to the frames of a window, so that the queries can
             tell its start from its end. SALMONN has none.
+        frame_mlp_size (`int`): hidden size of an MLP beside the Q-Former, which takes the frames that a query stands
+            for, stacked, straight to its audio embedding; 0 for none, as SALMONN. With it a small model aligns
+            several times faster. Needs a stride that is a multiple of `queries_per_window`.
         projector_norm (`bool`): LayerNorm after the projection into the language model. SALMONN has none.
         ctc_vocab_size (`int`): tokens of the CTC alignment head over the language model's own embeddings; 0 for no
             head.
+        ctc_merges (`int`, *optional*): the head's tokens are those of the language model's tokenizer stopped after so
+            many byte-pair merges (see `training.ctc_tokenizer`); `None` for all.
         ctc_loss_weight (`float`): weight of the CTC loss beside the next-token loss when `ctc_labels` are given.
         lora (`dict`, *optional*): `peft.LoraConfig` arguments of the adapter inside the language model.
         base_parts (`dict`, *optional*): for an adapter checkpoint, which frozen parts its file leaves out and where
@@ -66,9 +76,12 @@ class SalmonnConfig(PreTrainedConfig):
     window_frames: int = 17
     window_stride: int = 17
     queries_per_window: int = 1
+    pad_to_30_seconds: bool = False
     window_position_embeddings: bool = False
+    frame_mlp_size: int = 0
     projector_norm: bool = False
     ctc_vocab_size: int = 0
+    ctc_merges: int | None = None
     ctc_loss_weight: float | int = 0.0
     lora: dict | None = None
     base_parts: dict | None = None
@@ -101,6 +114,11 @@ class SalmonnConfig(PreTrainedConfig):
                 f"window_frames {self.window_frames}, window_stride {self.window_stride} and queries_per_window "
                 f"{self.queries_per_window} must be at least 1, and the stride no longer than the window."
             )
+        if self.frame_mlp_size and self.window_stride % self.queries_per_window:
+            raise ValueError(
+                f"frame_mlp_size needs a window_stride that queries_per_window divides; {self.window_stride} frames "
+                f"do not fall into {self.queries_per_window} equal shares."
+            )
         if not 0 <= self.audio_token_id < self.text_config.vocab_size:
             raise ValueError(
                 f"audio_token_id {self.audio_token_id} lies outside the language model's vocabulary of "
@@ -116,5 +134,7 @@ class SalmonnConfig(PreTrainedConfig):
 
 
 SalmonnConfig.register_for_auto_class()
+# Here and not in the package's __init__, so that the code in a checkpoint knows BEATs too.
+AutoConfig.register("beats", BeatsConfig, exist_ok=True)
 
 __all__ = ["SalmonnConfig"]

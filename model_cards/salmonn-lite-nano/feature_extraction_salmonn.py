@@ -18,14 +18,20 @@ class SalmonnFeatureExtractor(WhisperFeatureExtractor):
         feature_size (`int`): mel bins; Whisper base 80, large-v3 128.
         tail_seconds (`float`): silence appended to each clip. Whisper was trained on padded audio and reads a last
             word better with a little of it.
-        return_input_values (`bool`): also return the padded waveform, for a sound encoder.
+        pad_to_30_seconds (`bool`): SALMONN's original geometry: every clip is padded with silence to 30 s, and the
+            mask is 1 on all of it. As in the model's config.
+        return_input_values (`bool`): also return the waveform, for a sound encoder. As in SALMONN, a clip shorter than
+            a second is padded with silence to one, and counts as so long: BEATs' first patch takes 0.175 s.
     """
 
     model_input_names = ["input_features", "input_features_mask"]
 
-    def __init__(self, feature_size=80, tail_seconds=0.2, return_input_values=False, **kwargs):
+    def __init__(
+        self, feature_size=80, tail_seconds=0.2, pad_to_30_seconds=False, return_input_values=False, **kwargs
+    ):
         super().__init__(feature_size=feature_size, **kwargs)
         self.tail_seconds = tail_seconds
+        self.pad_to_30_seconds = pad_to_30_seconds
         self.return_input_values = return_input_values
 
     def fetch_audio(self, audio, sampling_rate=None):
@@ -64,7 +70,7 @@ class SalmonnFeatureExtractor(WhisperFeatureExtractor):
         # Whole encoder frames (two hops each) only, so that the length in frames is the same alone and in any batch.
         frame = 2 * self.hop_length
         lengths = [math.ceil((len(c) + self.tail_seconds * self.sampling_rate) / frame) * frame for c in clips]
-        lengths = [min(length, self.n_samples) for length in lengths]
+        lengths = [self.n_samples if self.pad_to_30_seconds else min(length, self.n_samples) for length in lengths]
         padded = [np.pad(clip, (0, length - len(clip))) for clip, length in zip(clips, lengths, strict=True)]
         features = super().__call__(
             padded,
@@ -76,9 +82,9 @@ class SalmonnFeatureExtractor(WhisperFeatureExtractor):
         )
         data = {"input_features": features["input_features"], "input_features_mask": features["attention_mask"]}
         if self.return_input_values:
-            samples = max(len(clip) for clip in clips)
-            data["input_values"] = np.stack([np.pad(clip, (0, samples - len(clip))) for clip in clips])
-            data["input_values_mask"] = np.stack([np.arange(samples) < len(clip) for clip in clips]).astype(np.int32)
+            lengths = np.array([max(len(clip), self.sampling_rate) for clip in clips])
+            data["input_values"] = np.stack([np.pad(clip, (0, lengths.max() - len(clip))) for clip in clips])
+            data["input_values_mask"] = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int32)
         return BatchFeature(data, tensor_type=return_tensors)
 
 

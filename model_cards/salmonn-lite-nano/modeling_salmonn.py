@@ -16,7 +16,9 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .configuration_beats import BeatsConfig
 from .configuration_salmonn import SalmonnConfig
+from .modeling_beats import BeatsModel
 
 
 @dataclass
@@ -79,6 +81,7 @@ class SalmonnWindowQFormer(nn.Module):
         super().__init__()
         self.window_frames = config.window_frames
         self.window_stride = config.window_stride
+        self.keep_tail = not config.pad_to_30_seconds
         width, hidden_size = config.qformer_config.encoder_hidden_size, config.qformer_config.hidden_size
         self.query_tokens = nn.Parameter(torch.zeros(1, config.queries_per_window, hidden_size))
         if config.window_position_embeddings:
@@ -87,12 +90,26 @@ class SalmonnWindowQFormer(nn.Module):
             self.window_positions = None
         self.qformer = Blip2QFormerModel._from_config(config.qformer_config)
         self.proj = nn.Linear(hidden_size, config.text_config.hidden_size)
+        if config.frame_mlp_size:
+            # Of a window's own frames, those before the next window's start, each query has its equal share.
+            share = config.window_stride // config.queries_per_window
+            self.frame_mlp = nn.Sequential(
+                nn.Linear(share * width, config.frame_mlp_size),
+                nn.GELU(),
+                nn.Linear(config.frame_mlp_size, config.text_config.hidden_size),
+            )
+        else:
+            self.frame_mlp = None
         self.proj_norm = nn.LayerNorm(config.text_config.hidden_size) if config.projector_norm else nn.Identity()
 
     def num_windows(self, num_frames: torch.Tensor) -> torch.Tensor:
-        """Windows that cover `num_frames` encoder frames: ceil(frames / window) where windows do not overlap."""
+        """
+        Windows that cover `num_frames` encoder frames: ceil(frames / window) where windows do not overlap; with
+        `pad_to_30_seconds` the whole ones alone, floor(frames / window).
+        """
         steps = torch.clamp(num_frames - self.window_frames, min=0)
-        return (steps + self.window_stride - 1) // self.window_stride + 1
+        incomplete = self.window_stride - 1 if self.keep_tail else 0
+        return (steps + incomplete) // self.window_stride + 1
 
     def forward(self, frames: torch.Tensor, frame_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         r"""
@@ -113,15 +130,18 @@ class SalmonnWindowQFormer(nn.Module):
         window_mask = frame_mask.unfold(1, self.window_frames, self.window_stride)
         own = torch.arange(windows.shape[1], device=frames.device) < num_windows[:, None]
         windows, window_mask = windows[own], window_mask[own]  # the windows of all clips in a row, padding left out
-        if self.window_positions is not None:
-            windows = windows + self.window_positions.to(windows.dtype)
 
+        positions = 0 if self.window_positions is None else self.window_positions.to(windows.dtype)
         queries = self.qformer(
             query_embeds=self.query_tokens.expand(len(windows), -1, -1),
-            encoder_hidden_states=windows,
+            encoder_hidden_states=windows + positions,
             encoder_attention_mask=window_mask,
         ).last_hidden_state
-        audio_embeds = self.proj_norm(self.proj(queries)).flatten(0, 1)
+        audio_embeds = self.proj(queries)
+        if self.frame_mlp is not None:
+            own_frames = (windows * window_mask[..., None])[:, : self.window_stride].to(audio_embeds.dtype)
+            audio_embeds = audio_embeds + self.frame_mlp(own_frames.reshape(*audio_embeds.shape[:2], -1))
+        audio_embeds = self.proj_norm(audio_embeds).flatten(0, 1)
         return audio_embeds, num_windows * self.query_tokens.shape[1]
 
 
@@ -201,7 +221,7 @@ class SalmonnPreTrainedModel(PreTrainedModel):
         if isinstance(module, SalmonnWindowQFormer):
             nn.init.normal_(module.query_tokens, std=0.02)
             if module.window_positions is not None:
-                nn.init.normal_(module.window_positions, std=0.02)
+                nn.init.normal_(module.window_positions)  # as strong as the frames that they are added to
         elif isinstance(module, SalmonnCTCHead):
             nn.init.normal_(module.blank)
             nn.init.constant_(module.log_scale, 3.0)  # cosines times e³ = 20
@@ -323,9 +343,9 @@ class SalmonnModel(SalmonnPreTrainedModel):
         ).last_hidden_state
         encoded = {"audio_frames": audio_frames, "audio_frames_mask": input_features_mask[:, ::2].bool()}
         if self.config.sound_config is not None:
-            sound_frames = self.sound_tower(
-                input_values.to(self.sound_tower.dtype), attention_mask=input_values_mask
-            ).last_hidden_state
+            if self.config.sound_config.model_type != "beats":  # which makes its spectrogram in float32
+                input_values = input_values.to(self.sound_tower.dtype)
+            sound_frames = self.sound_tower(input_values, attention_mask=input_values_mask).last_hidden_state
             lengths = self.sound_tower._get_feat_extract_output_lengths(input_values_mask.sum(-1))
             positions = torch.arange(sound_frames.shape[1], device=sound_frames.device)
             encoded |= {"sound_frames": sound_frames, "sound_frames_mask": positions < lengths[:, None]}
@@ -335,9 +355,14 @@ class SalmonnModel(SalmonnPreTrainedModel):
         """Encoder frames (see `encode_audio`) to audio embeddings, and their number per clip."""
         frames = self.audio_norm(audio_frames)
         if sound_frames is not None:
-            # The shorter stream is zero-padded, after its LayerNorm, to the length of the speech encoder's.
+            # The shorter stream is zero-padded, after its LayerNorm, to the length of the longer. Where a clip costs
+            # what it lasts, that is the speech encoder's: pad also cuts where `missing` is negative.
             sound_frames = self.sound_norm(sound_frames) * sound_frames_mask[..., None]
-            missing = frames.shape[1] - sound_frames.shape[1]  # pad also cuts where it is negative
+            missing = frames.shape[1] - sound_frames.shape[1]
+            if self.config.pad_to_30_seconds and missing < 0:
+                frames = nn.functional.pad(frames, (0, 0, 0, -missing))
+                audio_frames_mask = nn.functional.pad(audio_frames_mask, (0, -missing), value=True)
+                missing = 0
             frames = torch.cat([frames, nn.functional.pad(sound_frames, (0, 0, 0, missing))], dim=-1)
         return self.connector(frames, audio_frames_mask)
 
@@ -436,6 +461,7 @@ class SalmonnForConditionalGeneration(SalmonnModel, GenerationMixin):
         input_values_mask: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         audio_frames: torch.Tensor | None = None,
@@ -454,6 +480,8 @@ class SalmonnForConditionalGeneration(SalmonnModel, GenerationMixin):
             input_features_mask (`torch.Tensor` of shape `(clips, mel frames)`).
             input_values, input_values_mask (`torch.Tensor` of shape `(clips, samples)`): with a sound encoder.
             attention_mask (`torch.Tensor` of shape `(batch, tokens)`).
+            position_ids (`torch.LongTensor` of shape `(batch, tokens)`): by default 0, 1, 2, ... on padding too;
+                `generate`, which looks for this argument, leaves padding out.
             labels (`torch.LongTensor` of shape `(batch, tokens)`): -100 where there is no loss.
             audio_frames, audio_frames_mask, sound_frames, sound_frames_mask: what `encode_audio` returned, in place of
                 the features; they need not be encoded again.
@@ -482,8 +510,14 @@ class SalmonnForConditionalGeneration(SalmonnModel, GenerationMixin):
 
         if labels is not None and self.training:
             # Answers stand at the end of left-padded rows: no logits for the positions before the first of them.
-            logits_to_keep = int(labels.shape[1] - (labels != -100).any(0).int().argmax()) + 1
+            first = int((labels != -100).any(0).int().argmax())
+            logits_to_keep = min(labels.shape[1] - first + 1, labels.shape[1])
             labels = labels[:, -logits_to_keep:]
+        if isinstance(logits_to_keep, int) and logits_to_keep > 0:
+            # By indices the kept states are one block of memory; of a slice, torch would copy the LM head for each row.
+            logits_to_keep = torch.arange(-logits_to_keep, 0, device=inputs_embeds.device)
+        if position_ids is not None:
+            kwargs["position_ids"] = position_ids
         outputs = self.language_model(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, logits_to_keep=logits_to_keep, **kwargs
         )
@@ -509,5 +543,6 @@ class SalmonnForConditionalGeneration(SalmonnModel, GenerationMixin):
 
 
 SalmonnForConditionalGeneration.register_for_auto_class("AutoModel")
+AutoModel.register(BeatsConfig, BeatsModel, exist_ok=True)
 
 __all__ = ["SalmonnForConditionalGeneration", "SalmonnModel", "SalmonnPreTrainedModel"]
