@@ -13,7 +13,15 @@ import torch
 from .audio import load_audio
 
 # What the features depend on; how the extractor was loaded must not change their name.
-FEATURE_SETTINGS = ("feature_size", "sampling_rate", "n_fft", "hop_length", "dither", "tail_seconds")
+FEATURE_SETTINGS = (
+    "feature_size",
+    "sampling_rate",
+    "n_fft",
+    "hop_length",
+    "dither",
+    "tail_seconds",
+    "pad_to_30_seconds",
+)
 
 
 def cache_key(clips, encoder_name: str, feature_extractor) -> str:

@@ -1,12 +1,17 @@
 """What the training scripts share: data with cached encoder features, collation, losses' labels, evaluation by WER."""
 
+import io
+import json
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+import soundfile
+import soxr
 import torch
 from peft.tuners.lora import LoraLayer
+from tokenizers import Tokenizer
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -38,36 +43,50 @@ def load_speech(files: list[str], text_column: str = "text"):
     )
 
 
-def join_clips(dataset, count: int, seconds: tuple[float, float] = (6.0, 28.0), seed: int = 0):
+def speech_dataset(rows: list[tuple[np.ndarray, str, str]]):
+    """Rows of waveform at 16 kHz, file name and text as a dataset like `load_speech`'s."""
+    from datasets import Dataset, Features, Value
+
+    # An undecoded Audio column is this struct; `datasets` itself encodes one only with torchcodec.
+    features = Features({"audio": {"bytes": Value("binary"), "path": Value("string")}, "text": Value("string")})
+    examples = []
+    for waveform, name, text in rows:
+        file = io.BytesIO()
+        soundfile.write(file, waveform, 16000, format="FLAC")
+        examples.append({"audio": {"bytes": file.getvalue(), "path": name}, "text": text})
+    return Dataset.from_list(examples, features=features)
+
+
+def join_clips(dataset, count: int, seconds: tuple[float, float], seed: int = 0):
     """
     `count` longer clips, made of random clips of `dataset` with 0.1 to 0.6 s of silence between them, until a length
     drawn from `seconds` is reached: real recordings are longer than the lines of a dialogue.
     """
-    import io
-
-    import soundfile
-    from datasets import Dataset, Features, Value
-
     rng = np.random.default_rng(seed)
+    rows = []
+    for index in range(count):
+        target, parts, texts = rng.uniform(*seconds) * 16000, [], []
+        while True:
+            row = dataset[int(rng.integers(len(dataset)))]
+            waveform = load_audio(row["audio"])
+            silence = np.zeros(int(rng.uniform(0.1, 0.6) * 16000), np.float32)
+            if sum(map(len, parts)) + len(silence) + len(waveform) > max(target, len(silence) + len(waveform)):
+                break
+            parts += [silence, waveform]
+            texts.append(row["text"].strip())
+        rows.append((np.concatenate(parts[1:]), f"joined-{seed}-{index}.flac", " ".join(texts)))
+    return speech_dataset(rows)
 
-    def rows():
-        for index in range(count):
-            target, parts, texts = rng.uniform(*seconds) * 16000, [], []
-            while True:
-                row = dataset[int(rng.integers(len(dataset)))]
-                waveform = load_audio(row["audio"])
-                silence = np.zeros(int(rng.uniform(0.1, 0.6) * 16000), np.float32)
-                if sum(map(len, parts)) + len(silence) + len(waveform) > max(target, len(silence) + len(waveform)):
-                    break
-                parts += [silence, waveform]
-                texts.append(row["text"].strip())
-            file = io.BytesIO()
-            soundfile.write(file, np.concatenate(parts[1:]), 16000, format="FLAC")
-            yield {"audio": {"bytes": file.getvalue(), "path": f"joined-{seed}-{index}.flac"}, "text": " ".join(texts)}
 
-    # As an undecoded Audio column, which `datasets` itself encodes only with torchcodec.
-    features = Features({"audio": {"bytes": Value("binary"), "path": Value("string")}, "text": Value("string")})
-    return Dataset.from_list(list(rows()), features=features)
+def change_speed(dataset, speed: float):
+    """Its clips played at `speed` times their own, pitch included (Ko et al., 2015: speed perturbation)."""
+    rows = []
+    for index, row in enumerate(dataset):
+        waveform = load_audio(row["audio"])
+        # Not beyond the 30 s that the encoder hears.
+        if len(waveform) / speed < 30 * 16000:
+            rows.append((soxr.resample(waveform, 16000 * speed, 16000), f"speed-{speed}-{index}.flac", row["text"]))
+    return speech_dataset(rows)
 
 
 @dataclass
@@ -78,35 +97,59 @@ class SpeechArguments:
     eval_file: str = field(metadata={"help": "Held-out Parquet file, for the word error rate during training."})
     text_column: str = field(default="text", metadata={"help": "Column that holds the transcript."})
     max_eval_clips: int | None = field(default=None, metadata={"help": "Evaluate on the first of them only."})
-    joined_clips: int = field(default=0, metadata={"help": "Longer clips (6-28 s) made of joined ones, per file."})
+    joined_clips: int = field(default=0, metadata={"help": "Longer clips made of joined ones, per file."})
+    joined_seconds: list[float] = field(default_factory=lambda: [6.0, 28.0], metadata={"help": "How long they are."})
+    speeds: list[float] = field(default_factory=list, metadata={"help": "Add copies at these speeds, e.g. 0.9 1.1."})
+    speed_files: list[str] | None = field(default=None, metadata={"help": "Only of these files; default: of all."})
+    masked_frames: float = field(default=0.0, metadata={"help": "Share of encoder frames masked in training."})
     feature_cache: str = field(default="runs/feature_cache", metadata={"help": "Directory of encoder features."})
 
     def load(self):
-        """The training parts, one a file and one for its joined clips, and the evaluation part."""
-        train = [load_speech([file], self.text_column) for file in self.train_files]
+        """The training parts, one a file, one for each other speed, one for joined clips, and the evaluation part."""
+        files = {file: load_speech([file], self.text_column) for file in self.train_files}
+        train = list(files.values())
+        for file in self.speed_files or self.train_files:
+            train += [change_speed(files[file], speed) for speed in self.speeds]
         if self.joined_clips:
-            train += [join_clips(part, self.joined_clips, seed=seed) for seed, part in enumerate(train)]
+            seconds = tuple(self.joined_seconds)
+            train += [join_clips(part, self.joined_clips, seconds, seed) for seed, part in enumerate(files.values())]
         evaluation = load_speech([self.eval_file], self.text_column)
         if self.max_eval_clips:
             evaluation = evaluation.select(range(min(self.max_eval_clips, len(evaluation))))
         return train, evaluation
 
 
-class CachedSpeechDataset(torch.utils.data.Dataset):
-    """Transcripts with the cached encoder frames of their clips: `{"audio_frames": (frames, width), "text"}`."""
+def mask_frames(frames: torch.Tensor, share: float, span: int = 6) -> torch.Tensor:
+    """
+    Frames `(frames, width)` with about `share` of them, in runs of `span` (120 ms), replaced by their common mean:
+    SpecAugment's time masking (Park et al., 2019) on encoder features, as wav2vec 2.0 is fine-tuned with.
+    """
+    count = int(len(frames) * share / span + torch.rand(()))
+    starts = torch.randint(max(len(frames) - span, 1), (count, 1))
+    masked = torch.zeros(len(frames), dtype=torch.bool)
+    masked[(starts + torch.arange(min(span, len(frames)))).flatten()] = True
+    return torch.where(masked[:, None], frames.mean(0), frames)
 
-    def __init__(self, parts: list[tuple[FeatureCache, list[str]]]):
+
+class CachedSpeechDataset(torch.utils.data.Dataset):
+    """
+    Transcripts with the cached encoder frames of their clips: `{"audio_frames": (frames, width), "text"}`. For
+    training, `masked_frames` is the share of frames to mask, see `mask_frames`.
+    """
+
+    def __init__(self, parts: list[tuple[FeatureCache, list[str]]], masked_frames: float = 0.0):
         self.parts = parts
+        self.masked_frames = masked_frames
         self.index = [(part, row) for part, (cache, _) in enumerate(parts) for row in range(len(cache))]
         self.index = [(part, row) for part, row in self.index if parts[part][1][row].strip()]
 
     @classmethod
-    def build(cls, datasets: list, model, feature_extractor, cache_dir: str):
+    def build(cls, datasets: list, model, feature_extractor, cache_dir: str, masked_frames: float = 0.0):
         parts = []
         for dataset in datasets:
             texts = [text or "" for text in dataset["text"]]
             parts.append((build_feature_cache(dataset["audio"], model, feature_extractor, cache_dir), texts))
-        return cls(parts)
+        return cls(parts, masked_frames)
 
     def __len__(self):
         return len(self.index)
@@ -114,7 +157,8 @@ class CachedSpeechDataset(torch.utils.data.Dataset):
     def __getitem__(self, item):
         part, row = self.index[item]
         cache, texts = self.parts[part]
-        return {"audio_frames": cache[row], "text": texts[row]}
+        frames = mask_frames(cache[row], self.masked_frames) if self.masked_frames else cache[row]
+        return {"audio_frames": frames, "text": texts[row]}
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -134,12 +178,18 @@ class SpeechCollator:
     Args:
         processor ([`SalmonnProcessor`]).
         ctc_token_ids (`list[int]`): the CTC head's tokens; empty for no `ctc_labels`.
+        ctc_merges (`int`, *optional*): see `ctc_tokenizer`.
         alignment_only (`bool`): frames and `ctc_labels` alone, as the alignment stage needs them.
     """
 
     processor: object
     ctc_token_ids: list[int]
+    ctc_merges: int | None = None
     alignment_only: bool = False
+
+    @cached_property
+    def ctc_tokenizer(self) -> Tokenizer:
+        return ctc_tokenizer(self.processor.tokenizer, self.ctc_merges)
 
     @cached_property
     def ctc_index(self) -> dict[int, int]:
@@ -185,14 +235,41 @@ class SpeechCollator:
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def ctc_labels(self, text: str) -> torch.Tensor:
-        tokens = self.processor.tokenizer(ctc_text(text), add_special_tokens=False)["input_ids"]
+        tokens = self.ctc_tokenizer.encode(ctc_text(text), add_special_tokens=False).ids
         return torch.tensor([self.ctc_index[token] for token in tokens if token in self.ctc_index])
 
 
-def ctc_vocabulary(texts: list[str], tokenizer) -> list[int]:
-    """The tokens that the transcripts are spelled with, sorted."""
-    rows = tokenizer([ctc_text(text) for text in texts], add_special_tokens=False)["input_ids"]
-    return sorted({token for row in rows for token in row})
+def ctc_tokenizer(tokenizer, merges: int | None = None) -> Tokenizer:
+    """
+    The language model's own tokenizer, stopped after its first `merges` byte-pair merges: it spells rare words with
+    short pieces, which even a few hours of speech show often enough to learn. The token ids stay the language model's.
+    `None`: all merges.
+    """
+    settings = json.loads(tokenizer.backend_tokenizer.to_str())
+    if merges is not None:
+        if settings["model"]["type"] != "BPE":
+            raise ValueError(f"ctc_merges needs a byte-pair tokenizer; this is of type {settings['model']['type']}.")
+        settings["model"]["merges"] = settings["model"]["merges"][:merges]
+    return Tokenizer.from_str(json.dumps(settings))
+
+
+def ctc_vocabulary(texts: list[str], tokenizer: Tokenizer) -> list[int]:
+    """The tokens that `ctc_tokenizer` spells the transcripts with, sorted."""
+    rows = tokenizer.encode_batch([ctc_text(text) for text in texts], add_special_tokens=False)
+    return sorted({token for row in rows for token in row.ids})
+
+
+def standardise_frames(model, dataset: "CachedSpeechDataset", clips: int = 2000, seed: int = 0):
+    """
+    Start the LayerNorm behind the speech encoder so that every feature has mean 0 and variance 1 over `clips` random
+    clips: a few of Whisper's features are ten times the others, and would drown them in the Q-Former's first layer.
+    """
+    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:clips].tolist()
+    frames = torch.cat([dataset[index]["audio_frames"] for index in chosen]).float()
+    normed = torch.nn.functional.layer_norm(frames, frames.shape[-1:])
+    with torch.no_grad():
+        model.audio_norm.weight.copy_(1 / normed.std(0))
+        model.audio_norm.bias.copy_(-normed.mean(0) / normed.std(0))
 
 
 def freeze_base_parts(model, alignment_only: bool = False):

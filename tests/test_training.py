@@ -16,18 +16,26 @@ import soundfile
 import torch
 import yaml
 from conftest import noise, tiny_config, tiny_model, tiny_processor, tiny_text_config, tiny_tokenizer
-from transformers import AutoModelForCausalLM, WhisperForConditionalGeneration
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, WhisperForConditionalGeneration
 
 from salmonn_hf import SalmonnForConditionalGeneration
 from salmonn_hf.audio import AudioError
 from salmonn_hf.feature_cache import build_feature_cache
 from salmonn_hf.training import (
     CachedSpeechDataset,
+    SpeechArguments,
     SpeechCollator,
+    change_speed,
     ctc_text,
+    ctc_tokenizer,
+    ctc_vocabulary,
     freeze_base_parts,
     join_clips,
     load_speech,
+    mask_frames,
+    speech_dataset,
+    standardise_frames,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,6 +74,9 @@ def stage1_recipe(parts, output, **overrides):
         "window_stride": 4,
         "qformer_hidden_size": 16,
         "qformer_heads": 2,
+        "qformer_intermediate_size": 32,
+        "frame_mlp_size": 16,
+        "ctc_merges": 5,
         "train_files": [str(parts / "train.parquet")],
         "eval_file": str(parts / "eval.parquet"),
         "joined_clips": 2,
@@ -103,6 +114,9 @@ def test_both_stages_from_recipes(parts, tmp_path, monkeypatch):
         "window_stride",
         "qformer_hidden_size",
         "qformer_heads",
+        "qformer_intermediate_size",
+        "frame_mlp_size",
+        "ctc_merges",
     ):
         del recipe[key]
     run(
@@ -225,6 +239,82 @@ def test_joined_clips_hold_all_their_words(tmp_path):
         silent = np.abs(waveform) < 1e-4
         runs = np.diff(np.flatnonzero(np.diff(np.r_[0, silent, 0])))[::2]
         assert (runs > 1000).sum() == len(words) - 1  # a pause between two clips, none at the ends
+
+
+def test_changed_speed_moves_pitch_and_length_and_keeps_the_words(tmp_path):
+    tone = np.sin(2 * np.pi * 400 * np.arange(16000) / 16000).astype(np.float32)
+    [row] = change_speed(speech_dataset([(tone, "tone.flac", "one")]), 0.8)
+    waveform, rate = soundfile.read(io.BytesIO(row["audio"]["bytes"]))
+    assert rate == 16000 and row["text"] == "one" and abs(len(waveform) - 20000) <= 1
+    assert np.abs(np.fft.rfft(waveform)).argmax() * 16000 / len(waveform) == pytest.approx(320, abs=1)
+
+
+def test_copies_at_other_speeds_are_added_for_the_named_files_only(tmp_path):
+    files = [write_parquet(tmp_path / name, count) for name, count in (("a.parquet", 2), ("b.parquet", 3))]
+    arguments = SpeechArguments(train_files=files, eval_file=files[0], speeds=[0.9, 1.1], speed_files=files[1:])
+    assert [len(part) for part in arguments.load()[0]] == [2, 3, 3, 3]
+    arguments.speed_files = None
+    assert [len(part) for part in arguments.load()[0]] == [2, 3, 2, 2, 3, 3]
+
+
+def test_ctc_tokenizer_stops_after_the_first_merges():
+    """A tokenizer trained with fewer merges from the start is the reference: merges are learned in order."""
+    texts = [f"{a} {b}" for a in WORDS for b in WORDS]
+
+    def train(merges):
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        tokenizer.train_from_iterator(
+            texts, trainers.BpeTrainer(vocab_size=len(alphabet) + merges, initial_alphabet=alphabet)
+        )
+        return tokenizer
+
+    whole = PreTrainedTokenizerFast(tokenizer_object=train(20))
+    short = ctc_tokenizer(whole, 5)
+    spelled = [row.ids for row in short.encode_batch(texts)]
+    assert spelled == [row.ids for row in train(5).encode_batch(texts)]
+    assert spelled != [row.ids for row in ctc_tokenizer(whole).encode_batch(texts)]
+    assert [row.ids for row in ctc_tokenizer(whole).encode_batch(texts)] == whole(texts)["input_ids"]
+    assert ctc_vocabulary(["red"], short) == sorted(set(short.encode(ctc_text("red")).ids))
+
+
+def test_ctc_tokenizer_refuses_merges_of_a_tokenizer_without_any():
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?")))
+    with pytest.raises(ValueError, match="WordLevel"):
+        ctc_tokenizer(words, 5)
+
+
+def test_standardised_frames_have_mean_0_and_variance_1():
+    model = tiny_model()
+    frames = [torch.randn(50, 16) * torch.linspace(0.1, 10, 16) + torch.arange(16) for _ in range(20)]
+    standardise_frames(model, [{"audio_frames": clip} for clip in frames])
+    normed = model.audio_norm(torch.cat(frames))
+    torch.testing.assert_close(normed.mean(0), torch.zeros(16), atol=1e-4, rtol=0)
+    torch.testing.assert_close(normed.std(0), torch.ones(16), atol=1e-3, rtol=0)
+
+
+def test_masked_frames_are_whole_runs_of_the_mean_and_only_in_training():
+    torch.manual_seed(0)
+    frames = torch.randn(1000, 4)
+    masked = mask_frames(frames, 0.1)
+    changed = (masked != frames).any(1)
+    torch.testing.assert_close(masked[changed], frames.mean(0).expand(int(changed.sum()), 4))
+    assert 0.05 < changed.float().mean() <= 0.102  # runs may overlap
+    edges = torch.diff(torch.nn.functional.pad(changed.int(), (1, 1)))
+    lengths = (edges == -1).nonzero() - (edges == 1).nonzero()
+    assert lengths.min() >= 6
+
+    cache = type("Cache", (list,), {"lengths": [1000]})([frames])
+    assert torch.equal(CachedSpeechDataset([(cache, ["a"])])[0]["audio_frames"], frames)
+    assert not torch.equal(CachedSpeechDataset([(cache, ["a"])], 0.1)[0]["audio_frames"], frames)
+
+
+@pytest.mark.parametrize("length", [1, 5, 6, 7])
+def test_short_clips_can_be_masked(length):
+    for seed in range(20):
+        torch.manual_seed(seed)
+        assert mask_frames(torch.randn(length, 4), 0.5).shape == (length, 4)
 
 
 def test_a_missing_column_is_named(tmp_path):

@@ -25,9 +25,11 @@ from salmonn_hf.training import (
     SalmonnTrainer,
     SpeechArguments,
     SpeechCollator,
+    ctc_tokenizer,
     ctc_vocabulary,
     freeze_base_parts,
     save_model,
+    standardise_frames,
 )
 
 
@@ -42,7 +44,13 @@ class ModelArguments:
     qformer_hidden_size: int = field(default=768)
     qformer_layers: int = field(default=2)
     qformer_heads: int = field(default=12)
+    qformer_intermediate_size: int = field(default=3072)
     qformer_dropout: float = field(default=0.1, metadata={"help": "0 for short runs, which do not overfit."})
+    frame_mlp_size: int = field(default=0, metadata={"help": "Hidden size of the MLP beside the Q-Former; 0: none."})
+    ctc_merges: int | None = field(
+        default=None,
+        metadata={"help": "Spell its targets with the tokenizer's first merges; default: all."},
+    )
     chat_template: str | None = field(
         default=None, metadata={"help": "Jinja file; default: the language model's own."}
     )
@@ -57,7 +65,8 @@ def main():
     if model_args.chat_template:
         tokenizer.chat_template = Path(model_args.chat_template).read_text()
     train_speech, eval_speech = data_args.load()
-    ctc_token_ids = ctc_vocabulary([text for part in train_speech for text in part["text"]], tokenizer)
+    texts = [text or "" for part in train_speech for text in part["text"]]
+    ctc_token_ids = ctc_vocabulary(texts, ctc_tokenizer(tokenizer, model_args.ctc_merges))
 
     windows = {
         "window_frames": model_args.window_frames,
@@ -69,13 +78,15 @@ def main():
         model_args.language_model,
         audio_token_id=tokenizer.convert_tokens_to_ids(model_args.audio_token),
         window_position_embeddings=True,
+        frame_mlp_size=model_args.frame_mlp_size,
         projector_norm=True,
         ctc_vocab_size=len(ctc_token_ids),
+        ctc_merges=model_args.ctc_merges,
         qformer_config={
             "hidden_size": model_args.qformer_hidden_size,
             "num_hidden_layers": model_args.qformer_layers,
             "num_attention_heads": model_args.qformer_heads,
-            "intermediate_size": 4 * model_args.qformer_hidden_size,
+            "intermediate_size": model_args.qformer_intermediate_size,
             "hidden_dropout_prob": model_args.qformer_dropout,
             "attention_probs_dropout_prob": model_args.qformer_dropout,
         },
@@ -95,12 +106,14 @@ def main():
     freeze_base_parts(model, alignment_only=True)
 
     build = (model, processor.feature_extractor, data_args.feature_cache)
+    train_dataset = CachedSpeechDataset.build(train_speech, *build, data_args.masked_frames)
+    standardise_frames(model, train_dataset)
     trainer = SalmonnTrainer(
         model=model,
         args=training_args,
-        train_dataset=CachedSpeechDataset.build(train_speech, *build),
+        train_dataset=train_dataset,
         eval_dataset=CachedSpeechDataset.build([eval_speech], *build),
-        data_collator=SpeechCollator(processor, ctc_token_ids, alignment_only=True),
+        data_collator=SpeechCollator(processor, ctc_token_ids, model_args.ctc_merges, alignment_only=True),
         processing_class=processor,
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
