@@ -10,8 +10,8 @@ from transformers.utils import cached_file
 
 from .base_parts import resolve_base_part
 
-# Where Whisper checkpoints keep the encoder, with and without their language-model head.
-WHISPER_ENCODER_PREFIXES = ("model.encoder.", "encoder.")
+# Where checkpoints keep the encoder, with and without a head.
+ENCODER_PREFIXES = {"audio_tower": ("model.encoder.", "encoder."), "sound_tower": ("beats.",)}
 
 
 def is_base_key(key: str, config) -> bool:
@@ -37,11 +37,10 @@ def read_weights(directory: Path) -> dict[str, torch.Tensor]:
 
 def part_keys(part: str, state_dict: dict) -> dict[str, torch.Tensor]:
     """A base part's own tensors under the names that they have inside SALMONN (before LoRA)."""
-    if part == "audio_tower":
-        for prefix in WHISPER_ENCODER_PREFIXES:
-            if any(key.startswith(prefix) for key in state_dict):
-                state_dict = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-                break
+    for prefix in ENCODER_PREFIXES.get(part, ()):
+        if any(key.startswith(prefix) for key in state_dict):
+            state_dict = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+            break
     return {f"{part}.{key}": value for key, value in state_dict.items()}
 
 
@@ -102,27 +101,31 @@ def save_code(directory: str | Path):
     custom_object_save(SalmonnAutomaticSpeechRecognitionPipeline, directory)
 
 
-def config_from_base_parts(audio_tower: str, language_model: str, **kwargs):
+def config_from_base_parts(audio_tower: str, language_model: str, sound_tower: str | None = None, **kwargs):
     """
-    A `SalmonnConfig` around two base parts, e.g. `config_from_base_parts("openai/whisper-base.en",
-    "HuggingFaceTB/SmolLM2-135M-Instruct", window_frames=17, ...)`. The Q-Former's encoder width is filled in.
+    A `SalmonnConfig` around its base parts, e.g. `config_from_base_parts("openai/whisper-base.en",
+    "HuggingFaceTB/SmolLM2-135M-Instruct", window_frames=17, ...)`; `sound_tower` is the directory of a converted
+    BEATs. The Q-Former's encoder width is filled in.
     """
     from .configuration_salmonn import SalmonnConfig
 
     audio_config = WhisperConfig.from_pretrained(resolve_base_part(audio_tower))
     text_config = AutoConfig.from_pretrained(resolve_base_part(language_model))
     text_config.name_or_path = language_model  # not the directory on this machine
-    qformer_config = {
-        "num_hidden_layers": 2,
-        "cross_attention_frequency": 1,
-        "encoder_hidden_size": audio_config.d_model,
-    }
+    base_parts = {"audio_tower": audio_tower, "language_model": language_model}
+    width, sound_config = audio_config.d_model, None
+    if sound_tower is not None:
+        sound_config = AutoConfig.from_pretrained(resolve_base_part(sound_tower))
+        width += sound_config.hidden_size
+        base_parts["sound_tower"] = sound_tower
+    qformer_config = {"num_hidden_layers": 2, "cross_attention_frequency": 1, "encoder_hidden_size": width}
     qformer_config |= kwargs.pop("qformer_config", {})
     return SalmonnConfig(
         audio_config=audio_config,
+        sound_config=sound_config,
         text_config=text_config,
         qformer_config=qformer_config,
-        base_parts={"audio_tower": audio_tower, "language_model": language_model},
+        base_parts=base_parts,
         **kwargs,
     )
 

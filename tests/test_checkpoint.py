@@ -13,6 +13,8 @@ import salmonn_hf
 from salmonn_hf import SalmonnForConditionalGeneration
 from salmonn_hf.base_parts import BasePartNotFoundError
 from salmonn_hf.checkpoint import config_from_base_parts, from_base_parts
+from salmonn_hf.configuration_beats import BeatsConfig
+from salmonn_hf.modeling_beats import BeatsForAudioClassification, BeatsModel
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 
@@ -51,6 +53,33 @@ def adapter(base_parts, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     tiny_processor(config).save_pretrained(tmp_path / "adapter")
     return model, tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("kind", [BeatsModel, BeatsForAudioClassification])
+def test_beats_is_a_base_part(base_parts, tmp_path, kind):
+    """Pretrained or fine-tuned, without its classifier; an adapter checkpoint names it and leaves it out."""
+    beats = kind(
+        BeatsConfig(
+            embed_dim=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+            num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, num_labels=3,
+        )
+    )  # fmt: skip
+    beats.save_pretrained(tmp_path / "beats")
+    config = config_from_base_parts(
+        **base_parts,
+        sound_tower=str(tmp_path / "beats"),
+        audio_token_id=3,
+        qformer_config={"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32},
+    )
+    assert config.qformer_config.encoder_hidden_size == 32
+    from_base_parts(config).save_pretrained(tmp_path / "adapter")
+    assert not any(key.startswith("sound_tower") for key in load_file(tmp_path / "adapter" / "model.safetensors"))
+    model = AutoModel.from_pretrained(tmp_path / "adapter")
+    own = beats.state_dict()
+    loaded = model.sound_tower.state_dict()
+    assert loaded
+    for key, value in loaded.items():
+        assert torch.equal(value, own[key if kind is BeatsModel else f"beats.{key}"]), key
 
 
 def logits(model):
