@@ -224,13 +224,13 @@ def read_with_report(path: str | Path) -> tuple[BeatsConfig, dict[str, torch.Ten
     return config, {key: tensors[key] for key in expected}, report
 
 
-def convert_beats(src: str | Path, out: str | Path) -> str:
+def convert_beats(source: str | Path, out: str | Path) -> str:
     r"""
     Write an original BEATs checkpoint as a directory that `AutoModel.from_pretrained` loads, and of a fine-tuned one
     also `AutoModelForAudioClassification` and `pipeline("audio-classification")`.
 
     Args:
-        src: the `.pt` file.
+        source: the `.pt` file.
         out: the directory to write; made if missing.
 
     Returns:
@@ -242,7 +242,7 @@ def convert_beats(src: str | Path, out: str | Path) -> str:
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty; name a new directory, or remove it first.")
-    config, tensors, report = read_with_report(src)
+    config, tensors, report = read_with_report(source)
     with torch.device("meta"):
         model = model_class(config)(config)
     model.load_state_dict(tensors, assign=True)
@@ -254,7 +254,7 @@ def convert_beats(src: str | Path, out: str | Path) -> str:
         os.replace(directory, out)
     parameters = sum(tensor.numel() for tensor in tensors.values())
     labels = f", {config.num_labels} labels" if is_finetuned(config) else ""
-    return "\n".join([f"{src} -> {out}: {len(tensors)} tensors, {parameters:,} parameters{labels}", *report])
+    return "\n".join([f"{source} -> {out}: {len(tensors)} tensors, {parameters:,} parameters{labels}", *report])
 
 
 def export_beats(directory: str | Path, out: str | Path):

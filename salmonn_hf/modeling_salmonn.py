@@ -514,7 +514,7 @@ class SalmonnForConditionalGeneration(SalmonnModel, GenerationMixin):
             logits_to_keep = min(labels.shape[1] - first + 1, labels.shape[1])
             labels = labels[:, -logits_to_keep:]
         if isinstance(logits_to_keep, int) and logits_to_keep > 0:
-            # By indices the kept states are one block of memory; of a slice, torch would copy the LM head for each row.
+            # By indices, the kept states are one block of memory; of a slice, torch copies the LM head for each row.
             logits_to_keep = torch.arange(-logits_to_keep, 0, device=inputs_embeds.device)
         if position_ids is not None:
             kwargs["position_ids"] = position_ids

@@ -12,6 +12,7 @@ from test_modeling_beats import tiny_beats
 from transformers import AutoFeatureExtractor, AutoModel, AutoModelForAudioClassification, pipeline
 
 from salmonn_hf import BeatsConfig, BeatsForAudioClassification, BeatsModel
+from salmonn_hf.convert import main
 from salmonn_hf.convert_beats import (
     convert_beats,
     encoder_tensors,
@@ -63,6 +64,16 @@ def test_convert(original, tmp_path):
     encoder.load_state_dict(encoder_tensors(tensors))
     states = getattr(model, "beats", model)(**inputs).last_hidden_state
     assert torch.equal(encoder(**inputs).last_hidden_state, states)
+
+
+def test_command_line(original, tmp_path, capsys):
+    main(["beats", str(original[0]), str(tmp_path / "out")])
+    assert f"{original[0]} -> {tmp_path / 'out'}" in capsys.readouterr().out
+    main(["export", str(tmp_path / "out"), str(tmp_path / "back.pt")])
+    assert "back.pt" in capsys.readouterr().out
+    assert read_beats_checkpoint(tmp_path / "back.pt")[0] == read_beats_checkpoint(original[0])[0]
+    with pytest.raises(SystemExit, match="error: .*not empty"):
+        main(["beats", str(original[0]), str(tmp_path / "out")])
 
 
 @pytest.mark.parametrize("name", ["beats_tiny", "beats_tiny_finetuned"])
