@@ -38,7 +38,7 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
     _load_processor = None
     _load_tokenizer = None
     _load_feature_extractor = None
-    # Greedy. Nobody says more than 15 tokens a second, and 448 is what Whisper allows itself for 30 s.
+    # Greedy. Whisper allows itself 448 tokens for 30 s; a shorter segment may have its share, see `_transcribe`.
     _default_generation_config = GenerationConfig(max_new_tokens=448)
 
     def __init__(self, model, processor=None, tokenizer=None, feature_extractor=None, **kwargs):
@@ -138,13 +138,22 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
         inputs = self.processor.apply_transcription_request(waveforms, prompt=prompt, language=language).to(
             self.device
         )
-        output = self.model.generate(**inputs, **self._prepare_generate_kwargs(generate_kwargs))
+        prepared = self._prepare_generate_kwargs(generate_kwargs)
+        limits = [None] * len(waveforms)
+        if "max_new_tokens" in prepared and "max_new_tokens" not in generate_kwargs:
+            # Nobody says more than 15 tokens a second: where a model repeats itself without end, stop it. Each segment
+            # has its own limit, whatever is beside it in the batch.
+            limits = [16 + 15 * len(waveform) // self.feature_extractor.sampling_rate for waveform in waveforms]
+            prepared["max_new_tokens"] = max(limits)
+        output = self.model.generate(**inputs, **prepared)
         sequences = getattr(output, "sequences", output)  # an object with return_dict_in_generate
         if len(sequences) != len(waveforms):
             raise ValueError(
                 f"generate gave {len(sequences)} texts for {len(waveforms)} segments; leave num_return_sequences at 1."
             )
-        return self.processor.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers = sequences[:, inputs["input_ids"].shape[1] :].tolist()
+        answers = [answer[:limit] for answer, limit in zip(answers, limits, strict=True)]
+        return self.processor.batch_decode(answers, skip_special_tokens=True)
 
     def postprocess(self, model_outputs, return_timestamps=False) -> dict:
         # One space between words, whatever the segments begin and end with.

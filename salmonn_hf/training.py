@@ -373,6 +373,7 @@ class SalmonnTrainer(Trainer):
 def save_model(trainer: SalmonnTrainer, processor):
     """The final model in its output directory, in bfloat16, with its processor; pushed to the hub if asked for."""
     model = trainer.accelerator.unwrap_model(trainer.model).to(torch.bfloat16)
+    model.config.use_cache = True  # Trainer switches it off for itself
     if trainer.is_world_process_zero():
         model.save_pretrained(trainer.args.output_dir)
         processor.save_pretrained(trainer.args.output_dir)

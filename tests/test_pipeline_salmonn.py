@@ -303,7 +303,7 @@ def test_decoding_is_greedy_and_long_enough_unless_told_otherwise(transcriber, m
 
     monkeypatch.setattr(transcriber.model, "generate", spy)
     transcriber(noise(1))
-    assert seen[-1]["max_new_tokens"] >= 30 * 10
+    assert seen[-1]["max_new_tokens"] == 16 + 15
     assert "num_beams" not in seen[-1] and "do_sample" not in seen[-1] and "max_length" not in seen[-1]
     assert transcriber.model.generation_config.suppress_tokens == [transcriber.model.config.audio_token_id]
     transcriber(noise(1), generate_kwargs={"num_beams": 3, "max_length": 500})
@@ -311,6 +311,20 @@ def test_decoding_is_greedy_and_long_enough_unless_told_otherwise(transcriber, m
     monkeypatch.setattr(transcriber.model.generation_config, "max_new_tokens", 77)
     transcriber(noise(1))
     assert "max_new_tokens" not in seen[-1]
+
+
+def test_endless_repetition_is_cut_by_each_clips_own_length(transcriber, monkeypatch):
+    """As one clip of the batch would be alone; a limit that the caller gives is the caller's."""
+
+    def repeat(input_ids, max_new_tokens, **kwargs):
+        letter = transcriber.tokenizer("a", add_special_tokens=False)["input_ids"][0]
+        return torch.cat([input_ids, torch.full((len(input_ids), max_new_tokens), letter)], dim=1)
+
+    monkeypatch.setattr(transcriber.model, "generate", repeat)
+    clips = [noise(1), noise(4), noise(0.5)]
+    lengths = [len(result["text"]) for result in transcriber(clips, batch_size=3)]
+    assert lengths == [31, 76, 23] == [len(transcriber(clip)["text"]) for clip in clips]
+    assert len(transcriber(clips[0], max_new_tokens=100)["text"]) == 100
 
 
 def test_what_it_refuses(transcriber, tmp_path):

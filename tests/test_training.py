@@ -134,6 +134,7 @@ def test_both_stages_from_recipes(parts, tmp_path, monkeypatch):
     whisper = WhisperForConditionalGeneration.from_pretrained(parts / "whisper", dtype=torch.bfloat16)
     torch.testing.assert_close(tensors["audio_tower.conv1.weight"], whisper.model.encoder.conv1.weight.data)
     assert tensors["language_model.model.layers.0.self_attn.q_proj.lora_B.default.weight"].abs().sum() > 0
+    assert json.loads((tmp_path / "two" / "config.json").read_text()).get("use_cache", True)
     state = json.loads((tmp_path / "two" / "checkpoint-4" / "trainer_state.json").read_text())
     assert any("eval_wer" in entry for entry in state["log_history"])
 
