@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from .configuration_beats import BeatsConfig
 from .feature_extraction_beats import BeatsFeatureExtractor
 from .modeling_beats import BeatsForAudioClassification, BeatsModel
-from .original_checkpoint import load_original_checkpoint
+from .original_checkpoint import load_original_checkpoint, save_original_checkpoint
 
 # Each entry of the original's `cfg`, its name in BeatsConfig, and its value where a checkpoint does not say.
 SETTINGS = {
@@ -284,7 +284,4 @@ def export_beats(directory: str | Path, out: str | Path):
     checkpoint = {"cfg": original_cfg(config), "model": tensors}
     if is_finetuned(config):
         checkpoint["label_dict"] = dict(config.id2label)
-    out = Path(out)
-    with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
-        torch.save(checkpoint, Path(temporary) / out.name)
-        os.replace(Path(temporary) / out.name, out)
+    save_original_checkpoint(checkpoint, out)

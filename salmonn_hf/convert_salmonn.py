@@ -22,7 +22,7 @@ from .configuration_salmonn import SalmonnConfig
 from .convert_beats import encoder_tensors, read_beats_checkpoint
 from .convert_beats import from_original_key as from_original_beats_key
 from .feature_extraction_salmonn import SalmonnFeatureExtractor
-from .original_checkpoint import load_original_checkpoint
+from .original_checkpoint import load_original_checkpoint, save_original_checkpoint
 from .processing_salmonn import CONTENT_PRELUDE, SalmonnProcessor
 
 # What the original leaves to its code: `WindowQformer` on BERT base, and the defaults of `SALMONN.__init__`.
@@ -502,15 +502,6 @@ def export_salmonn(directory: str | Path, out: str | Path) -> str:
             "lora_alpha": config.lora["lora_alpha"],
             "lora_dropout": config.lora["lora_dropout"],
         }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, work = tempfile.mkstemp(dir=out.parent, prefix=f".partial-{out.name}-")
-    os.close(descriptor)
-    try:
-        torch.save({"model": tensors, "config": {"model": settings}, "epoch": 0}, work)
-        os.chmod(work, 0o644)
-        os.replace(work, out)
-    except BaseException:
-        Path(work).unlink(missing_ok=True)
-        raise
+    save_original_checkpoint({"model": tensors, "config": {"model": settings}, "epoch": 0}, out)
     report.append(f"written: {len(tensors)} tensors")
     return "\n".join(report)

@@ -1,7 +1,9 @@
-"""Checkpoints of the original implementations, as `torch.save` wrote them."""
+"""Checkpoints of the original implementations, as `torch.save` writes them."""
 
+import os
 import pickle
 import re
+import tempfile
 from pathlib import Path
 
 import torch
@@ -45,3 +47,12 @@ def load_original_checkpoint(path: str | Path) -> dict:
             "file itself."
         )
     return checkpoint
+
+
+def save_original_checkpoint(checkpoint: dict, path: str | Path):
+    """Write a checkpoint as the original implementations read it, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+        torch.save(checkpoint, Path(temporary) / path.name)
+        os.replace(Path(temporary) / path.name, path)

@@ -8,7 +8,6 @@ from functools import cached_property
 
 import numpy as np
 import soundfile
-import soxr
 import torch
 from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer
@@ -16,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from . import augmentation
 from .audio import load_audio
 from .checkpoint import is_base_key
 from .feature_cache import FeatureCache, build_feature_cache
@@ -79,13 +79,13 @@ def join_clips(dataset, count: int, seconds: tuple[float, float], seed: int = 0)
 
 
 def change_speed(dataset, speed: float):
-    """Its clips played at `speed` times their own, pitch included (Ko et al., 2015: speed perturbation)."""
+    """Its clips played at `speed` times their own, see `augmentation.change_speed`."""
     rows = []
     for index, row in enumerate(dataset):
         waveform = load_audio(row["audio"])
         # Not beyond the 30 s that the encoder hears.
         if len(waveform) / speed < 30 * 16000:
-            rows.append((soxr.resample(waveform, 16000 * speed, 16000), f"speed-{speed}-{index}.flac", row["text"]))
+            rows.append((augmentation.change_speed(waveform, speed), f"speed-{speed}-{index}.flac", row["text"]))
     return speech_dataset(rows)
 
 
