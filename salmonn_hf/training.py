@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import zlib
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -25,6 +26,11 @@ from .metrics import word_error_rate
 def ctc_text(text: str) -> str:
     """A transcript as the CTC head spells it: what is heard, so no case and no punctuation but the apostrophe."""
     return " " + " ".join(re.sub(r"[^\w' ]+", " ", text.lower().replace("’", "'")).split())
+
+
+def text_fold(text: str, folds: int) -> int:
+    """The part of the data, of `folds`, that a clip belongs to: that of its text, so that copies stay together."""
+    return zlib.crc32(ctc_text(text).encode()) % folds
 
 
 def load_speech(files: list[str], text_column: str = "text"):
@@ -101,16 +107,18 @@ class SpeechArguments:
     joined_seconds: list[float] = field(default_factory=lambda: [6.0, 28.0], metadata={"help": "How long they are."})
     speeds: list[float] = field(default_factory=list, metadata={"help": "Add copies at these speeds, e.g. 0.9 1.1."})
     speed_files: list[str] | None = field(default=None, metadata={"help": "Only of these files; default: of all."})
+    folds: int = field(default=0, metadata={"help": "Parts that the clips are divided into, by their text."})
+    left_out_fold: int | None = field(default=None, metadata={"help": "Part that is not trained on."})
     masked_frames: float = field(default=0.0, metadata={"help": "Share of encoder frames masked in training."})
     feature_cache: str = field(default="runs/feature_cache", metadata={"help": "Directory of encoder features."})
 
-    def load(self):
+    def load(self, join: bool = True):
         """The training parts, one a file, one for each other speed, one for joined clips, and the evaluation part."""
         files = {file: load_speech([file], self.text_column) for file in self.train_files}
         train = list(files.values())
         for file in self.speed_files or self.train_files:
             train += [change_speed(files[file], speed) for speed in self.speeds]
-        if self.joined_clips:
+        if self.joined_clips and join:
             seconds = tuple(self.joined_seconds)
             train += [join_clips(part, self.joined_clips, seconds, seed) for seed, part in enumerate(files.values())]
         evaluation = load_speech([self.eval_file], self.text_column)
@@ -160,6 +168,11 @@ class CachedSpeechDataset(torch.utils.data.Dataset):
         frames = mask_frames(cache[row], self.masked_frames) if self.masked_frames else cache[row]
         return {"audio_frames": frames, "text": texts[row]}
 
+    def without_fold(self, fold: int, folds: int):
+        """Leave out the clips whose text belongs to `fold`, see `text_fold`, in place."""
+        self.index = [(part, row) for part, row in self.index if text_fold(self.parts[part][1][row], folds) != fold]
+        return self
+
     @cached_property
     def lengths(self) -> list[int]:
         """Encoder frames of each example, the measure of its cost."""
@@ -168,6 +181,56 @@ class CachedSpeechDataset(torch.utils.data.Dataset):
     @property
     def texts(self) -> list[str]:
         return [self.parts[part][1][row] for part, row in self.index]
+
+
+class CrossFittedDataset(torch.utils.data.Dataset):
+    """
+    `{"audio_embeds": (audio tokens, hidden size), "text"}`: embeddings as they come out for clips never trained on.
+
+    After a few epochs the connector reads its own training clips almost without error, and a language model that is
+    trained on those learns to copy. So each clip goes through a connector that was trained without it, as in stacked
+    generalisation (Wolpert, 1992), and the language model learns to correct what unseen clips really look like.
+
+    Args:
+        dataset ([`CachedSpeechDataset`]): single clips.
+        models (`list[SalmonnModel]`): number i was trained without fold i of the texts, see `text_fold`.
+        joined_clips (`int`): examples to add that are several random clips in a row, their embeddings joined.
+        joined_seconds (`tuple[float, float]`): how long they are.
+    """
+
+    def __init__(self, dataset: CachedSpeechDataset, models: list, joined_clips: int = 0, joined_seconds=(3.0, 12.0)):
+        self.dataset, self.models = dataset, [model.eval() for model in models]
+        self.items = [[item] for item in range(len(dataset))]
+        rng = np.random.default_rng(0)
+        for _ in range(joined_clips):
+            most = rng.uniform(*joined_seconds) * 50  # frames
+            items = [int(rng.integers(len(dataset)))]
+            while True:
+                item = int(rng.integers(len(dataset)))
+                if sum(dataset.lengths[i] for i in [*items, item]) > most:
+                    break
+                items.append(item)
+            self.items.append(items)
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        examples = [self.dataset[item] for item in self.items[index]]
+        return {
+            "audio_embeds": torch.cat([self.connect(**example) for example in examples]),
+            "text": " ".join(example["text"].strip() for example in examples),
+        }
+
+    @torch.no_grad()
+    def connect(self, audio_frames: torch.Tensor, text: str) -> torch.Tensor:
+        model = self.models[text_fold(text, len(self.models))]
+        frames = audio_frames[None].to(model.audio_norm.weight.dtype)
+        return model.connect_audio(frames, torch.ones(frames.shape[:2], dtype=torch.bool))[0]
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        return [sum(self.dataset.lengths[item] for item in items) for items in self.items]
 
 
 @dataclass
@@ -201,13 +264,17 @@ class SpeechCollator:
         return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        frames = [example["audio_frames"] for example in examples]
-        batch = {
-            "audio_frames": pad_sequence(frames, batch_first=True),
-            "audio_frames_mask": pad_sequence(
-                [torch.ones(len(f), dtype=torch.bool) for f in frames], batch_first=True
-            ),
-        }
+        if "audio_embeds" in examples[0]:
+            embeds = [example["audio_embeds"] for example in examples]
+            batch, num_tokens = {"audio_embeds": torch.cat(embeds)}, [len(e) for e in embeds]
+        else:
+            frames = [example["audio_frames"] for example in examples]
+            num_tokens = [self.processor.num_audio_tokens(len(f)) for f in frames]
+            masks = [torch.ones(len(f), dtype=torch.bool) for f in frames]
+            batch = {
+                "audio_frames": pad_sequence(frames, batch_first=True),
+                "audio_frames_mask": pad_sequence(masks, batch_first=True),
+            }
         if self.ctc_token_ids:
             batch["ctc_labels"] = pad_sequence(
                 [self.ctc_labels(example["text"]) for example in examples], batch_first=True, padding_value=-100
@@ -216,7 +283,7 @@ class SpeechCollator:
             return batch
 
         tokenizer = self.processor.tokenizer
-        prompts = [self.prompt_ids(len(f)) for f in frames]
+        prompts = [self.prompt_ids(n) for n in num_tokens]
         answers = [
             tokenizer(example["text"].strip(), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
             for example in examples
@@ -229,9 +296,8 @@ class SpeechCollator:
         batch["labels"] = pad_sequence(labels, padding_value=-100, **left)
         return batch
 
-    def prompt_ids(self, num_frames: int) -> list[int]:
-        audio_tokens = self.processor.audio_token * self.processor.num_audio_tokens(num_frames)
-        text = self.prompt.replace(self.processor.audio_token, audio_tokens)
+    def prompt_ids(self, num_audio_tokens: int) -> list[int]:
+        text = self.prompt.replace(self.processor.audio_token, self.processor.audio_token * num_audio_tokens)
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def ctc_labels(self, text: str) -> torch.Tensor:
@@ -272,17 +338,16 @@ def standardise_frames(model, dataset: "CachedSpeechDataset", clips: int = 2000,
         model.audio_norm.bias.copy_(-normed.mean(0) / normed.std(0))
 
 
-def freeze_base_parts(model, alignment_only: bool = False):
+def freeze_base_parts(model, alignment: bool = True, lora: bool = True):
     """
-    Leave only what SALMONN trains with gradients: LayerNorms, Q-Former, projection, CTC head and LoRA, in float32; the
-    encoders and the language model keep their precision. `alignment_only`: LoRA stays frozen as well.
+    Leave only what SALMONN trains with gradients, in float32; the encoders and the language model keep their
+    precision. `alignment`: LayerNorms, Q-Former, projection and CTC head; `lora`: the LoRA adapter.
     """
     model.requires_grad_(False)
     for name, parameter in model.named_parameters():
-        is_lora = ".lora_" in name
-        if name.startswith(("audio_norm", "sound_norm", "connector", "ctc_head")) or (is_lora and not alignment_only):
+        if name.startswith(("audio_norm", "sound_norm", "connector", "ctc_head")) or ".lora_" in name:
             parameter.data = parameter.data.float()
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(lora if ".lora_" in name else alignment)
     model.train()  # puts the frozen encoders in evaluation mode
 
 
@@ -393,7 +458,8 @@ def ctc_transcripts(model, processor, audio_embeds, num_tokens) -> list[str]:
 def generate_transcripts(model, collator, frames_mask, audio_embeds) -> list[str]:
     """Greedy transcripts by the language model, from audio embeddings."""
     tokenizer = collator.processor.tokenizer
-    prompts = [torch.tensor(collator.prompt_ids(int(n))) for n in frames_mask.sum(-1)]
+    num_audio_tokens = collator.processor.num_audio_tokens
+    prompts = [torch.tensor(collator.prompt_ids(num_audio_tokens(int(n)))) for n in frames_mask.sum(-1)]
     left = {"batch_first": True, "padding_side": "left"}
     input_ids = pad_sequence(prompts, padding_value=tokenizer.pad_token_id, **left).to(audio_embeds.device)
     attention_mask = pad_sequence([torch.ones_like(p) for p in prompts], **left).to(audio_embeds.device)

@@ -24,6 +24,7 @@ from salmonn_hf.audio import AudioError
 from salmonn_hf.feature_cache import build_feature_cache
 from salmonn_hf.training import (
     CachedSpeechDataset,
+    CrossFittedDataset,
     SpeechArguments,
     SpeechCollator,
     change_speed,
@@ -36,6 +37,7 @@ from salmonn_hf.training import (
     mask_frames,
     speech_dataset,
     standardise_frames,
+    text_fold,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,6 +97,12 @@ def stage1_recipe(parts, output, **overrides):
         "seed": 3,
     }
     return recipe | overrides
+
+
+SHARED_KEYS = (
+    "train_files eval_file feature_cache per_device_train_batch_size max_steps learning_rate save_strategy save_steps "
+    "eval_strategy eval_steps logging_steps remove_unused_columns use_cpu seed"
+).split()
 
 
 def run(script, recipe, tmp_path, monkeypatch, *overrides):
@@ -175,7 +183,67 @@ def test_collated_prompt_is_that_of_the_transcription_request():
     clip = noise(1.3)
     inputs = processor.apply_transcription_request(clip)
     frames = model.encode_audio(inputs["input_features"], inputs["input_features_mask"])["audio_frames"][0]
-    assert SpeechCollator(processor, []).prompt_ids(len(frames)) == inputs["input_ids"][0].tolist()
+    assert (
+        SpeechCollator(processor, []).prompt_ids(processor.num_audio_tokens(len(frames)))
+        == inputs["input_ids"][0].tolist()
+    )
+
+
+def test_stage_2_on_connectors_that_have_not_seen_the_clip(parts, tmp_path, monkeypatch):
+    """Two connectors, each trained without one fold; stage 2 then trains LoRA alone, on both folds' clips."""
+    for fold in (0, 1):
+        recipe = stage1_recipe(parts, tmp_path / f"fold{fold}", folds=2, left_out_fold=fold, joined_clips=0)
+        run("run_stage1.py", recipe, tmp_path, monkeypatch)
+    recipe = {k: v for k, v in recipe.items() if k in SHARED_KEYS} | {
+        "model_name_or_path": str(tmp_path / "fold0"),
+        "fold_connectors": [str(tmp_path / "fold0"), str(tmp_path / "fold1")],
+        "joined_clips": 3,
+        "output_dir": str(tmp_path / "two"),
+    }
+    run("run_stage2.py", recipe, tmp_path, monkeypatch)
+    before, after = [
+        SalmonnForConditionalGeneration.from_pretrained(tmp_path / name).state_dict() for name in ("fold0", "two")
+    ]
+    lora = [key for key in after if ".lora_B" in key]
+    assert lora and all(after[key].abs().sum() > 0 for key in lora)
+    assert all(torch.equal(after[key].float(), before[key].float()) for key in before if key.startswith("connector"))
+
+
+def test_each_clip_goes_through_the_connector_that_was_trained_without_it(parts):
+    class Connector(torch.nn.Module):
+        def __init__(self, name):
+            super().__init__()
+            self.audio_norm = torch.nn.LayerNorm(16)
+            self.name = name
+
+        def connect_audio(self, frames, mask):
+            return torch.full((frames.shape[1] // 4, 8), self.name), None
+
+    class Cache(list):
+        lengths = np.array([8, 12, 16, 20, 24])
+
+    texts = ["Red!", "blue", "green", "one", "two"]
+    dataset = CachedSpeechDataset([(Cache(torch.zeros(n, 16) for n in Cache.lengths), texts)])
+    fitted = CrossFittedDataset(dataset, [Connector(float(fold)) for fold in range(3)], joined_clips=4)
+    for item, text in enumerate(texts):
+        assert fitted[item]["audio_embeds"].unique().tolist() == [text_fold(text, 3)]
+        assert fitted[item]["audio_embeds"].requires_grad is False
+        assert text not in dataset_without(texts, text_fold(text, 3))
+    for item in range(5, 9):
+        words = fitted[item]["text"].split()
+        expected = [float(text_fold(word, 3)) for word in words for _ in range(Cache.lengths[texts.index(word)] // 4)]
+        assert fitted[item]["audio_embeds"][:, 0].tolist() == expected
+        assert fitted.lengths[item] == len(expected) * 4
+    assert len({text_fold(f"word {n}", 3) for n in range(50)}) == 3
+    assert text_fold("Don't stop.", 3) == text_fold(" don’t STOP", 3)  # copies of a sentence stay together
+
+
+def dataset_without(texts, fold):
+    class Cache(list):
+        lengths = np.array([4] * len(texts))
+
+    dataset = CachedSpeechDataset([(Cache(torch.zeros(4, 16) for _ in texts), texts)]).without_fold(fold, 3)
+    return [dataset[item]["text"] for item in range(len(dataset))]
 
 
 def test_ctc_text():
@@ -190,8 +258,10 @@ def test_only_salmonns_own_parts_train():
         trained = name.startswith(("audio_norm", "connector", "ctc_head")) or ".lora_" in name
         assert parameter.requires_grad == trained, name
         assert parameter.dtype == (torch.float32 if trained else torch.bfloat16), name
-    freeze_base_parts(model, alignment_only=True)
+    freeze_base_parts(model, lora=False)
     assert not any(p.requires_grad for n, p in model.named_parameters() if ".lora_" in n)
+    freeze_base_parts(model, alignment=False)
+    assert all(p.requires_grad == (".lora_" in n) for n, p in model.named_parameters())
 
 
 def test_feature_cache_holds_what_the_encoder_gives(tmp_path):

@@ -103,10 +103,12 @@ def main():
     model.match_projection_to_embeddings()
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    freeze_base_parts(model, alignment_only=True)
+    freeze_base_parts(model, lora=False)
 
     build = (model, processor.feature_extractor, data_args.feature_cache)
     train_dataset = CachedSpeechDataset.build(train_speech, *build, data_args.masked_frames)
+    if data_args.folds:
+        train_dataset = train_dataset.without_fold(data_args.left_out_fold, data_args.folds)
     standardise_frames(model, train_dataset)
     trainer = SalmonnTrainer(
         model=model,

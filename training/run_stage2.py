@@ -20,6 +20,7 @@ from salmonn_hf import SalmonnForConditionalGeneration, SalmonnProcessor
 from salmonn_hf.recipe import parse_recipe
 from salmonn_hf.training import (
     CachedSpeechDataset,
+    CrossFittedDataset,
     SalmonnTrainer,
     SpeechArguments,
     SpeechCollator,
@@ -38,6 +39,10 @@ class ModelArguments:
     lora_learning_rate: float | None = field(default=None, metadata={"help": "Default: that of everything else."})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Of the language model; on a CPU 'eager' trains short clips fastest."}
+    )
+    fold_connectors: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Stage 1 checkpoints, each trained without one fold; then LoRA alone is trained."},
     )
     ctc_loss_weight: float = field(default=0.1, metadata={"help": "Weight of the alignment loss; 0 for none."})
 
@@ -63,16 +68,22 @@ def main():
                 "target_modules": model_args.lora_target_modules,
             }
         )
-    freeze_base_parts(model)
-    use_ctc = model.ctc_head is not None and model_args.ctc_loss_weight > 0
+    freeze_base_parts(model, alignment=not model_args.fold_connectors)
+    use_ctc = model.ctc_head is not None and model_args.ctc_loss_weight > 0 and not model_args.fold_connectors
 
-    train_speech, eval_speech = data_args.load()
+    train_speech, eval_speech = data_args.load(join=not model_args.fold_connectors)
     build = (model, processor.feature_extractor, data_args.feature_cache)
+    train_dataset = CachedSpeechDataset.build(train_speech, *build, data_args.masked_frames)
+    if model_args.fold_connectors:
+        folds = [SalmonnForConditionalGeneration.from_pretrained(path) for path in model_args.fold_connectors]
+        train_dataset = CrossFittedDataset(
+            train_dataset, folds, data_args.joined_clips, tuple(data_args.joined_seconds)
+        )
     trainer = SalmonnTrainer(
         model=model,
         args=training_args,
         lora_learning_rate=model_args.lora_learning_rate,
-        train_dataset=CachedSpeechDataset.build(train_speech, *build, data_args.masked_frames),
+        train_dataset=train_dataset,
         eval_dataset=CachedSpeechDataset.build([eval_speech], *build),
         data_collator=SpeechCollator(
             processor, model.ctc_head.token_ids.tolist() if use_ctc else [], model.config.ctc_merges

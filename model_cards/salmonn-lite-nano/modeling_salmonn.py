@@ -94,8 +94,10 @@ class SalmonnWindowQFormer(nn.Module):
             # Of a window's own frames, those before the next window's start, each query has its equal share.
             share = config.window_stride // config.queries_per_window
             self.frame_mlp = nn.Sequential(
+                nn.Dropout(config.qformer_config.hidden_dropout_prob),
                 nn.Linear(share * width, config.frame_mlp_size),
                 nn.GELU(),
+                nn.Dropout(config.qformer_config.hidden_dropout_prob),
                 nn.Linear(config.frame_mlp_size, config.text_config.hidden_size),
             )
         else:
@@ -403,10 +405,18 @@ class SalmonnModel(SalmonnPreTrainedModel):
         return inputs_embeds.masked_scatter(is_audio[..., None], audio_embeds.to(inputs_embeds.dtype))
 
     def forward_audio(
-        self, input_ids, inputs_embeds, input_features, input_features_mask, input_values, input_values_mask, **frames
+        self,
+        input_ids,
+        inputs_embeds,
+        input_features,
+        input_features_mask,
+        input_values,
+        input_values_mask,
+        audio_embeds=None,
+        **frames,
     ):
         """The way in of both forwards: (inputs_embeds, audio_embeds, audio tokens per clip)."""
-        audio_embeds = num_tokens = None
+        num_tokens = None
         if input_features is not None:
             frames = self.encode_audio(input_features, input_features_mask, input_values, input_values_mask)
         if frames.get("audio_frames") is not None:
@@ -468,6 +478,7 @@ class SalmonnForConditionalGeneration(SalmonnModel, GenerationMixin):
         audio_frames_mask: torch.Tensor | None = None,
         sound_frames: torch.Tensor | None = None,
         sound_frames_mask: torch.Tensor | None = None,
+        audio_embeds: torch.Tensor | None = None,
         ctc_labels: torch.LongTensor | None = None,
         **kwargs,
     ) -> SalmonnOutput:
@@ -485,6 +496,8 @@ class SalmonnForConditionalGeneration(SalmonnModel, GenerationMixin):
             labels (`torch.LongTensor` of shape `(batch, tokens)`): -100 where there is no loss.
             audio_frames, audio_frames_mask, sound_frames, sound_frames_mask: what `encode_audio` returned, in place of
                 the features; they need not be encoded again.
+            audio_embeds (`torch.Tensor` of shape `(audio tokens of the batch, hidden size)`): what `connect_audio`
+                returned, in place of all of these.
             ctc_labels (`torch.LongTensor` of shape `(clips, tokens)`): indices into `ctc_head.token_ids`, -100 padded.
         """
         inputs_embeds, audio_embeds, num_tokens = self.forward_audio(
@@ -498,6 +511,7 @@ class SalmonnForConditionalGeneration(SalmonnModel, GenerationMixin):
             audio_frames_mask=audio_frames_mask,
             sound_frames=sound_frames,
             sound_frames_mask=sound_frames_mask,
+            audio_embeds=audio_embeds,
         )
 
         ctc_loss = None
