@@ -6,7 +6,7 @@ VENV ?= .venv
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-CODE := salmonn_hf training eval tests
+CODE := salmonn_hf training eval tests model_cards/make_card.py
 
 .DEFAULT_GOAL := help
 .PHONY: help install quality style test test-slow demo clean

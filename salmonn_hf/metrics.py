@@ -1,11 +1,15 @@
-"""Word error rate, as speech recognition leaderboards compute it."""
+"""Word and character error rates, as speech recognition leaderboards compute them, and endless repetition."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import jiwer
+import numpy as np
 from whisper_normalizer.english import EnglishTextNormalizer
+
+LONGEST_PHRASE = 12  # words: a phrase that a model repeats without end is rarely longer
+LOOP_REPEATS = 4
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,23 @@ class WerResult:
         return self.substitutions + self.deletions + self.insertions
 
 
-def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> WerResult:
+@dataclass(frozen=True)
+class CerResult:
+    """Character errors of a whole corpus, spaces between words included; otherwise as [`WerResult`]."""
+
+    cer: float
+    substitutions: int
+    deletions: int
+    insertions: int
+    hits: int
+    characters: int
+
+    @property
+    def errors(self) -> int:
+        return self.substitutions + self.deletions + self.insertions
+
+
+def word_error_rate(references: Sequence[str], hypotheses: Sequence[str], normalise: bool = True) -> WerResult:
     """
     Corpus-level word error rate after Whisper's English normaliser (case, punctuation, contractions, numbers, British
     spelling, fillers), which is applied to both sides.
@@ -44,28 +64,85 @@ def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> Wer
     Args:
         references (`list[str]`): what was said.
         hypotheses (`list[str]`): what was recognised, in the same order.
+        normalise (`bool`): `False` takes the texts as they are, case and punctuation included.
 
     Raises:
         ValueError: if there are no pairs, the lengths differ, or a bare string was given for a list.
     """
+    return WerResult(*corpus_rate(word_error_counts(references, hypotheses, normalise).sum(0)))
+
+
+def character_error_rate(references: Sequence[str], hypotheses: Sequence[str], normalise: bool = True) -> CerResult:
+    """Corpus-level character error rate; as [`word_error_rate`], with characters in place of words."""
+    return CerResult(*corpus_rate(character_error_counts(references, hypotheses, normalise).sum(0)))
+
+
+def word_error_counts(references: Sequence[str], hypotheses: Sequence[str], normalise: bool = True) -> np.ndarray:
+    """
+    Each pair's own counts, of which a corpus, a part of it or a bootstrap sample sums some.
+
+    Returns:
+        `np.ndarray` of shape `(pairs, 4)`, int64: substitutions, deletions, insertions, hits.
+    """
+    return error_counts(jiwer.process_words, references, hypotheses, normalise)
+
+
+def character_error_counts(references: Sequence[str], hypotheses: Sequence[str], normalise: bool = True) -> np.ndarray:
+    """As [`word_error_counts`], of characters."""
+    return error_counts(jiwer.process_characters, references, hypotheses, normalise)
+
+
+def error_counts(align: Callable, references, hypotheses, normalise: bool) -> np.ndarray:
+    check_pairs(references, hypotheses)
+    spell = normaliser() if normalise else str
+    aligned = [align(spell(r), spell(h)) for r, h in zip(references, hypotheses, strict=True)]
+    return np.array([(a.substitutions, a.deletions, a.insertions, a.hits) for a in aligned], dtype=np.int64)
+
+
+def corpus_rate(counts: Sequence[int]) -> tuple[float, int, int, int, int, int]:
+    """The rate of summed counts, the counts, and how many units the references have."""
+    substitutions, deletions, insertions, hits = map(int, counts)
+    errors, units = substitutions + deletions + insertions, hits + substitutions + deletions
+    if units:
+        rate = errors / units
+    else:
+        rate = float("inf") if errors else 0.0
+    return rate, substitutions, deletions, insertions, hits, units
+
+
+def check_pairs(references, hypotheses):
     if isinstance(references, str) or isinstance(hypotheses, str):
         raise ValueError("references and hypotheses are lists of strings; put a single text in a list.")
     if len(references) != len(hypotheses):
         raise ValueError(f"{len(references)} references but {len(hypotheses)} hypotheses; they must be in pairs.")
     if len(references) == 0:
-        raise ValueError("There is no word error rate of nothing: references and hypotheses are empty.")
+        raise ValueError("There is no score of nothing: references and hypotheses are empty.")
 
-    normalise = _normaliser()
-    counts = jiwer.process_words([normalise(text) for text in references], [normalise(text) for text in hypotheses])
-    errors = counts.substitutions + counts.deletions + counts.insertions
-    words = counts.hits + counts.substitutions + counts.deletions
-    if words:
-        wer = errors / words
-    else:
-        wer = float("inf") if errors else 0.0
-    return WerResult(wer, counts.substitutions, counts.deletions, counts.insertions, counts.hits, words)
+
+def longest_repetition(words: Sequence) -> int:
+    """
+    How often in a row the most repeated phrase of at most `LONGEST_PHRASE` words (or other tokens) stands: 3 for
+    "no no no", 2 for "go on go on", 1 where nothing is repeated, 0 for no words.
+    """
+    most = min(len(words), 1)
+    for length in range(1, min(LONGEST_PHRASE, len(words) // 2) + 1):
+        run = 0  # words in a row that equal the one `length` before
+        for index in range(length, len(words)):
+            run = run + 1 if words[index] == words[index - length] else 0
+            most = max(most, run // length + 1)
+    return most
+
+
+def is_loop(hypothesis: str, references: Sequence[str]) -> bool:
+    """
+    Whether a hypothesis is a hallucinated loop: a phrase stands `LOOP_REPEATS` times or more in a row in it, and more
+    often than in any of the references. Case and punctuation do not count.
+    """
+    spell = normaliser()
+    repeats = longest_repetition(spell(hypothesis).split())
+    return repeats >= LOOP_REPEATS and repeats > max(longest_repetition(spell(r).split()) for r in references)
 
 
 @cache
-def _normaliser() -> EnglishTextNormalizer:
+def normaliser() -> EnglishTextNormalizer:
     return EnglishTextNormalizer()  # reads its spelling tables from disk

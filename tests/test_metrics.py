@@ -8,7 +8,14 @@ import jiwer
 import pytest
 from whisper_normalizer.english import EnglishTextNormalizer
 
-from salmonn_hf.metrics import WerResult, word_error_rate
+from salmonn_hf.metrics import (
+    CerResult,
+    WerResult,
+    character_error_rate,
+    is_loop,
+    longest_repetition,
+    word_error_rate,
+)
 
 
 @pytest.mark.parametrize(
@@ -86,3 +93,59 @@ def test_equals_jiwer_on_normalised_text():
 def test_refuses_what_has_no_rate(references, hypotheses, message):
     with pytest.raises(ValueError, match=message):
         word_error_rate(references, hypotheses)
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_characters_and_raw_words_equal_jiwer(normalise):
+    rng = random.Random(1)
+    vocabulary = "The cat, dog; didn't isn't colour 25 uh Mr. house! saw a in of".split()
+    references = [" ".join(rng.choices(vocabulary, k=rng.randint(1, 9))) for _ in range(50)]
+    hypotheses = [" ".join(rng.choices(vocabulary, k=rng.randint(0, 9))) for _ in range(50)]
+    spell = EnglishTextNormalizer() if normalise else str
+    pairs = [spell(r) for r in references], [spell(h) for h in hypotheses]
+
+    characters = character_error_rate(references, hypotheses, normalise)
+    assert characters.cer == pytest.approx(jiwer.cer(*pairs), abs=1e-9)
+    assert characters.characters == sum(map(len, pairs[0]))
+    whole = jiwer.process_words(*pairs)
+    words = word_error_rate(references, hypotheses, normalise)
+    assert words.wer == pytest.approx(whole.wer, abs=1e-9)
+    assert words.errors == whole.substitutions + whole.deletions + whole.insertions
+
+
+def test_characters_by_hand():
+    # r inserted; four characters deleted, one of them a space; one of them replaced.
+    result = character_error_rate(["cat", "cat sat", "dog"], ["cart", "cat", "dig"])
+    assert result == CerResult(6 / 13, 1, 4, 1, 8, 13)
+    assert result.errors == 6
+
+
+def test_raw_words_keep_case_and_punctuation():
+    assert word_error_rate(["The cat sat."], ["the cat sat"], normalise=False).wer == pytest.approx(2 / 3)
+    assert word_error_rate(["The cat sat."], ["the cat sat"]).wer == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "repeats"),
+    [
+        ("", 0),
+        ("one", 1),
+        ("one two three", 1),
+        ("no no no", 3),
+        ("go on go on", 2),
+        ("he said go on go on go on to them", 3),
+        ("a b a b a", 2),
+        ("a a b a a b a a b", 3),
+    ],
+)
+def test_longest_repetition(text, repeats):
+    assert longest_repetition(text.split()) == repeats
+
+
+def test_a_loop_is_what_the_reference_does_not_repeat():
+    assert is_loop("Barking, barking, barking, barking, ba", ["a dog barking"])
+    assert is_loop("thank you very much thank you very much " * 3, ["thank you"])
+    assert not is_loop("no no no no", ["No, no, no, no!"])
+    assert not is_loop("no no no", ["no"])
+    assert is_loop("no " * 9, ["no no no no", "no"])
+    assert not is_loop("", [""])

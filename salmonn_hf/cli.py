@@ -1,0 +1,181 @@
+"""
+Transcribe, caption or question audio files from the command line.
+
+    salmonn transcribe interview.mp3 --model CHECKPOINT
+    salmonn transcribe *.flac --model CHECKPOINT --format srt --output_dir subtitles
+    salmonn caption street.wav --model CHECKPOINT --format json
+    salmonn ask street.wav "Is anyone speaking?" --model CHECKPOINT
+
+Audio of any length is cut at pauses, and each segment is answered for itself: nothing of it is lost. The answers go
+to the standard output, progress and errors to the standard error. The exit code is 0 if every file was answered, 1 if
+some could not be read (the others were answered), 2 if nothing could be done.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from .audio import SAMPLING_RATE, AudioError, load_audio
+from .segmentation import is_silent, split_at_pauses
+from .tasks import TEST_PROMPTS
+
+SUFFIXES = {"plain": ".txt", "json": ".json", "srt": ".srt"}
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="salmonn", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="transcribe|caption|ask")
+    for task, text in (
+        ("transcribe", "what is said"),
+        ("caption", "what can be heard, in a sentence"),
+        ("ask", "the answer to a question: the last argument"),
+    ):
+        command = tasks.add_parser(task, help=text)
+        command.add_argument("files", nargs="+", metavar="FILE", help="audio files or URLs")
+        if task == "ask":
+            command.add_argument("question", metavar="QUESTION", help="what is asked of each file")
+        command.add_argument("--model", default=os.environ.get("SALMONN_MODEL"), help="default: $SALMONN_MODEL")
+        command.add_argument("--format", choices=SUFFIXES, default="plain", help="default: %(default)s")
+        command.add_argument("--output_dir", type=Path, help="write a file for each input instead")
+        command.add_argument("--batch_size", type=int, default=8, help="segments at once; default: %(default)s")
+        command.add_argument("--dtype", default="auto", help="default: the checkpoint's")
+        command.add_argument("--device", default=None, help="default: the GPU, where there is one")
+    arguments = parser.parse_args(argv)
+    if not arguments.model:
+        parser.error("name a checkpoint with --model or in $SALMONN_MODEL")
+    if arguments.format == "srt" and len(arguments.files) > 1 and arguments.output_dir is None:
+        parser.error("several files make several subtitle files: give --output_dir")
+    if arguments.output_dir is not None:
+        names = [output_name(file, arguments.format) for file in arguments.files]
+        if twice := {name for name in names if names.count(name) > 1}:
+            parser.error(f"several files would be written to {min(twice)}; do them one by one")
+    return arguments
+
+
+def output_name(file: str, form: str) -> str:
+    return Path(file).stem + SUFFIXES[form]
+
+
+def segments(waveform: np.ndarray, target_seconds: float) -> Iterator[tuple[float, float, np.ndarray]]:
+    """Start and end in seconds, and samples, of what can be heard; digital silence is left out."""
+    for start, end in split_at_pauses(waveform, SAMPLING_RATE, 30.0, target_seconds):
+        if not is_silent(waveform[start:end]):
+            yield start / SAMPLING_RATE, end / SAMPLING_RATE, waveform[start:end]
+
+
+def answer_file(model, waveform: np.ndarray, prompt: str, arguments, progress) -> list[dict]:
+    """What is answered to each segment: `[{"start", "end", "text"}, ...]`, seconds."""
+    # A transcript of short segments has the better times; a caption or an answer should be of the whole.
+    target_seconds = 12.0 if arguments.task == "transcribe" else 30.0
+    heard = list(segments(waveform, target_seconds))
+    progress.reset(total=len(heard))
+    chunks = []
+    for first in range(0, len(heard), arguments.batch_size):
+        batch = heard[first : first + arguments.batch_size]
+        texts = model([clip for _, _, clip in batch], [prompt] * len(batch))
+        chunks += [
+            {"start": round(start, 2), "end": round(end, 2), "text": " ".join(text.split())}
+            for (start, end, _), text in zip(batch, texts, strict=True)
+        ]
+        progress.update(len(batch))
+    return [chunk for chunk in chunks if chunk["text"]]
+
+
+# Formats
+
+
+def as_srt(chunks: list[dict]) -> str:
+    """SubRip: a number, the times, the text, an empty line."""
+    return "\n".join(
+        f"{number}\n{srt_time(chunk['start'])} --> {srt_time(chunk['end'])}\n{chunk['text']}\n"
+        for number, chunk in enumerate(chunks, start=1)
+    )
+
+
+def srt_time(seconds: float) -> str:
+    milliseconds = round(seconds * 1000)
+    minutes, rest = divmod(milliseconds, 60_000)
+    return f"{minutes // 60:02}:{minutes % 60:02}:{rest // 1000:02},{rest % 1000:03}"
+
+
+def as_plain(chunks: list[dict], task: str) -> str:
+    """The transcript in one line; of captions and answers a line each, with its times where there are several."""
+    if task == "transcribe" or len(chunks) <= 1:
+        return " ".join(chunk["text"] for chunk in chunks) + "\n"
+    return "".join(f"[{chunk['start']:.1f}-{chunk['end']:.1f} s] {chunk['text']}\n" for chunk in chunks)
+
+
+def as_text(file: str, chunks: list[dict], arguments) -> str:
+    """A file's answer in the form that was asked for."""
+    if arguments.format == "srt":
+        return as_srt(chunks)
+    if arguments.format == "json":
+        question = {"question": arguments.question} if arguments.task == "ask" else {}
+        text = " ".join(chunk["text"] for chunk in chunks)
+        return json.dumps({"file": file, **question, "text": text, "chunks": chunks}, ensure_ascii=False) + "\n"
+    named = len(arguments.files) > 1 and arguments.output_dir is None
+    return (f"{file}: " if named else "") + as_plain(chunks, arguments.task)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if missing := [file for file in arguments.files if "://" not in file and not Path(file).is_file()]:
+        for file in missing:  # before the model is loaded: a wrong path should not cost that wait
+            print(f"error: {file}: there is no such file", file=sys.stderr)
+        if len(missing) == len(arguments.files):
+            return 2
+
+    from .inference import Answerer
+
+    try:
+        model = Answerer(arguments.model, arguments.dtype, arguments.device, max_new_tokens=448)
+    except (OSError, ValueError) as error:
+        print(f"error: {arguments.model}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    prompts = {
+        "transcribe": model.processor.transcription_prompt,
+        "caption": TEST_PROMPTS["audiocaption"],
+        "ask": getattr(arguments, "question", ""),
+    }
+    failed = len(missing)
+    readable = [file for file in arguments.files if file not in missing]
+    with tqdm(unit="segment", disable=not sys.stderr.isatty()) as progress:
+        for file in readable:
+            progress.set_description(Path(file).name)
+            try:
+                waveform = load_audio(file)
+            except (AudioError, OSError) as error:
+                progress.write(f"error: {file}: {' '.join(str(error).split())}", file=sys.stderr)
+                failed += 1
+                continue
+            text = as_text(file, answer_file(model, waveform, prompts[arguments.task], arguments, progress), arguments)
+            if arguments.output_dir is None:
+                progress.write(text, file=sys.stdout, end="")
+                sys.stdout.flush()
+            else:
+                arguments.output_dir.mkdir(parents=True, exist_ok=True)
+                target = arguments.output_dir / output_name(file, arguments.format)
+                sibling = target.with_name(f".{target.name}.part")
+                sibling.write_text(text, encoding="utf-8")
+                os.replace(sibling, target)
+    if failed == len(arguments.files):
+        return 2
+    return 1 if failed else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        return run(parse_arguments(argv))
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

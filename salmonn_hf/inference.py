@@ -1,0 +1,119 @@
+"""Answers to requests about audio, a batch at a time, without endless repetition."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import AutoModel, AutoProcessor, StoppingCriteria, pipeline
+
+from .base_parts import REGISTRY_COPIES, resolve_base_part
+
+GUARD_REPEATS = 8  # people do say "no" five times
+GUARD_PHRASE = 32  # tokens
+
+
+class RepetitionGuard(StoppingCriteria):
+    """Ends an answer that ends in `GUARD_REPEATS` times the same phrase of at most `GUARD_PHRASE` tokens."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
+        stops = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        for length in range(1, min(GUARD_PHRASE, input_ids.shape[1] // GUARD_REPEATS) + 1):
+            tail = input_ids[:, -length * GUARD_REPEATS :]
+            stops |= (tail[:, length:] == tail[:, :-length]).all(1)
+        return stops
+
+
+def cut_repetition(words: Sequence) -> list:
+    """What is left of words or tokens that end as [`RepetitionGuard`] ends them: the repeated phrase stands once."""
+    for length in range(1, min(GUARD_PHRASE, len(words) // GUARD_REPEATS) + 1):
+        tail = list(words[-length * GUARD_REPEATS :])
+        if tail[length:] == tail[:-length]:
+            cut = len(words) - length
+            while cut >= length and list(words[cut - length : cut]) == tail[:length]:
+                cut -= length
+            return list(words[: cut + length])
+    return list(words)
+
+
+class Transcriber:
+    """
+    Any model of `pipeline("automatic-speech-recognition")` as a function of a batch: SALMONN, Whisper, CTC models.
+
+    Args:
+        model (`str`): directory or hub name.
+        dtype (`str`): "auto" for the checkpoint's own.
+        device (*optional*): as in any pipeline; default: the GPU, where there is one.
+    """
+
+    max_seconds = float("inf")
+
+    def __init__(self, model: str, dtype: str = "auto", device=None):
+        name = str(resolve_base_part(model)) if model in REGISTRY_COPIES else model
+        self.pipeline = pipeline("automatic-speech-recognition", model=name, dtype=dtype, device=device)
+        if self.pipeline.tokenizer.pad_token is None:  # transformers' own pipeline needs one to make batches
+            self.pipeline.tokenizer.pad_token = self.pipeline.tokenizer.eos_token
+        self.model = self.pipeline.model
+        self.device, self.dtype = str(self.model.device), str(self.model.dtype)
+
+    def __call__(self, waveforms: list[np.ndarray], prompts: list[str] | None = None) -> list[str]:
+        """Transcripts of clips at 16 kHz, of any length. A prompt other than the model's own cannot be given here."""
+        # One beam: transformers' own pipeline takes five unless it is told otherwise.
+        settings = {"generate_kwargs": {"num_beams": 1}} if self.model.can_generate() else {}
+        if self.model.config.model_type == "whisper" and max(map(len, waveforms)) > 30 * 16000:
+            settings["return_timestamps"] = True  # without them Whisper's pipeline refuses more than 30 s
+        results = self.pipeline(list(waveforms), batch_size=len(waveforms), **settings)
+        return [result["text"].strip() for result in results]
+
+
+class Answerer:
+    """
+    A SALMONN checkpoint as a function of clips and what is asked of them. Greedy, with [`RepetitionGuard`].
+
+    Args:
+        model (`str`): directory or hub name.
+        max_new_tokens (`int`): no answer is longer.
+    """
+
+    max_seconds = 30.0  # what the encoder hears at once
+
+    def __init__(self, model: str, dtype: str = "auto", device=None, max_new_tokens: int = 96):
+        self.model = AutoModel.from_pretrained(model, dtype=dtype).eval()
+        self.processor = AutoProcessor.from_pretrained(model)
+        self.max_new_tokens = max_new_tokens
+        self.model.to(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+        self.device, self.dtype = str(self.model.device), str(self.model.dtype)
+
+    def __call__(self, waveforms: list[np.ndarray], prompts: list[str]) -> list[str]:
+        """The answer to each prompt about its clip, of 30 s at most."""
+        return self.answer(
+            [
+                [{"role": "user", "content": [{"type": "audio", "audio": clip}, {"type": "text", "text": prompt}]}]
+                for clip, prompt in zip(waveforms, prompts, strict=True)
+            ]
+        )
+
+    @torch.inference_mode()
+    def answer(self, conversations: list[list[dict]]) -> list[str]:
+        """The next turn of each conversation, as `SalmonnProcessor.apply_chat_template` takes them."""
+        inputs = self.processor.apply_chat_template(
+            conversations, tokenize=True, return_dict=True, add_generation_prompt=True
+        ).to(self.model.device)
+        output = self.model.generate(
+            **inputs,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            stopping_criteria=[RepetitionGuard()],
+        )
+        answers = output[:, inputs["input_ids"].shape[1] :].tolist()
+        ends = {self.processor.tokenizer.pad_token_id, self.processor.tokenizer.eos_token_id}
+        answers = [cut_repetition(strip_end(answer, ends)) for answer in answers]
+        return [text.strip() for text in self.processor.batch_decode(answers, skip_special_tokens=True)]
+
+
+def strip_end(tokens: list[int], ends: set[int]) -> list[int]:
+    """Tokens without the padding and end symbols behind them."""
+    length = len(tokens)
+    while length and tokens[length - 1] in ends:
+        length -= 1
+    return tokens[:length]

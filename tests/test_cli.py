@@ -1,0 +1,140 @@
+"""The command line: what it writes where, in which form, and its exit codes."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import noise
+
+from salmonn_hf import cli, inference
+
+SILENCE = np.zeros(16000, np.float32)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Stands for the model: answers with the length of each segment, and keeps what it was asked."""
+    requests = []
+
+    class Model:
+        def __init__(self, model, dtype, device, max_new_tokens):
+            if model == "broken":
+                raise OSError("no such\ncheckpoint")
+            self.processor = type("Processor", (), {"transcription_prompt": "Transcribe the speech."})
+
+        def __call__(self, waveforms, prompts):
+            requests.append((len(waveforms), prompts[0]))
+            return [f" {len(waveform)}\n samples" for waveform in waveforms]
+
+    monkeypatch.setattr(inference, "Answerer", Model)
+    return requests
+
+
+@pytest.fixture
+def files(tmp_path):
+    long = np.concatenate([noise(8), SILENCE, noise(9, 1), SILENCE, noise(10, 2)])
+    for name, waveform in (("a", noise(1)), ("long", long), ("silent", SILENCE)):
+        soundfile.write(tmp_path / f"{name}.wav", waveform, 16000, subtype="FLOAT")
+    (tmp_path / "broken.wav").write_bytes(b"no audio")
+    return tmp_path
+
+
+def run(*arguments):
+    return cli.main([*map(str, arguments), "--model", "m"])
+
+
+def test_plain(asked, files, capsys):
+    assert run("transcribe", files / "a.wav") == 0
+    assert capsys.readouterr().out == "16000 samples\n"
+    assert run("transcribe", files / "a.wav", files / "silent.wav") == 0
+    assert capsys.readouterr().out == f"{files}/a.wav: 16000 samples\n{files}/silent.wav: \n"
+    assert asked == [(1, "Transcribe the speech."), (1, "Transcribe the speech.")]  # nobody is asked about silence
+
+
+def test_json_has_the_whole_of_a_long_file(asked, files, capsys):
+    assert run("transcribe", files / "long.wav", "--format", "json", "--batch_size", "2") == 0
+    answer = json.loads(capsys.readouterr().out)
+    chunks = answer["chunks"]
+    assert answer["file"] == f"{files}/long.wav"
+    assert answer["text"] == " ".join(chunk["text"] for chunk in chunks)
+    assert len(chunks) == 3 and asked == [(2, "Transcribe the speech."), (1, "Transcribe the speech.")]
+    assert chunks[0]["start"] == 0 and chunks[-1]["end"] == 29
+    assert [chunk["start"] for chunk in chunks[1:]] == [chunk["end"] for chunk in chunks[:-1]]
+    assert sum(int(chunk["text"].split()[0]) for chunk in chunks) == 29 * 16000
+
+
+def test_captions_are_of_30_seconds_and_have_their_times(asked, files, capsys):
+    waveform = np.concatenate([noise(25), SILENCE, noise(20, 1)])
+    soundfile.write(files / "longer.wav", waveform, 16000, subtype="FLOAT")
+    assert run("caption", files / "longer.wav") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and lines[0].startswith("[0.0-25.") and lines[1].endswith(" samples")
+    assert "can be heard" in asked[0][1]
+    assert run("caption", files / "long.wav") == 0
+    assert capsys.readouterr().out == f"{29 * 16000} samples\n"
+
+
+def test_ask(asked, files, capsys):
+    assert run("ask", files / "a.wav", "Is anyone speaking?", "--format", "json") == 0
+    assert json.loads(capsys.readouterr().out)["question"] == "Is anyone speaking?"
+    assert asked == [(1, "Is anyone speaking?")]
+
+
+def test_srt(asked, files, capsys):
+    assert run("transcribe", files / "long.wav", "--format", "srt") == 0
+    blocks = capsys.readouterr().out.rstrip("\n").split("\n\n")
+    assert len(blocks) == 3
+    for number, block in enumerate(blocks, start=1):
+        first, times, text = block.split("\n")
+        assert first == str(number) and text.endswith("samples")
+        assert re.fullmatch(r"\d\d:\d\d:\d\d,\d{3} --> \d\d:\d\d:\d\d,\d{3}", times)
+    assert blocks[2].split("\n")[1].endswith("--> 00:00:29,000")
+    assert cli.srt_time(3723.0456) == "01:02:03,046"
+    assert cli.srt_time(59.9996) == "00:01:00,000"
+
+
+def test_a_file_for_each_input(asked, files, capsys):
+    output = files / "out"
+    assert run("transcribe", files / "a.wav", files / "long.wav", "--format", "srt", "--output_dir", output) == 0
+    assert sorted(file.name for file in output.iterdir()) == ["a.srt", "long.srt"]
+    assert capsys.readouterr().out == ""
+    assert (output / "a.srt").read_text() == "1\n00:00:00,000 --> 00:00:01,000\n16000 samples\n"
+
+
+@pytest.mark.parametrize("bad", ["broken.wav", "gone.wav"])
+def test_one_bad_file_does_not_stop_the_others(asked, files, capsys, bad):
+    assert run("transcribe", files / bad, files / "a.wav") == 1
+    captured = capsys.readouterr()
+    assert captured.out == f"{files}/a.wav: 16000 samples\n"
+    assert captured.err.startswith(f"error: {files}/{bad}: ") and captured.err.count("\n") == 1
+
+
+def test_nothing_done_is_2(asked, files, capsys):
+    assert run("transcribe", files / "broken.wav") == 2
+    assert run("transcribe", files / "gone.wav") == 2
+    assert asked == []
+    assert cli.main(["transcribe", str(files / "a.wav"), "--model", "broken"]) == 2
+    assert "error: broken: no such checkpoint" in capsys.readouterr().err
+
+
+def test_usage_errors_are_2_and_say_what_to_do(files, capsys, monkeypatch):
+    monkeypatch.delenv("SALMONN_MODEL", raising=False)
+    for arguments, message in (
+        (["transcribe", "a.wav"], "--model or in $SALMONN_MODEL"),
+        (["transcribe", "a.wav", "b.wav", "--format", "srt", "--model", "m"], "give --output_dir"),
+        (["caption", "x/a.wav", "y/a.flac", "--output_dir", "o", "--model", "m"], "a.txt"),
+    ):
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main(arguments)
+        assert exit_info.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_with_a_model(tiny_checkpoint, files, capsys):
+    arguments = ["--model", str(tiny_checkpoint), "--device", "cpu", "--dtype", "float32", "--format", "json"]
+    assert cli.main(["ask", str(files / "a.wav"), "What?", *arguments]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    answerer = inference.Answerer(str(tiny_checkpoint), "float32", "cpu", max_new_tokens=448)
+    assert answer["text"] == " ".join(answerer([noise(1)], ["What?"])[0].split())

@@ -1,0 +1,91 @@
+"""Batched answers, and the guard against endless repetition."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import noise
+
+from salmonn_hf.inference import Answerer, RepetitionGuard, Transcriber, cut_repetition, strip_end
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stops"),
+    [
+        ([5] * 8, True),
+        ([5] * 7, False),
+        ([1, 2, 9] + [5, 6, 7] * 8, True),
+        ([1, 2, 9] + [5, 6, 7] * 7 + [5, 6], False),
+        ([5] * 8 + [6], False),
+        (list(range(40)), False),
+        (list(range(33)) * 8, False),
+        (list(range(32)) * 8, True),
+    ],
+)
+def test_guard_stops_at_the_eighth_repetition(tokens, stops):
+    assert RepetitionGuard()(torch.tensor([tokens]), None).tolist() == [stops]
+
+
+def test_guard_judges_each_row_alone():
+    rows = torch.tensor([[3] * 12, list(range(12)), [1, 2, 3, 4] + [7] * 8])
+    assert RepetitionGuard()(rows, None).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("words", "left"),
+    [
+        ("a dog " + "barking " * 8, "a dog barking"),
+        ("a dog " + "barking " * 30, "a dog barking"),
+        ("go on " * 9, "go on"),
+        ("a dog barking barking", "a dog barking barking"),
+        ("no " * 8 + "more", "no " * 8 + "more"),
+        ("", ""),
+    ],
+)
+def test_repetition_is_cut_to_its_first(words, left):
+    assert cut_repetition(words.split()) == left.split()
+
+
+def test_padding_is_stripped_from_the_end_alone():
+    assert strip_end([2, 5, 2, 6, 2, 0, 2], {0, 2}) == [2, 5, 2, 6]
+    assert strip_end([2, 2], {2}) == []
+
+
+def test_answers_are_those_of_generate_alone_and_in_a_batch(tiny_checkpoint):
+    answerer = Answerer(str(tiny_checkpoint), dtype="float32", device="cpu", max_new_tokens=6)
+    clips, prompts = [noise(0.5), noise(1.3, 1), noise(0.9, 2)], ["Which?", "Is anyone speaking?", "What is it?"]
+    together = answerer(clips, prompts)
+    assert len(set(together)) > 1
+    for clip, prompt, answer in zip(clips, prompts, together, strict=True):
+        messages = [{"role": "user", "content": [{"type": "audio", "audio": clip}, {"type": "text", "text": prompt}]}]
+        inputs = answerer.processor.apply_chat_template(
+            messages, tokenize=True, return_dict=True, add_generation_prompt=True
+        )
+        output = answerer.model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        alone = answerer.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert answer == alone[0].strip()
+
+
+def test_the_guard_ends_generation(tiny_checkpoint):
+    """A model whose every next token is the same goes on to its limit, but for the guard."""
+    answerer = Answerer(str(tiny_checkpoint), dtype="float32", device="cpu", max_new_tokens=60)
+    head = answerer.model.get_output_embeddings()
+    steps = []
+
+    def same_token(module, inputs, logits):
+        steps.append(1)
+        logits = torch.full_like(logits, -1.0)
+        logits[..., 70] = 1.0
+        return logits
+
+    hook = head.register_forward_hook(same_token)
+    answer = answerer([noise(0.5)], ["What?"])[0]
+    hook.remove()
+    assert len(steps) == 8
+    assert answer == answerer.processor.batch_decode([[70]])[0].strip()
+
+
+def test_transcriber_gives_what_the_pipeline_gives(tiny_checkpoint):
+    transcriber = Transcriber(str(tiny_checkpoint), dtype="float32", device="cpu")
+    clips = [noise(0.6), noise(1.1, 1)]
+    alone = [transcriber.pipeline(np.array(clip))["text"].strip() for clip in clips]
+    assert transcriber(clips) == alone
