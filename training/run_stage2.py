@@ -11,19 +11,21 @@ Start from a stage 1 checkpoint, or from any SALMONN checkpoint to fine-tune it 
 
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
-from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from salmonn_hf import SalmonnForConditionalGeneration, SalmonnProcessor
+from salmonn_hf.augmentation import Augmentation
+from salmonn_hf.data_arguments import DataArguments
 from salmonn_hf.recipe import parse_recipe
+from salmonn_hf.sources import SkippedClips
 from salmonn_hf.training import (
-    CachedSpeechDataset,
+    ClipCollator,
     SalmonnTrainer,
-    SpeechArguments,
-    SpeechCollator,
+    SalmonnTrainingArguments,
     freeze_base_parts,
+    last_checkpoint,
     save_model,
 )
 
@@ -43,8 +45,11 @@ class ModelArguments:
 
 
 def main():
-    model_args, data_args, training_args = parse_recipe((ModelArguments, SpeechArguments, TrainingArguments))
+    model_args, data_args, augmentation, training_args = parse_recipe(
+        (ModelArguments, DataArguments, Augmentation, SalmonnTrainingArguments)
+    )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.info("world size %d", training_args.world_size)
     torch.manual_seed(training_args.seed)
 
     processor = SalmonnProcessor.from_pretrained(model_args.model_name_or_path)
@@ -66,22 +71,30 @@ def main():
     freeze_base_parts(model)
     use_ctc = model.ctc_head is not None and model_args.ctc_loss_weight > 0
 
-    train_speech, eval_speech = data_args.load()
-    build = (model, processor.feature_extractor, data_args.feature_cache)
+    skipped = SkippedClips(Path(training_args.output_dir, "skipped.tsv") if training_args.should_save else None)
+    train, evaluation = data_args.load(skipped)
+    train_dataset, eval_dataset = data_args.datasets(
+        train, evaluation, model, processor, augmentation, training_args.seed
+    )
     trainer = SalmonnTrainer(
         model=model,
         args=training_args,
         lora_learning_rate=model_args.lora_learning_rate,
-        train_dataset=CachedSpeechDataset.build(train_speech, *build, data_args.masked_frames),
-        eval_dataset=CachedSpeechDataset.build([eval_speech], *build),
-        data_collator=SpeechCollator(
-            processor, model.ctc_head.token_ids.tolist() if use_ctc else [], model.config.ctc_merges
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=ClipCollator(
+            processor,
+            model.ctc_head.token_ids.tolist() if use_ctc else [],
+            model.config.ctc_merges,
+            clips=getattr(train_dataset, "clips", None),
         ),
         processing_class=processor,
+        skipped=skipped,
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
+    trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir))
     save_model(trainer, processor)
-    trainer.evaluate()
+    if eval_dataset is not None:
+        trainer.evaluate()
 
 
 if __name__ == "__main__":
