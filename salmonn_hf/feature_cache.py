@@ -1,16 +1,16 @@
-"""Encoder features computed once and kept on disk: the frozen encoder runs once per clip, not once per epoch."""
+"""Encoder features kept on disk: the frozen encoders run once per clip, not once per epoch."""
 
 import hashlib
 import json
 import os
-import shutil
-import tempfile
+import uuid
+from collections import OrderedDict
 from pathlib import Path
 
-import numpy as np
 import torch
-
-from .audio import load_audio
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
 
 # What the features depend on; how the extractor was loaded must not change their name.
 FEATURE_SETTINGS = (
@@ -21,101 +21,206 @@ FEATURE_SETTINGS = (
     "dither",
     "tail_seconds",
     "pad_to_30_seconds",
+    "return_input_values",
 )
+OPEN_SHARDS = 64  # memory-mapped at a time
 
 
-def cache_key(clips, encoder_name: str, feature_extractor) -> str:
-    """A name for the features of these clips by this encoder: other audio or settings, another name."""
+def encoder_identity(model, feature_extractor) -> str:
+    """Names the features of these encoders: other weights, precision or feature settings, another name."""
     settings = {name: getattr(feature_extractor, name) for name in FEATURE_SETTINGS}
-    digest = hashlib.sha256(json.dumps([encoder_name, settings], sort_keys=True).encode())
-    for clip in clips:
-        digest.update(hashlib.sha256(clip["bytes"] or Path(clip["path"]).read_bytes()).digest())
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith(("audio_tower.", "sound_tower.")):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:24]
+
+
+def clip_key(row: dict, speed: float = 1.0) -> str:
+    """Names a clip by its audio: the bytes of its files and how fast they are played."""
+    digest = hashlib.sha256(repr(float(speed)).encode())
+    for audio in [row["audio"], *({"bytes": None, "path": path} for path in row.get("expand_wav") or ())]:
+        data = audio["bytes"] if audio["bytes"] is not None else Path(audio["path"]).read_bytes()
+        digest.update(hashlib.sha256(data).digest())
+    return digest.hexdigest()[:32]
 
 
 class FeatureCache:
     """
-    The frames of a list of clips in one flat memory-mapped file: `cache[i]` is a bfloat16 tensor of shape (frames,
-    width) on the CPU.
-    """
+    What `SalmonnModel.encode_audio` gives for a clip, by the clip's key (see `clip_key`): a dictionary of its tensors
+    without padding, `audio_frames` `(frames, width)` and, with a sound encoder, `sound_frames`.
 
-    def __init__(self, directory: str | Path):
-        directory = Path(directory)
-        self.offsets = np.load(directory / "offsets.npy")
-        width = json.loads((directory / "meta.json").read_text())["width"]
-        # bfloat16 has no numpy type: its bits are kept as int16.
-        self.frames = np.memmap(directory / "frames.bin", dtype=np.int16, mode="r").reshape(-1, width)
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        frames = np.array(self.frames[self.offsets[index] : self.offsets[index + 1]])
-        return torch.from_numpy(frames).view(torch.bfloat16)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Encoder frames of each clip."""
-        return np.diff(self.offsets)
-
-
-@torch.inference_mode()
-def build_feature_cache(
-    clips, model, feature_extractor, root: str | Path, batch_seconds: float = 120.0
-) -> FeatureCache:
-    """
-    The cache of `clips` under `root`, computed now if it is not there yet.
+    Clips are written a shard, one safetensors file, at a time, which appears whole or not at all: a process that is
+    killed loses no more than the clips of its unfinished shard. Any number of processes may write, each its own
+    shards, and read those of all. Beyond `max_gigabytes` the oldest shards are removed.
 
     Args:
-        clips: a `datasets` audio column read with `Audio(decode=False)`: items of `{"bytes", "path"}`.
-        model ([`SalmonnModel`]): its encoder, in the precision that it has.
-        batch_seconds: padded audio that is encoded at a time.
+        root: directory, which other encoders' features may share, and the limit with them.
+        identity (`str`): of the encoders, see `encoder_identity`.
+        max_gigabytes (`float`): of all shards under `root` (10⁹ bytes).
+        shard_megabytes (`float`): of a shard.
 
     Raises:
-        AudioError: for a clip that cannot be read, naming it. Nothing is left half-written.
+        OSError: if `root` cannot be written.
     """
-    from tqdm import tqdm
 
-    encoder_name = (
-        f"{(model.config.base_parts or {}).get('audio_tower', model.name_or_path)} {model.audio_tower.dtype}"
-    )
-    target = Path(root) / cache_key(clips, encoder_name, feature_extractor)
-    if target.exists():
-        return FeatureCache(target)
-    Path(root).mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=root, prefix=".partial-"))
-    try:
-        offsets = [0]
-        with (
-            open(work / "frames.bin", "wb") as file,
-            tqdm(total=len(clips), desc="encoding clips", unit="clip") as bar,
-        ):
-            for batch in audio_batches(clips, batch_seconds):
-                features = feature_extractor(batch, return_tensors="pt", device=str(model.device)).to(model.device)
-                encoded = model.encode_audio(**features)
-                for frames, mask in zip(encoded["audio_frames"], encoded["audio_frames_mask"], strict=True):
-                    frames = frames[: int(mask.sum())].to("cpu", torch.bfloat16).contiguous()
-                    file.write(frames.view(torch.int16).numpy().tobytes())
-                    offsets.append(offsets[-1] + len(frames))
-                bar.update(len(batch))
-        np.save(work / "offsets.npy", np.array(offsets))
-        (work / "meta.json").write_text(json.dumps({"width": frames.shape[1], "encoder": encoder_name}))
-        os.replace(work, target)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    return FeatureCache(target)
+    def __init__(self, root: str | Path, identity: str, max_gigabytes: float = 50.0, shard_megabytes: float = 32.0):
+        self.root, self.directory = Path(root), Path(root) / identity
+        self.max_bytes, self.shard_bytes = max_gigabytes * 1e9, shard_megabytes * 1e6
+        self.pending: dict[str, dict[str, torch.Tensor]] = {}
+        self.pending_bytes = 0
+        self.shards: dict[str, str] = {}  # of each clip
+        self.seen: set[str] = set()
+        self.open = OrderedDict()
+        self.scanned_at = None
+        self.directory.mkdir(parents=True, exist_ok=True)
+
+    def __getstate__(self):  # for worker processes, which open the shards themselves
+        return self.__dict__ | {"open": OrderedDict(), "pending": {}, "pending_bytes": 0}
+
+    def get(self, key: str) -> dict[str, torch.Tensor] | None:
+        """The tensors of a clip, or `None` if they are not there."""
+        if key in self.pending:
+            return self.pending[key]
+        if key not in self.shards:
+            self._scan()
+        if key not in self.shards:
+            return None
+        try:
+            shard = self._open(self.shards[key])
+            names = json.loads(shard.metadata()["clips"])[key]
+            return {name: shard.get_tensor(f"{key}.{name}") for name in names}
+        except (OSError, SafetensorError):  # removed by another process, or damaged
+            self._forget(self.shards[key])
+            return None
+
+    def put(self, key: str, tensors: dict[str, torch.Tensor]):
+        if key in self.pending or key in self.shards:
+            return
+        self.pending[key] = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        self.pending_bytes += sum(tensor.nbytes for tensor in self.pending[key].values())
+        if self.pending_bytes >= self.shard_bytes:
+            self.flush()
+
+    def flush(self):
+        """Write the clips of the unfinished shard."""
+        if not self.pending:
+            return
+        name = f"{uuid.uuid4().hex}.safetensors"
+        partial = self.directory / f".{name}.partial"
+        tensors = {f"{key}.{part}": value for key, parts in self.pending.items() for part, value in parts.items()}
+        clips = {key: list(parts) for key, parts in self.pending.items()}
+        try:
+            save_file(tensors, partial, metadata={"clips": json.dumps(clips)})
+            os.replace(partial, self.directory / name)
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"Cannot write {self.pending_bytes / 1e6:.0f} MB to the feature cache {self.directory} ({error}). "
+                "Free space, lower feature_cache_gigabytes, or name another directory as feature_cache."
+            ) from error
+        finally:
+            partial.unlink(missing_ok=True)
+        self.shards |= dict.fromkeys(self.pending, name)
+        self.seen.add(name)
+        self.pending, self.pending_bytes = {}, 0
+        self._remove_oldest()
+
+    def _remove_oldest(self):
+        files = []
+        for file in self.root.glob("*/*.safetensors"):
+            try:
+                status = file.stat()
+            except FileNotFoundError:  # by another process
+                continue
+            files.append((status.st_mtime_ns, status.st_size, file))
+        excess = sum(size for _, size, _ in files) - self.max_bytes
+        for _, size, file in sorted(files):
+            if excess <= 0:
+                break
+            file.unlink(missing_ok=True)
+            if file.parent == self.directory:
+                self._forget(file.name)
+            excess -= size
+
+    def _scan(self):
+        """Learn of shards that other processes have written since."""
+        changed = os.stat(self.directory).st_mtime_ns
+        if changed == self.scanned_at:
+            return
+        self.scanned_at = changed
+        for file in self.directory.glob("*.safetensors"):
+            if file.name in self.seen:
+                continue
+            self.seen.add(file.name)
+            try:
+                clips = json.loads(self._open(file.name).metadata()["clips"])
+            except (OSError, SafetensorError):
+                continue
+            self.shards |= {key: file.name for key in clips if key not in self.shards}
+
+    def _open(self, name: str):
+        if name not in self.open:
+            self.open[name] = safe_open(self.directory / name, "pt")
+            if len(self.open) > OPEN_SHARDS:
+                self.open.popitem(last=False)
+        self.open.move_to_end(name)
+        return self.open[name]
+
+    def _forget(self, name: str):
+        self.open.pop(name, None)
+        self.shards = {key: shard for key, shard in self.shards.items() if shard != name}
 
 
-def audio_batches(clips, batch_seconds: float):
-    """Decoded clips in order, in batches of at most `batch_seconds` once padded to their longest."""
-    batch = []
-    for clip in clips:
-        waveform = load_audio(clip)
-        longest = max([len(waveform)] + [len(other) for other in batch])
-        if batch and longest * (len(batch) + 1) > batch_seconds * 16000:
-            yield batch
-            batch = []
-        batch.append(waveform)
-    if batch:
-        yield batch
+@torch.no_grad()
+def encode_clips(model, clips: list[dict], cache: FeatureCache | None = None) -> list[dict[str, torch.Tensor]]:
+    """
+    The frames of each clip, without padding: `{"audio_frames": (frames, width)}`, with a sound encoder also
+    `"sound_frames"`.
+
+    Clips that have them already are passed on. Of the others, one is encoded at a time on a CPU, where that costs
+    nothing: its frames are then the same to the last bit in whatever company it comes. Elsewhere they are one batch.
+
+    Args:
+        model ([`SalmonnModel`]): its encoders, in the precision that they have.
+        clips: as `ClipDataset` gives them: `audio_frames` (and `sound_frames`); or `input_features` `(mel bins, mel
+            frames)` (and `input_values` `(samples,)`), with `key` if the result is to be kept in `cache`.
+    """
+    device = model.audio_tower.device
+    missing = [index for index, clip in enumerate(clips) if "audio_frames" not in clip]
+    encoded = {}
+    for group in [[index] for index in missing] if device.type == "cpu" else [missing] * bool(missing):
+        inputs = {}
+        for name in ("input_features", "input_values"):
+            if name in clips[group[0]]:
+                # Time is the last axis of both.
+                rows = [clips[index][name].to(device).movedim(-1, 0) for index in group]
+                inputs[name] = pad_sequence(rows, batch_first=True).movedim(1, -1)
+                inputs[f"{name}_mask"] = pad_sequence(
+                    [torch.ones(len(row), dtype=torch.int64, device=device) for row in rows], batch_first=True
+                )
+        outputs = model.encode_audio(**inputs)
+        for row, index in enumerate(group):
+            encoded[index] = {
+                name: outputs[name][row, : int(outputs[f"{name}_mask"][row].sum())]
+                for name in ("audio_frames", "sound_frames")
+                if name in outputs
+            }
+            if cache is not None and "key" in clips[index]:
+                cache.put(clips[index]["key"], encoded[index])
+    names = ("audio_frames", "sound_frames")
+    return [
+        encoded.get(index) or {name: clip[name].to(device) for name in names if name in clip}
+        for index, clip in enumerate(clips)
+    ]
+
+
+def pad_clips(clips: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Frames of clips as `SalmonnForConditionalGeneration.forward` takes them: right-padded, with their masks."""
+    batch = {}
+    for name in clips[0]:
+        frames = [clip[name] for clip in clips]
+        batch[name] = pad_sequence(frames, batch_first=True)
+        ones = [torch.ones(len(clip), dtype=torch.bool, device=clip.device) for clip in frames]
+        batch[f"{name}_mask"] = pad_sequence(ones, batch_first=True)
+    return batch

@@ -1,26 +1,33 @@
-"""What the training scripts share: data with cached encoder features, collation, losses' labels, evaluation by WER."""
+"""What the training scripts share: collation, what is trained, the trainer, evaluation by word error rate."""
 
-import io
 import json
+import logging
+import os
 import re
-import zlib
+import shutil
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Trainer
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
 
-from . import augmentation
-from .audio import load_audio
 from .checkpoint import is_base_key
-from .feature_cache import FeatureCache, build_feature_cache
+from .clip_dataset import ClipDataset, MixtureSampler, StreamedClips, num_frames
+from .feature_cache import encode_clips, pad_clips
 from .metrics import word_error_rate
+from .sources import SkippedClips
+
+logger = logging.getLogger(__name__)
 
 
 def ctc_text(text: str) -> str:
@@ -28,227 +35,32 @@ def ctc_text(text: str) -> str:
     return " " + " ".join(re.sub(r"[^\w' ]+", " ", text.lower().replace("’", "'")).split())
 
 
-def text_fold(text: str, folds: int) -> int:
-    """The part of the data, of `folds`, that a clip belongs to: that of its text, so that copies stay together."""
-    return zlib.crc32(ctc_text(text).encode()) % folds
-
-
-def load_speech(files: list[str], text_column: str = "text"):
-    """Parquet files with an `audio` column as a `datasets.Dataset` of undecoded clips and their `text`."""
-    from datasets import Audio, Value, load_dataset
-
-    dataset = load_dataset("parquet", data_files=list(files), split="train")
-    for column in ("audio", text_column):
-        if column not in dataset.column_names:
-            raise ValueError(f"{files} has no column {column!r}; it has {dataset.column_names}.")
-    dataset = dataset.rename_column(text_column, "text") if text_column != "text" else dataset
-    return (
-        dataset.select_columns(["audio", "text"])
-        .cast_column("audio", Audio(decode=False))
-        .cast_column("text", Value("string"))
-    )
-
-
-def speech_dataset(rows: list[tuple[np.ndarray, str, str]]):
-    """Rows of waveform at 16 kHz, file name and text as a dataset like `load_speech`'s."""
-    from datasets import Dataset, Features, Value
-
-    # An undecoded Audio column is this struct; `datasets` itself encodes one only with torchcodec.
-    features = Features({"audio": {"bytes": Value("binary"), "path": Value("string")}, "text": Value("string")})
-    examples = []
-    for waveform, name, text in rows:
-        file = io.BytesIO()
-        soundfile.write(file, waveform, 16000, format="FLAC")
-        examples.append({"audio": {"bytes": file.getvalue(), "path": name}, "text": text})
-    return Dataset.from_list(examples, features=features)
-
-
-def join_clips(dataset, count: int, seconds: tuple[float, float], seed: int = 0):
+class ClipCollator:
     """
-    `count` longer clips, made of random clips of `dataset` with 0.1 to 0.6 s of silence between them, until a length
-    drawn from `seconds` is reached: real recordings are longer than the lines of a dialogue.
-    """
-    rng = np.random.default_rng(seed)
-    rows = []
-    for index in range(count):
-        target, parts, texts = rng.uniform(*seconds) * 16000, [], []
-        while True:
-            row = dataset[int(rng.integers(len(dataset)))]
-            waveform = load_audio(row["audio"])
-            silence = np.zeros(int(rng.uniform(0.1, 0.6) * 16000), np.float32)
-            if sum(map(len, parts)) + len(silence) + len(waveform) > max(target, len(silence) + len(waveform)):
-                break
-            parts += [silence, waveform]
-            texts.append(row["text"].strip())
-        rows.append((np.concatenate(parts[1:]), f"joined-{seed}-{index}.flac", " ".join(texts)))
-    return speech_dataset(rows)
+    Examples of `ClipDataset` to a batch: `clips` (see `encode_clips`), and text, left-padded whatever the tokenizer's
+    padding side, with the answer's end token at the right end and labels on the answer alone.
 
-
-def change_speed(dataset, speed: float):
-    """Its clips played at `speed` times their own, see `augmentation.change_speed`."""
-    rows = []
-    for index, row in enumerate(dataset):
-        waveform = load_audio(row["audio"])
-        # Not beyond the 30 s that the encoder hears.
-        if len(waveform) / speed < 30 * 16000:
-            rows.append((augmentation.change_speed(waveform, speed), f"speed-{speed}-{index}.flac", row["text"]))
-    return speech_dataset(rows)
-
-
-@dataclass
-class SpeechArguments:
-    """Where the speech is: Parquet files with `audio` and `text` columns."""
-
-    train_files: list[str] = field(metadata={"help": "Parquet files to train on."})
-    eval_file: str = field(metadata={"help": "Held-out Parquet file, for the word error rate during training."})
-    text_column: str = field(default="text", metadata={"help": "Column that holds the transcript."})
-    max_eval_clips: int | None = field(default=None, metadata={"help": "Evaluate on the first of them only."})
-    joined_clips: int = field(default=0, metadata={"help": "Longer clips made of joined ones, per file."})
-    joined_seconds: list[float] = field(default_factory=lambda: [6.0, 28.0], metadata={"help": "How long they are."})
-    speeds: list[float] = field(default_factory=list, metadata={"help": "Add copies at these speeds, e.g. 0.9 1.1."})
-    speed_files: list[str] | None = field(default=None, metadata={"help": "Only of these files; default: of all."})
-    folds: int = field(default=0, metadata={"help": "Parts that the clips are divided into, by their text."})
-    left_out_fold: int | None = field(default=None, metadata={"help": "Part that is not trained on."})
-    masked_frames: float = field(default=0.0, metadata={"help": "Share of encoder frames masked in training."})
-    feature_cache: str = field(default="runs/feature_cache", metadata={"help": "Directory of encoder features."})
-
-    def load(self, join: bool = True):
-        """The training parts, one a file, one for each other speed, one for joined clips, and the evaluation part."""
-        files = {file: load_speech([file], self.text_column) for file in self.train_files}
-        train = list(files.values())
-        for file in self.speed_files or self.train_files:
-            train += [change_speed(files[file], speed) for speed in self.speeds]
-        if self.joined_clips and join:
-            seconds = tuple(self.joined_seconds)
-            train += [join_clips(part, self.joined_clips, seconds, seed) for seed, part in enumerate(files.values())]
-        evaluation = load_speech([self.eval_file], self.text_column)
-        if self.max_eval_clips:
-            evaluation = evaluation.select(range(min(self.max_eval_clips, len(evaluation))))
-        return train, evaluation
-
-
-def mask_frames(frames: torch.Tensor, share: float, span: int = 6) -> torch.Tensor:
-    """
-    Frames `(frames, width)` with about `share` of them, in runs of `span` (120 ms), replaced by their common mean:
-    SpecAugment's time masking (Park et al., 2019) on encoder features, as wav2vec 2.0 is fine-tuned with.
-    """
-    count = int(len(frames) * share / span + torch.rand(()))
-    starts = torch.randint(max(len(frames) - span, 1), (count, 1))
-    masked = torch.zeros(len(frames), dtype=torch.bool)
-    masked[(starts + torch.arange(min(span, len(frames)))).flatten()] = True
-    return torch.where(masked[:, None], frames.mean(0), frames)
-
-
-class CachedSpeechDataset(torch.utils.data.Dataset):
-    """
-    Transcripts with the cached encoder frames of their clips: `{"audio_frames": (frames, width), "text"}`. For
-    training, `masked_frames` is the share of frames to mask, see `mask_frames`.
-    """
-
-    def __init__(self, parts: list[tuple[FeatureCache, list[str]]], masked_frames: float = 0.0):
-        self.parts = parts
-        self.masked_frames = masked_frames
-        self.index = [(part, row) for part, (cache, _) in enumerate(parts) for row in range(len(cache))]
-        self.index = [(part, row) for part, row in self.index if parts[part][1][row].strip()]
-
-    @classmethod
-    def build(cls, datasets: list, model, feature_extractor, cache_dir: str, masked_frames: float = 0.0):
-        parts = []
-        for dataset in datasets:
-            texts = [text or "" for text in dataset["text"]]
-            parts.append((build_feature_cache(dataset["audio"], model, feature_extractor, cache_dir), texts))
-        return cls(parts, masked_frames)
-
-    def __len__(self):
-        return len(self.index)
-
-    def __getitem__(self, item):
-        part, row = self.index[item]
-        cache, texts = self.parts[part]
-        frames = mask_frames(cache[row], self.masked_frames) if self.masked_frames else cache[row]
-        return {"audio_frames": frames, "text": texts[row]}
-
-    def without_fold(self, fold: int, folds: int):
-        """Leave out the clips whose text belongs to `fold`, see `text_fold`, in place."""
-        self.index = [(part, row) for part, row in self.index if text_fold(self.parts[part][1][row], folds) != fold]
-        return self
-
-    @cached_property
-    def lengths(self) -> list[int]:
-        """Encoder frames of each example, the measure of its cost."""
-        return [int(self.parts[part][0].lengths[row]) for part, row in self.index]
-
-    @property
-    def texts(self) -> list[str]:
-        return [self.parts[part][1][row] for part, row in self.index]
-
-
-class CrossFittedDataset(torch.utils.data.Dataset):
-    """
-    `{"audio_embeds": (audio tokens, hidden size), "text"}`: embeddings as they come out for clips never trained on.
-
-    After a few epochs the connector reads its own training clips almost without error, and a language model that is
-    trained on those learns to copy. So each clip goes through a connector that was trained without it, as in stacked
-    generalisation (Wolpert, 1992), and the language model learns to correct what unseen clips really look like.
-
-    Args:
-        dataset ([`CachedSpeechDataset`]): single clips.
-        models (`list[SalmonnModel]`): number i was trained without fold i of the texts, see `text_fold`.
-        joined_clips (`int`): examples to add that are several random clips in a row, their embeddings joined.
-        joined_seconds (`tuple[float, float]`): how long they are.
-    """
-
-    def __init__(self, dataset: CachedSpeechDataset, models: list, joined_clips: int = 0, joined_seconds=(3.0, 12.0)):
-        self.dataset, self.models = dataset, [model.eval() for model in models]
-        self.items = [[item] for item in range(len(dataset))]
-        rng = np.random.default_rng(0)
-        for _ in range(joined_clips):
-            most = rng.uniform(*joined_seconds) * 50  # frames
-            items = [int(rng.integers(len(dataset)))]
-            while True:
-                item = int(rng.integers(len(dataset)))
-                if sum(dataset.lengths[i] for i in [*items, item]) > most:
-                    break
-                items.append(item)
-            self.items.append(items)
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        examples = [self.dataset[item] for item in self.items[index]]
-        return {
-            "audio_embeds": torch.cat([self.connect(**example) for example in examples]),
-            "text": " ".join(example["text"].strip() for example in examples),
-        }
-
-    @torch.no_grad()
-    def connect(self, audio_frames: torch.Tensor, text: str) -> torch.Tensor:
-        model = self.models[text_fold(text, len(self.models))]
-        frames = audio_frames[None].to(model.audio_norm.weight.dtype)
-        return model.connect_audio(frames, torch.ones(frames.shape[:2], dtype=torch.bool))[0]
-
-    @cached_property
-    def lengths(self) -> list[int]:
-        return [sum(self.dataset.lengths[item] for item in items) for items in self.items]
-
-
-@dataclass
-class SpeechCollator:
-    """
-    Examples to a batch: frames right-padded, text left-padded with the answer's end token, labels on the answer only.
+    Clips that could not be decoded are left out; `skipped` lists their paths and reasons. Should none be left, the
+    batch is a moment of silence without any label, and adds nothing to the loss.
 
     Args:
         processor ([`SalmonnProcessor`]).
         ctc_token_ids (`list[int]`): the CTC head's tokens; empty for no `ctc_labels`.
         ctc_merges (`int`, *optional*): see `ctc_tokenizer`.
-        alignment_only (`bool`): frames and `ctc_labels` alone, as the alignment stage needs them.
+        alignment_only (`bool`): clips and `ctc_labels` alone, as the alignment stage needs them.
+        clips ([`ClipDataset`], *optional*): which makes the examples of [`StreamedClips`].
     """
 
-    processor: object
-    ctc_token_ids: list[int]
-    ctc_merges: int | None = None
-    alignment_only: bool = False
+    def __init__(
+        self,
+        processor,
+        ctc_token_ids: list[int],
+        ctc_merges: int | None = None,
+        alignment_only: bool = False,
+        clips: ClipDataset | None = None,
+    ):
+        self.processor, self.clips = processor, clips
+        self.ctc_token_ids, self.ctc_merges, self.alignment_only = ctc_token_ids, ctc_merges, alignment_only
 
     @cached_property
     def ctc_tokenizer(self) -> Tokenizer:
@@ -258,23 +70,20 @@ class SpeechCollator:
     def ctc_index(self) -> dict[int, int]:
         return {token: index for index, token in enumerate(self.ctc_token_ids)}
 
-    @cached_property
-    def prompt(self) -> str:
-        messages = self.processor.transcription_messages()
-        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    def silence(self) -> dict:
+        features = self.processor.feature_extractor([np.zeros(1600, np.float32)], return_tensors="pt")
+        clip = {name: features[name][0] for name in ("input_features", "input_values") if name in features}
+        return {"clip": clip, "messages": None, "text": None, "seconds": 0.0}
 
-    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        if "audio_embeds" in examples[0]:
-            embeds = [example["audio_embeds"] for example in examples]
-            batch, num_tokens = {"audio_embeds": torch.cat(embeds)}, [len(e) for e in embeds]
-        else:
-            frames = [example["audio_frames"] for example in examples]
-            num_tokens = [self.processor.num_audio_tokens(len(f)) for f in frames]
-            masks = [torch.ones(len(f), dtype=torch.bool) for f in frames]
-            batch = {
-                "audio_frames": pad_sequence(frames, batch_first=True),
-                "audio_frames_mask": pad_sequence(masks, batch_first=True),
-            }
+    def __call__(self, examples: list) -> dict:
+        examples = [self.clips.example(*item) if isinstance(item, tuple) else item for item in examples]
+        skipped = [(example["path"], example["skipped"]) for example in examples if "skipped" in example]
+        examples = [example for example in examples if "skipped" not in example] or [self.silence()]
+        batch = {
+            "clips": [example["clip"] for example in examples],
+            "seconds": sum(example["seconds"] for example in examples),
+            "skipped": skipped,
+        }
         if self.ctc_token_ids:
             batch["ctc_labels"] = pad_sequence(
                 [self.ctc_labels(example["text"]) for example in examples], batch_first=True, padding_value=-100
@@ -283,26 +92,46 @@ class SpeechCollator:
             return batch
 
         tokenizer = self.processor.tokenizer
-        prompts = [self.prompt_ids(n) for n in num_tokens]
-        answers = [
-            tokenizer(example["text"].strip(), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-            for example in examples
-        ]
+        prompts = [self.prompt_ids(num_frames(example["clip"]), example["messages"]) for example in examples]
+        answers = [self.answer_ids(example["text"]) for example in examples]
         rows = [torch.tensor(prompt + answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        labels = [torch.tensor([-100] * len(p) + a) for p, a in zip(prompts, answers, strict=True)]
+        labels = [
+            torch.tensor([-100] * len(prompt) + (answer if example["text"] is not None else [-100] * len(answer)))
+            for prompt, answer, example in zip(prompts, answers, examples, strict=True)
+        ]
         left = {"batch_first": True, "padding_side": "left"}
         batch["input_ids"] = pad_sequence(rows, padding_value=tokenizer.pad_token_id, **left)
         batch["attention_mask"] = pad_sequence([torch.ones_like(row) for row in rows], **left)
         batch["labels"] = pad_sequence(labels, padding_value=-100, **left)
         return batch
 
-    def prompt_ids(self, num_audio_tokens: int) -> list[int]:
-        text = self.prompt.replace(self.processor.audio_token, self.processor.audio_token * num_audio_tokens)
+    def prompt_ids(self, frames: int, messages: list[dict] | None = None) -> list[int]:
+        """The tokens of a prompt about one clip of so many encoder frames; `None`: a request for a transcript."""
+        prompt = self._prompt(json.dumps(messages or self.processor.transcription_messages()))
+        audio_tokens = self.processor.audio_token * self.processor.num_audio_tokens(frames)
+        text = prompt.replace(self.processor.audio_token, audio_tokens)
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def ctc_labels(self, text: str) -> torch.Tensor:
+    @cached_property
+    def _prompt(self):
+        def render(messages: str) -> str:
+            return self.processor.apply_chat_template(json.loads(messages), add_generation_prompt=True, tokenize=False)
+
+        return lru_cache(4096)(render)
+
+    def __getstate__(self):  # for worker processes
+        return {name: value for name, value in self.__dict__.items() if name != "_prompt"}
+
+    def answer_ids(self, text: str | None) -> list[int]:
+        tokenizer = self.processor.tokenizer
+        return tokenizer((text or "").strip(), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+
+    def ctc_labels(self, text: str | None) -> torch.Tensor:
+        if text is None:
+            return torch.zeros(0, dtype=torch.int64)
         tokens = self.ctc_tokenizer.encode(ctc_text(text), add_special_tokens=False).ids
-        return torch.tensor([self.ctc_index[token] for token in tokens if token in self.ctc_index])
+        labels = [self.ctc_index[token] for token in tokens if token in self.ctc_index]
+        return torch.tensor(labels, dtype=torch.int64)
 
 
 def ctc_tokenizer(tokenizer, merges: int | None = None) -> Tokenizer:
@@ -319,61 +148,165 @@ def ctc_tokenizer(tokenizer, merges: int | None = None) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(settings))
 
 
-def ctc_vocabulary(texts: list[str], tokenizer: Tokenizer) -> list[int]:
+def ctc_vocabulary(texts: Iterable[str], tokenizer: Tokenizer) -> list[int]:
     """The tokens that `ctc_tokenizer` spells the transcripts with, sorted."""
-    rows = tokenizer.encode_batch([ctc_text(text) for text in texts], add_special_tokens=False)
-    return sorted({token for row in rows for token in row.ids})
+    found, texts = set(), iter(texts)
+    while batch := list(islice(texts, 10_000)):
+        rows = tokenizer.encode_batch([ctc_text(text) for text in batch], add_special_tokens=False)
+        found.update(token for row in rows for token in row.ids)
+    return sorted(found)
 
 
-def standardise_frames(model, dataset: "CachedSpeechDataset", clips: int = 2000, seed: int = 0):
+def standardise_frames(model, dataset: ClipDataset, clips: int = 2000, seed: int = 0):
     """
     Start the LayerNorm behind the speech encoder so that every feature has mean 0 and variance 1 over `clips` random
     clips: a few of Whisper's features are ten times the others, and would drown them in the Q-Former's first layer.
     """
     chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:clips].tolist()
-    frames = torch.cat([dataset[index]["audio_frames"] for index in chosen]).float()
+    examples = (dataset[index] for index in chosen)
+    frames = [encode_clips(model, [example["clip"]], dataset.cache)[0] for example in examples if "clip" in example]
+    frames = torch.cat([clip["audio_frames"].cpu() for clip in frames]).float()
     normed = torch.nn.functional.layer_norm(frames, frames.shape[-1:])
     with torch.no_grad():
         model.audio_norm.weight.copy_(1 / normed.std(0))
         model.audio_norm.bias.copy_(-normed.mean(0) / normed.std(0))
 
 
-def freeze_base_parts(model, alignment: bool = True, lora: bool = True):
+def freeze_base_parts(model, alignment_only: bool = False):
     """
-    Leave only what SALMONN trains with gradients, in float32; the encoders and the language model keep their
-    precision. `alignment`: LayerNorms, Q-Former, projection and CTC head; `lora`: the LoRA adapter.
+    Leave only what SALMONN trains with gradients: LayerNorms, Q-Former, projection, CTC head and LoRA, in float32; the
+    encoders and the language model keep their precision. `alignment_only`: LoRA stays frozen as well.
     """
     model.requires_grad_(False)
     for name, parameter in model.named_parameters():
-        if name.startswith(("audio_norm", "sound_norm", "connector", "ctc_head")) or ".lora_" in name:
+        is_lora = ".lora_" in name
+        if name.startswith(("audio_norm", "sound_norm", "connector", "ctc_head")) or (is_lora and not alignment_only):
             parameter.data = parameter.data.float()
-            parameter.requires_grad_(lora if ".lora_" in name else alignment)
+            parameter.requires_grad_(True)
     model.train()  # puts the frozen encoders in evaluation mode
+
+
+@dataclass
+class SalmonnTrainingArguments(TrainingArguments):
+    """
+    `TrainingArguments` with what [`SalmonnTrainer`] needs as defaults.
+
+    Raises:
+        ValueError: if it should stop early but never evaluates.
+    """
+
+    remove_unused_columns: bool = False
+    train_sampling_strategy: str = field(
+        default="group_by_length", metadata={"help": "Or 'random': clips of any length in a batch."}
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a lower word error rate."}
+    )
+
+    def __post_init__(self):
+        if self.early_stopping_patience is not None:
+            if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
+                raise ValueError("early_stopping_patience needs evaluations: set eval_strategy, or leave it out.")
+            # A resumed run counts on where it was.
+            self.restore_callback_states_from_checkpoint = True
+            self.load_best_model_at_end = True
+        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.early_stopping_patience):
+            self.metric_for_best_model = "wer"
+        if self.greater_is_better is None and self.metric_for_best_model in ("wer", "eval_wer"):
+            self.greater_is_better = False
+        super().__post_init__()
 
 
 class SalmonnTrainer(Trainer):
     """
-    `Trainer` with length-grouped batches, a learning rate of its own for LoRA, and word error rate on the evaluation
-    set: of greedy transcripts, or of the CTC head's where only that is trained.
+    `Trainer` with the mixture of sources, frozen encoders that run once per clip, a learning rate of its own for LoRA,
+    checkpoints that are whole or not there, and word error rate on the evaluation set: of greedy transcripts, or of
+    the CTC head's where only that is trained.
+
+    Logged beside the loss: `tokens_per_second` (of the language model's rows; of targets where it is not run) and
+    `audio_seconds_per_second`, over all processes, without evaluation.
     """
 
-    def __init__(self, *args, lora_learning_rate: float | None = None, **kwargs):
+    def __init__(self, *args, lora_learning_rate: float | None = None, skipped: SkippedClips | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.lora_learning_rate = lora_learning_rate
+        self.skipped = skipped or SkippedClips()
+        self.amounts = {"tokens": 0.0, "audio_seconds": 0.0}
+        self.counted_since = None
+        self.staging = None
+        patience = getattr(self.args, "early_stopping_patience", None)
+        if patience is not None:
+            self.add_callback(EarlyStoppingCallback(patience))
+        if isinstance(self.train_dataset, StreamedClips):
+            # Each process reads the stream and takes its share, instead of being sent it by the first.
+            self.accelerator.dataloader_config.dispatch_batches = False
         if self.args.bf16 or self.args.fp16:
             # Autocast brings LoRA's inputs to its precision; PEFT would first make a float32 copy of each of them.
             for module in self.model.modules():
                 if isinstance(module, LoraLayer):
                     module.cast_input_dtype_enabled = False
 
+    # Data
+
+    @property
+    def cache(self):
+        dataset = self.train_dataset or self.eval_dataset
+        return getattr(dataset, "clips", dataset).cache
+
     def _get_train_sampler(self, train_dataset=None):
         args = self.args
-        generator = torch.Generator().manual_seed(args.data_seed if args.data_seed is not None else args.seed)
-        return LengthGroupedSampler(
-            args.train_batch_size * args.gradient_accumulation_steps,
-            lengths=self.train_dataset.lengths,
-            generator=generator,
+        self.train_sampler = MixtureSampler(
+            self.train_dataset,
+            args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            args.data_seed if args.data_seed is not None else args.seed,
+            args.train_sampling_strategy == "group_by_length",
         )
+        return self.train_sampler
+
+    def _run_epoch(self, **kwargs):
+        # accelerate does not reach the sampler of a loader that skips batches, when several processes share it.
+        if not isinstance(self.train_dataset, StreamedClips):
+            self.train_sampler.set_epoch(kwargs["epoch"])
+        super()._run_epoch(**kwargs)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        if self.counted_since is None:
+            self.counted_since = time.perf_counter()
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            for path, reason in batch["skipped"]:
+                self.skipped.add(path, reason)
+                logger.warning("skipped %s: %s", path, reason)
+            rows = batch["attention_mask"] if "attention_mask" in batch else batch["ctc_labels"] != -100
+            self.amounts["tokens"] += float(rows.sum())
+            self.amounts["audio_seconds"] += batch["seconds"]
+        if batches and "ctc_labels" in batches[0]:
+            count = sum((batch["ctc_labels"] != -100).sum() for batch in batches).to(device)
+            if self.args.world_size > 1:
+                count = self.accelerator.gather(count).sum()
+            count = count.clamp(min=1)
+            for batch in batches:
+                batch["num_ctc_labels"] = count
+            if num_items is None:
+                num_items = count
+        return batches, num_items if num_items is None else num_items.clamp(min=1)
+
+    def _prepare_inputs(self, inputs):
+        return self.encode(super()._prepare_inputs(inputs))
+
+    def encode(self, batch: dict) -> dict[str, torch.Tensor]:
+        """A collated batch with its clips as encoder frames; those that are new go to the cache."""
+        batch = {name: value for name, value in batch.items() if name not in ("seconds", "skipped")}
+        clips = batch.pop("clips")
+        frames = encode_clips(self.accelerator.unwrap_model(self.model), clips, self.cache)
+        for clip, encoded in zip(clips, frames, strict=True):
+            if "masked_frames" in clip:
+                masked = clip["masked_frames"][:, None].to(encoded["audio_frames"].device)
+                mean = encoded["audio_frames"].mean(0)
+                encoded["audio_frames"] = torch.where(masked, mean, encoded["audio_frames"])
+        return batch | pad_clips(frames)
+
+    # Optimization
 
     def _issue_warnings_after_load(self, load_result):
         # A checkpoint leaves the frozen base parts out: only what else is missing is worth a warning.
@@ -395,15 +328,72 @@ class SalmonnTrainer(Trainer):
             self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=self.args.adam_epsilon)
         return self.optimizer
 
+    def log(self, logs: dict[str, float], start_time: float | None = None):
+        if "loss" in logs and self.counted_since is not None:
+            amounts = torch.tensor(list(self.amounts.values()), dtype=torch.float64, device=self.args.device)
+            if self.args.world_size > 1:
+                amounts = self.accelerator.reduce(amounts)
+            elapsed = time.perf_counter() - self.counted_since
+            for name, amount in zip(self.amounts, amounts.tolist(), strict=True):
+                logs[f"{name}_per_second"] = round(amount / elapsed, 1)
+            self.amounts, self.counted_since = dict.fromkeys(self.amounts, 0.0), None
+        super().log(logs, start_time)
+
+    # Checkpoints
+
+    def _get_output_dir(self, trial):
+        return self.staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial):
+        """As `Trainer`'s, but written beside its place and moved there when it is whole."""
+        output_dir, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        self.staging = str(output_dir / ".partial")
+        try:
+            if self.is_world_process_zero():
+                shutil.rmtree(self.staging, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = str(output_dir / name)
+            if self.is_world_process_zero():
+                partial = Path(self.staging) / name
+                self.state.save_to_json(str(partial / "trainer_state.json"))
+                if (output_dir / name).exists():
+                    shutil.rmtree(output_dir / name)
+                os.replace(partial, output_dir / name)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(self.staging, ignore_errors=True)
+            last = last_checkpoint(output_dir)
+            raise OSError(
+                f"Cannot write {name} to {output_dir} ({error}). Free space there or make it writable; the same "
+                f"command then goes on from {Path(last).name + ', which is whole' if last else 'the start'}."
+            ) from error
+        finally:
+            self.staging = None
+        if self.is_world_process_zero():
+            rotate_checkpoints(
+                str(output_dir), self.args.save_total_limit, best_model_checkpoint=self.state.best_model_checkpoint
+            )
+        self.accelerator.wait_for_everyone()
+        if self.cache is not None:
+            self.cache.flush()
+
+    # Evaluation
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
-        hypotheses = self.transcribe(dataset)
-        result = word_error_rate(dataset.texts, hypotheses)
-        metrics = {f"{metric_key_prefix}_wer": result.wer, "epoch": self.state.epoch}
-        for reference, hypothesis in list(zip(dataset.texts, hypotheses, strict=True))[:3]:
+        started = time.perf_counter()
+        examples = self.transcribe(eval_dataset if eval_dataset is not None else self.eval_dataset)
+        metrics = {"epoch": self.state.epoch}
+        spoken = [(reference, text) for task, reference, text in examples if task.startswith("asr")]
+        if spoken:
+            metrics[f"{metric_key_prefix}_wer"] = word_error_rate(*zip(*spoken, strict=True)).wer
+        for _, reference, hypothesis in examples[:3]:
             self.log_sample(reference, hypothesis)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.counted_since is not None:
+            self.counted_since += time.perf_counter() - started
         return metrics
 
     def log_sample(self, reference: str, hypothesis: str):
@@ -411,28 +401,49 @@ class SalmonnTrainer(Trainer):
 
         tqdm.write(f"  reference  {reference}\n  transcript {hypothesis}")
 
-    @torch.inference_mode()
-    def transcribe(self, dataset) -> list[str]:
-        """Greedy transcripts of a `CachedSpeechDataset`, in its order; batched by length."""
+    @torch.no_grad()
+    def transcribe(self, dataset: ClipDataset) -> list[tuple[str, str, str]]:
+        """Task, text and greedy answer of each clip, in the dataset's order; batched by length."""
         model, collator = self.accelerator.unwrap_model(self.model), self.data_collator
         was_training = model.training
         model.eval()
-        texts = [""] * len(dataset)
-        order = np.argsort(dataset.lengths)[::-1]
+        results = [None] * len(dataset)
+        order = np.argsort(-dataset.lengths, kind="stable")
         for start in range(0, len(order), self.args.eval_batch_size):
-            items = order[start : start + self.args.eval_batch_size]
-            batch = collator([dataset[int(item)] for item in items])
-            batch = {key: value.to(model.device) for key, value in batch.items()}
+            items = [int(item) for item in order[start : start + self.args.eval_batch_size]]
+            examples = [(item, dataset[item]) for item in items]
+            examples = [(item, example) for item, example in examples if "skipped" not in example]
+            if not examples:
+                continue
+            frames = encode_clips(model, [example["clip"] for _, example in examples], dataset.cache)
+            batch = {key: value.to(model.device) for key, value in pad_clips(frames).items()}
             with self.accelerator.autocast():
-                audio_embeds, num_tokens = model.connect_audio(batch["audio_frames"], batch["audio_frames_mask"])
+                audio_embeds, num_tokens = model.connect_audio(**batch)
                 if collator.alignment_only:
                     decoded = ctc_transcripts(model, collator.processor, audio_embeds, num_tokens)
                 else:
-                    decoded = generate_transcripts(model, collator, batch["audio_frames_mask"], audio_embeds)
-            for item, text in zip(items, decoded, strict=True):
-                texts[item] = text
+                    prompts = [
+                        collator.prompt_ids(num_frames(clip), example["messages"])
+                        for clip, (_, example) in zip(frames, examples, strict=True)
+                    ]
+                    # A runaway transcript shows after two tokens per audio token; speech has less than one.
+                    limit = int(batch["audio_frames_mask"].sum(-1).max()) // 4 + 8
+                    decoded = generate_answers(model, collator.processor, prompts, audio_embeds, limit)
+            for (item, example), text in zip(examples, decoded, strict=True):
+                results[item] = (example["task"], example["text"], text)
         model.train(was_training)
-        return texts
+        return [result for result in results if result is not None]
+
+
+def last_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest whole checkpoint in a directory: one of which the last file, the trainer's state, can be read."""
+    found = []
+    for state in Path(output_dir).glob("checkpoint-*/trainer_state.json"):
+        try:
+            found.append((json.loads(state.read_text())["global_step"], str(state.parent)))
+        except (ValueError, KeyError):
+            continue
+    return max(found, default=(0, None))[1]
 
 
 def save_model(trainer: SalmonnTrainer, processor):
@@ -440,8 +451,14 @@ def save_model(trainer: SalmonnTrainer, processor):
     model = trainer.accelerator.unwrap_model(trainer.model).to(torch.bfloat16)
     model.config.use_cache = True  # Trainer switches it off for itself
     if trainer.is_world_process_zero():
-        model.save_pretrained(trainer.args.output_dir)
-        processor.save_pretrained(trainer.args.output_dir)
+        output_dir = Path(trainer.args.output_dir)
+        partial = output_dir / ".partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        for file in sorted(partial.iterdir()):
+            os.replace(file, output_dir / file.name)
+        partial.rmdir()
         if trainer.args.push_to_hub:
             model.push_to_hub(trainer.hub_model_id)
             processor.push_to_hub(trainer.hub_model_id)
@@ -455,19 +472,17 @@ def ctc_transcripts(model, processor, audio_embeds, num_tokens) -> list[str]:
     return [text.strip() for text in processor.batch_decode(token_ids)]
 
 
-def generate_transcripts(model, collator, frames_mask, audio_embeds) -> list[str]:
-    """Greedy transcripts by the language model, from audio embeddings."""
-    tokenizer = collator.processor.tokenizer
-    num_audio_tokens = collator.processor.num_audio_tokens
-    prompts = [torch.tensor(collator.prompt_ids(num_audio_tokens(int(n)))) for n in frames_mask.sum(-1)]
+def generate_answers(model, processor, prompts: list[list[int]], audio_embeds, max_new_tokens: int) -> list[str]:
+    """Greedy answers by the language model to prompts about clips, whose audio embeddings are given in a row."""
+    tokenizer, device = processor.tokenizer, audio_embeds.device
+    prompts = [torch.tensor(prompt) for prompt in prompts]
     left = {"batch_first": True, "padding_side": "left"}
-    input_ids = pad_sequence(prompts, padding_value=tokenizer.pad_token_id, **left).to(audio_embeds.device)
-    attention_mask = pad_sequence([torch.ones_like(p) for p in prompts], **left).to(audio_embeds.device)
-    # A runaway transcript shows after two tokens per audio token; speech has less than one.
+    input_ids = pad_sequence(prompts, padding_value=tokenizer.pad_token_id, **left).to(device)
+    attention_mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], **left).to(device)
     generated = model.generate(
         inputs_embeds=model.merge_audio(input_ids, audio_embeds),
         attention_mask=attention_mask,
-        max_new_tokens=int(frames_mask.sum(-1).max()) // 4 + 8,
+        max_new_tokens=max_new_tokens,
         do_sample=False,
     )
-    return [text.strip() for text in collator.processor.batch_decode(generated, skip_special_tokens=True)]
+    return [text.strip() for text in processor.batch_decode(generated, skip_special_tokens=True)]

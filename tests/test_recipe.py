@@ -1,11 +1,18 @@
 """Recipes: YAML values, overrides, unknown keys."""
 
+import runpy
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from transformers import TrainingArguments
 
+from salmonn_hf.augmentation import Augmentation
+from salmonn_hf.data_arguments import DataArguments
 from salmonn_hf.recipe import parse_recipe
+from salmonn_hf.training import SalmonnTrainingArguments
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass
@@ -42,3 +49,37 @@ def test_without_a_recipe():
 def test_an_unknown_key_is_refused_with_the_nearest(tmp_path, argv):
     with pytest.raises(ValueError, match="'naem'.*'name'"):
         parse_recipe((Arguments,), argv or [write(tmp_path, "naem: b\n")])
+
+
+@pytest.mark.parametrize(
+    "recipe, message",
+    [
+        ("seed: 1\nseed: 2\n", "seed twice"),
+        ("max_steps: 5\nnum_train_epochs: 2\n", "max_steps and num_train_epochs contradict"),
+        ("bf16: true\nfp16: true\n", "bf16 and fp16 contradict"),
+        ("- a\n", "maps keys to values"),
+    ],
+)
+def test_contradictions_are_refused(tmp_path, recipe, message):
+    with pytest.raises(ValueError, match=message):
+        parse_recipe((Arguments, TrainingArguments), [write(tmp_path, recipe)])
+
+
+def test_the_command_line_overrides_what_contradicts_it(tmp_path):
+    recipe = write(tmp_path, "num_train_epochs: 2\nmax_steps: null\nfp16: false\nbf16: true\n")
+    arguments, training = parse_recipe((Arguments, TrainingArguments), [recipe, "--max_steps", "5"])
+    assert (training.max_steps, training.num_train_epochs, training.bf16) == (5, 3.0, True)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "training" / "recipes").glob("*/*.yaml")), ids=lambda p: "/".join(p.parts[-2:])
+)
+def test_recipes_of_the_repository_are_valid(path, tmp_path):
+    script = "run_stage2" if path.stem == "finetune" else f"run_{path.stem}"
+    model_arguments = runpy.run_path(str(ROOT / "training" / f"{script}.py"))["ModelArguments"]
+    given = ["--output_dir", str(tmp_path)]
+    if path.stem == "finetune":
+        given += ["--train_files", "a.parquet", "--eval_file", "b.parquet"]
+    kinds = (model_arguments, DataArguments, Augmentation, SalmonnTrainingArguments)
+    _, data, _, _ = parse_recipe(kinds, [str(path), *given])
+    assert data.training_sources()

@@ -13,21 +13,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import AutoTokenizer
 
 from salmonn_hf import SalmonnFeatureExtractor, SalmonnProcessor
+from salmonn_hf.augmentation import Augmentation
 from salmonn_hf.base_parts import resolve_base_part
 from salmonn_hf.checkpoint import config_from_base_parts, from_base_parts
+from salmonn_hf.data_arguments import DataArguments
 from salmonn_hf.recipe import parse_recipe
+from salmonn_hf.sources import SkippedClips
 from salmonn_hf.training import (
-    CachedSpeechDataset,
+    ClipCollator,
     SalmonnTrainer,
-    SpeechArguments,
-    SpeechCollator,
+    SalmonnTrainingArguments,
     ctc_tokenizer,
     ctc_vocabulary,
     freeze_base_parts,
+    last_checkpoint,
     save_model,
     standardise_frames,
 )
@@ -37,6 +39,7 @@ from salmonn_hf.training import (
 class ModelArguments:
     audio_tower: str = field(metadata={"help": "Whisper encoder: hub name or directory."})
     language_model: str = field(metadata={"help": "Causal language model: hub name or directory."})
+    sound_tower: str | None = field(default=None, metadata={"help": "Sound encoder: directory of a converted BEATs."})
     audio_token: str = field(default="<|audio|>", metadata={"help": "Token of its vocabulary that text never uses."})
     window_frames: int = field(default=17, metadata={"help": "Encoder frames (20 ms) per Q-Former window."})
     window_stride: int = field(default=17, metadata={"help": "Encoder frames between window starts."})
@@ -57,15 +60,19 @@ class ModelArguments:
 
 
 def main():
-    model_args, data_args, training_args = parse_recipe((ModelArguments, SpeechArguments, TrainingArguments))
+    model_args, data_args, augmentation, training_args = parse_recipe(
+        (ModelArguments, DataArguments, Augmentation, SalmonnTrainingArguments)
+    )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.info("world size %d", training_args.world_size)
     torch.manual_seed(training_args.seed)
 
     tokenizer = AutoTokenizer.from_pretrained(resolve_base_part(model_args.language_model))
     if model_args.chat_template:
         tokenizer.chat_template = Path(model_args.chat_template).read_text()
-    train_speech, eval_speech = data_args.load()
-    texts = [text or "" for part in train_speech for text in part["text"]]
+    skipped = SkippedClips(Path(training_args.output_dir, "skipped.tsv") if training_args.should_save else None)
+    train, evaluation = data_args.load(skipped)
+    texts = (text for table in train for text in table.texts())
     ctc_token_ids = ctc_vocabulary(texts, ctc_tokenizer(tokenizer, model_args.ctc_merges))
 
     windows = {
@@ -76,6 +83,7 @@ def main():
     config = config_from_base_parts(
         model_args.audio_tower,
         model_args.language_model,
+        model_args.sound_tower,
         audio_token_id=tokenizer.convert_tokens_to_ids(model_args.audio_token),
         window_position_embeddings=True,
         frame_mlp_size=model_args.frame_mlp_size,
@@ -93,7 +101,9 @@ def main():
         **windows,
     )
     processor = SalmonnProcessor(
-        SalmonnFeatureExtractor(feature_size=config.audio_config.num_mel_bins),
+        SalmonnFeatureExtractor(
+            feature_size=config.audio_config.num_mel_bins, return_input_values=model_args.sound_tower is not None
+        ),
         tokenizer,
         audio_token=model_args.audio_token,
         **windows,
@@ -103,24 +113,27 @@ def main():
     model.match_projection_to_embeddings()
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    freeze_base_parts(model, lora=False)
+    freeze_base_parts(model, alignment_only=True)
 
-    build = (model, processor.feature_extractor, data_args.feature_cache)
-    train_dataset = CachedSpeechDataset.build(train_speech, *build, data_args.masked_frames)
-    if data_args.folds:
-        train_dataset = train_dataset.without_fold(data_args.left_out_fold, data_args.folds)
-    standardise_frames(model, train_dataset)
+    train_dataset, eval_dataset = data_args.datasets(
+        train, evaluation, model, processor, augmentation, training_args.seed
+    )
+    checkpoint = last_checkpoint(training_args.output_dir)
+    if checkpoint is None:
+        standardise_frames(model, train_dataset)
     trainer = SalmonnTrainer(
         model=model,
         args=training_args,
         train_dataset=train_dataset,
-        eval_dataset=CachedSpeechDataset.build([eval_speech], *build),
-        data_collator=SpeechCollator(processor, ctc_token_ids, model_args.ctc_merges, alignment_only=True),
+        eval_dataset=eval_dataset,
+        data_collator=ClipCollator(processor, ctc_token_ids, model_args.ctc_merges, alignment_only=True),
         processing_class=processor,
+        skipped=skipped,
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
+    trainer.train(resume_from_checkpoint=checkpoint)
     save_model(trainer, processor)
-    trainer.evaluate()
+    if eval_dataset is not None:
+        trainer.evaluate()
 
 
 if __name__ == "__main__":

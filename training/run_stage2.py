@@ -11,20 +11,21 @@ Start from a stage 1 checkpoint, or from any SALMONN checkpoint to fine-tune it 
 
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
-from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from salmonn_hf import SalmonnForConditionalGeneration, SalmonnProcessor
+from salmonn_hf.augmentation import Augmentation
+from salmonn_hf.data_arguments import DataArguments
 from salmonn_hf.recipe import parse_recipe
+from salmonn_hf.sources import SkippedClips
 from salmonn_hf.training import (
-    CachedSpeechDataset,
-    CrossFittedDataset,
+    ClipCollator,
     SalmonnTrainer,
-    SpeechArguments,
-    SpeechCollator,
+    SalmonnTrainingArguments,
     freeze_base_parts,
+    last_checkpoint,
     save_model,
 )
 
@@ -40,16 +41,15 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Of the language model; on a CPU 'eager' trains short clips fastest."}
     )
-    fold_connectors: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Stage 1 checkpoints, each trained without one fold; then LoRA alone is trained."},
-    )
     ctc_loss_weight: float = field(default=0.1, metadata={"help": "Weight of the alignment loss; 0 for none."})
 
 
 def main():
-    model_args, data_args, training_args = parse_recipe((ModelArguments, SpeechArguments, TrainingArguments))
+    model_args, data_args, augmentation, training_args = parse_recipe(
+        (ModelArguments, DataArguments, Augmentation, SalmonnTrainingArguments)
+    )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.info("world size %d", training_args.world_size)
     torch.manual_seed(training_args.seed)
 
     processor = SalmonnProcessor.from_pretrained(model_args.model_name_or_path)
@@ -68,31 +68,33 @@ def main():
                 "target_modules": model_args.lora_target_modules,
             }
         )
-    freeze_base_parts(model, alignment=not model_args.fold_connectors)
-    use_ctc = model.ctc_head is not None and model_args.ctc_loss_weight > 0 and not model_args.fold_connectors
+    freeze_base_parts(model)
+    use_ctc = model.ctc_head is not None and model_args.ctc_loss_weight > 0
 
-    train_speech, eval_speech = data_args.load(join=not model_args.fold_connectors)
-    build = (model, processor.feature_extractor, data_args.feature_cache)
-    train_dataset = CachedSpeechDataset.build(train_speech, *build, data_args.masked_frames)
-    if model_args.fold_connectors:
-        folds = [SalmonnForConditionalGeneration.from_pretrained(path) for path in model_args.fold_connectors]
-        train_dataset = CrossFittedDataset(
-            train_dataset, folds, data_args.joined_clips, tuple(data_args.joined_seconds)
-        )
+    skipped = SkippedClips(Path(training_args.output_dir, "skipped.tsv") if training_args.should_save else None)
+    train, evaluation = data_args.load(skipped)
+    train_dataset, eval_dataset = data_args.datasets(
+        train, evaluation, model, processor, augmentation, training_args.seed
+    )
     trainer = SalmonnTrainer(
         model=model,
         args=training_args,
         lora_learning_rate=model_args.lora_learning_rate,
         train_dataset=train_dataset,
-        eval_dataset=CachedSpeechDataset.build([eval_speech], *build),
-        data_collator=SpeechCollator(
-            processor, model.ctc_head.token_ids.tolist() if use_ctc else [], model.config.ctc_merges
+        eval_dataset=eval_dataset,
+        data_collator=ClipCollator(
+            processor,
+            model.ctc_head.token_ids.tolist() if use_ctc else [],
+            model.config.ctc_merges,
+            clips=getattr(train_dataset, "clips", None),
         ),
         processing_class=processor,
+        skipped=skipped,
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
+    trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir))
     save_model(trainer, processor)
-    trainer.evaluate()
+    if eval_dataset is not None:
+        trainer.evaluate()
 
 
 if __name__ == "__main__":

@@ -180,13 +180,21 @@ class SalmonnCTCHead(nn.Module):
         log_probs = (cosines * self.log_scale.exp()).float().log_softmax(-1)
         return log_probs.unflatten(0, audio_embeds.shape[:-1])
 
-    def loss(self, log_probs: torch.Tensor, lengths: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def loss(
+        self,
+        log_probs: torch.Tensor,
+        lengths: torch.Tensor,
+        labels: torch.Tensor,
+        num_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         r"""
         Args:
             log_probs (`torch.Tensor` of shape `(audio tokens, clips, 1 + ctc_vocab_size)`).
             lengths (`torch.LongTensor` of shape `(clips,)`): audio tokens of each clip.
             labels (`torch.LongTensor` of shape `(clips, tokens)`): indices into `token_ids`, padded with -100. A clip
                 with no label at all (no speech) takes no part.
+            num_labels (`torch.Tensor`, *optional*): target tokens of all batches of an optimizer step, for the share
+                of their common mean; by default this batch's own.
 
         Returns:
             Scalar, nats per target token.
@@ -200,7 +208,9 @@ class SalmonnCTCHead(nn.Module):
             reduction="none",
             zero_infinity=True,  # a transcript longer than its audio has tokens has no path
         )
-        return losses[label_lengths > 0].sum() / label_lengths.sum().clamp(min=1)
+        if num_labels is None:
+            num_labels = label_lengths.sum().clamp(min=1)
+        return losses[label_lengths > 0].sum() / num_labels
 
 
 class SalmonnPreTrainedModel(PreTrainedModel):
@@ -480,6 +490,7 @@ class SalmonnForConditionalGeneration(SalmonnModel, GenerationMixin):
         sound_frames_mask: torch.Tensor | None = None,
         audio_embeds: torch.Tensor | None = None,
         ctc_labels: torch.LongTensor | None = None,
+        num_ctc_labels: torch.Tensor | None = None,
         **kwargs,
     ) -> SalmonnOutput:
         r"""
@@ -499,6 +510,8 @@ class SalmonnForConditionalGeneration(SalmonnModel, GenerationMixin):
             audio_embeds (`torch.Tensor` of shape `(audio tokens of the batch, hidden size)`): what `connect_audio`
                 returned, in place of all of these.
             ctc_labels (`torch.LongTensor` of shape `(clips, tokens)`): indices into `ctc_head.token_ids`, -100 padded.
+            num_ctc_labels (`torch.Tensor`, *optional*): how many there are in all batches of an optimizer step, as
+                `num_items_in_batch` is for `labels`.
         """
         inputs_embeds, audio_embeds, num_tokens = self.forward_audio(
             input_ids,
@@ -518,7 +531,7 @@ class SalmonnForConditionalGeneration(SalmonnModel, GenerationMixin):
         if ctc_labels is not None:
             clips = nn.utils.rnn.pad_sequence(audio_embeds.split(num_tokens.tolist()))
             log_probs = self.ctc_head(clips, self.get_input_embeddings().weight)
-            ctc_loss = self.ctc_head.loss(log_probs, num_tokens, ctc_labels)
+            ctc_loss = self.ctc_head.loss(log_probs, num_tokens, ctc_labels, num_ctc_labels)
             if inputs_embeds is None:
                 return SalmonnOutput(loss=ctc_loss, ctc_loss=ctc_loss, audio_embeds=audio_embeds)
 
@@ -543,7 +556,8 @@ class SalmonnForConditionalGeneration(SalmonnModel, GenerationMixin):
             if ctc_loss is not None:
                 # Over accumulated batches the next-token loss is a share of their common mean; so must this one be.
                 items = kwargs.get("num_items_in_batch")
-                share = 1.0 if items is None else (labels[:, 1:] != -100).sum() / items
+                is_share = items is None or num_ctc_labels is not None
+                share = 1.0 if is_share else (labels[:, 1:] != -100).sum() / items
                 loss = loss + self.config.ctc_loss_weight * share * ctc_loss
         return SalmonnOutput(
             loss=loss,

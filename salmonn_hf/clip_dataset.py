@@ -1,0 +1,300 @@
+"""Clips of several sources as training examples: which come in an epoch, what each is asked, how it is augmented."""
+
+import hashlib
+
+import numpy as np
+import torch
+
+from . import tasks
+from .augmentation import Augmentation, change_speed
+from .corpora import UnusableClip
+from .feature_cache import FeatureCache, clip_key
+from .sources import ClipTable, Source, row_waveform
+
+
+class ClipDataset(torch.utils.data.Dataset):
+    """
+    Examples of all tables, one table after another.
+
+    `dataset[index]` is a clip as it is, with its task's test prompt: what evaluation sees. `dataset[pass, index]`, as
+    `MixtureSampler` asks, is what training sees in that pass over the clip's source: with a prompt, a text and an
+    augmentation drawn by `seed`, `pass` and `index` alone, so that every process, and a run that is resumed, draws
+    the same.
+
+    An example is `{"clip", "messages", "task", "text", "path", "seconds"}`. `clip` holds the encoders' frames from the
+    cache, or their inputs (see `encode_clips`), and `masked_frames`, bool `(frames,)`, where some are to be masked;
+    `messages` is `None` where the processor's own request for a transcript is meant. Of a clip that cannot be decoded
+    it is `{"path", "skipped": reason}`.
+
+    Args:
+        tables (`list[ClipTable]`).
+        feature_extractor ([`SalmonnFeatureExtractor`]).
+        cache ([`FeatureCache`], *optional*): looked into for clips that are not augmented, of which the features
+            change with every pass.
+        augmentation ([`Augmentation`], *optional*).
+        masked_frames (`float`): share of the encoder frames to mask, see `frame_mask`.
+        system (`str`, *optional*), system_turn (`bool`): as in `tasks.messages`.
+        seed (`int`).
+
+    Raises:
+        ValueError: if there is no clip at all.
+    """
+
+    def __init__(
+        self,
+        tables: list[ClipTable],
+        feature_extractor,
+        cache: FeatureCache | None = None,
+        augmentation: Augmentation | None = None,
+        masked_frames: float = 0.0,
+        system: str | None = None,
+        system_turn: bool = True,
+        seed: int = 0,
+    ):
+        self.tables = tables
+        self.feature_extractor = feature_extractor
+        self.cache = cache
+        self.augmentation = augmentation or Augmentation()
+        self.masked_frames = masked_frames
+        self.system, self.system_turn = system, system_turn
+        self.seed = seed
+        self.starts = np.cumsum([0, *map(len, tables)])
+        if tables and not len(self):
+            raise ValueError(f"No usable clip in {', '.join(table.source.path for table in tables)}; see the reasons.")
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, item: int | tuple[int, int]) -> dict:
+        draw, index = item if isinstance(item, tuple) else (None, item)
+        row, source, seconds = self.row(index)
+        return self.example(row, source, draw, int(index), seconds)
+
+    def row(self, index: int) -> tuple[dict, Source, float]:
+        """A clip's row, its source and its length in seconds."""
+        part = int(np.searchsorted(self.starts, index, side="right")) - 1
+        table, place = self.tables[part], index - int(self.starts[part])
+        return table[place], table.source, float(table.seconds[place])
+
+    def example(self, row: dict, source: Source, draw: int | None, index: int, seconds: float) -> dict:
+        """The example of a row, see above; `seconds` is how long its clip is."""
+        path = row["audio"]["path"] or f"clip {index} of {source.path}"
+        try:
+            clip = self.clip(row, source.speed, draw, index)
+        except UnusableClip as error:
+            return {"path": path, "skipped": str(error)}
+        texts = row["text"] if isinstance(row["text"], list) else [row["text"]]
+        texts = [text for text in texts if text and text.strip()]
+        chosen = 0 if draw is None else self._seed(draw, index, "text") % len(texts)
+        task = source.task or row.get("task")
+        messages = self.messages(task, row.get("question") or "", draw, index) if task else None
+        return {
+            "clip": clip,
+            "messages": messages,
+            "task": task or "asr",
+            "text": texts[chosen],
+            "path": path,
+            "seconds": seconds,
+        }
+
+    def clip(self, row: dict, speed: float, draw: int | None, index: int) -> dict:
+        augmentation = self.augmentation if draw is not None else Augmentation()
+        augments = augmentation != Augmentation()
+        clip = {}
+        try:
+            if self.cache is not None and not augments:
+                clip["key"] = clip_key(row, speed)
+                clip |= self.cache.get(clip["key"]) or {}
+            if "audio_frames" not in clip:
+                waveform = row_waveform(row)
+                if speed != 1.0:
+                    waveform = change_speed(waveform, speed)
+                if augments:
+                    rng = np.random.default_rng(self._seed(draw, index, "waveform"))
+                    waveform = augmentation.augment(waveform, rng)
+                features = self.feature_extractor([waveform], return_tensors="pt")
+                if augments:
+                    generator = torch.Generator().manual_seed(self._seed(draw, index, "features"))
+                    features["input_features"] = augmentation.mask_features(
+                        features["input_features"], features["input_features_mask"], generator
+                    )
+                clip |= {name: features[name][0] for name in ("input_features", "input_values") if name in features}
+        except (ValueError, OSError) as error:  # AudioError among them
+            raise UnusableClip("damaged", str(error)) from error
+        if draw is not None and self.masked_frames:
+            generator = torch.Generator().manual_seed(self._seed(draw, index, "frames"))
+            clip["masked_frames"] = frame_mask(num_frames(clip), self.masked_frames, generator)
+        return clip
+
+    def messages(self, task: str, question: str, draw: int | None, index: int) -> list[dict]:
+        return tasks.messages(
+            task,
+            question,
+            system=self.system,
+            draw=None if draw is None else (self.seed, draw, index),
+            system_turn=self.system_turn,
+        )
+
+    def _seed(self, draw: int, index: int, what: str) -> int:
+        digest = hashlib.sha256(f"{self.seed} {draw} {index} {what}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") >> 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Seconds of each example, the measure of its cost."""
+        return np.concatenate([table.seconds for table in self.tables])
+
+    def texts(self):
+        """The texts of all examples, one after another; of a clip with several, all."""
+        for table in self.tables:
+            yield from table.texts()
+
+
+def num_frames(clip: dict) -> int:
+    """Frames of the speech encoder (20 ms each) that a clip has, or will have."""
+    if "audio_frames" in clip:
+        return len(clip["audio_frames"])
+    return (clip["input_features"].shape[-1] + 1) // 2
+
+
+def frame_mask(frames: int, share: float, generator: torch.Generator, span: int = 6) -> torch.Tensor:
+    """
+    `(frames,)`, true on about `share` of them, in runs of `span` (120 ms): SpecAugment's time masking (Park et al.,
+    2019) on encoder features, as wav2vec 2.0 is fine-tuned with.
+    """
+    count = int(frames * share / span + torch.rand((), generator=generator))
+    starts = torch.randint(max(frames - span, 1), (count, 1), generator=generator)
+    masked = torch.zeros(frames, dtype=torch.bool)
+    masked[(starts + torch.arange(min(span, frames))).flatten()] = True
+    return masked
+
+
+class MixtureSampler(torch.utils.data.Sampler):
+    """
+    Which clips come in an epoch, and in which order, as pairs `(pass, index)` for `ClipDataset`.
+
+    A source of weight w gives round(w · clips) of its clips: it is gone through in a random order again and again, a
+    new order each pass, and every epoch goes on where the last one ended. So no clip comes a second time before all of
+    its source have come.
+
+    The epoch is shuffled; then, within 50 steps, clips of similar length are put together, since a batch costs what
+    its longest clip does. All is drawn by seed and epoch: nothing has to be kept to resume.
+
+    Args:
+        dataset ([`ClipDataset`]).
+        step_size (`int`): clips of an optimizer step, over all processes and accumulated batches.
+        seed (`int`).
+        group_by_length (`bool`): `False` leaves the shuffled order as it is.
+    """
+
+    STEPS_SORTED = 50
+
+    def __init__(self, dataset: ClipDataset, step_size: int, seed: int = 0, group_by_length: bool = True):
+        self.sizes = [len(table) for table in dataset.tables]
+        self.counts = [
+            round(table.source.weight * size) for table, size in zip(dataset.tables, self.sizes, strict=True)
+        ]
+        self.lengths = dataset.lengths
+        self.step_size, self.seed, self.group_by_length = step_size, seed, group_by_length
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def __iter__(self):
+        passes, indices, start = [], [], 0
+        for part, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True)):
+            if count:
+                places = np.arange(self.epoch * count, (self.epoch + 1) * count)
+                orders = {
+                    number: np.random.default_rng([self.seed, part, int(number)]).permutation(size)
+                    for number in np.unique(places // size)
+                }
+                passes.append(places // size)
+                indices.append(
+                    start
+                    + np.concatenate([orders[number][places[places // size == number] % size] for number in orders])
+                )
+            start += size
+        passes, indices = np.concatenate(passes), np.concatenate(indices)
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = rng.permutation(len(indices))
+        if self.group_by_length:
+            order = self._grouped(order, self.lengths[indices[order]], rng)
+        for place in order:
+            yield int(passes[place]), int(indices[place])
+
+    def _grouped(self, order: np.ndarray, lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        grouped = []
+        for start in range(0, len(order), self.step_size * self.STEPS_SORTED):
+            part = slice(start, start + self.step_size * self.STEPS_SORTED)
+            chunk = order[part][np.argsort(-lengths[part], kind="stable")]
+            whole = len(chunk) // self.step_size * self.step_size
+            grouped.append(rng.permutation(chunk[:whole].reshape(-1, self.step_size)).reshape(-1))
+            grouped.append(chunk[whole:])
+        return np.concatenate(grouped)
+
+
+class StreamedClips(torch.utils.data.IterableDataset):
+    """
+    Clips of sources that are read as they come: in each epoch each source to its end, shuffled among `buffer` of its
+    clips and mixed by weight, in an order drawn by seed and epoch. Resuming reads over what was trained on.
+
+    What it gives is not yet an example but the arguments of `ClipDataset.example`, which the collator asks for: a
+    process need not decode what another trains on.
+
+    Args:
+        clips ([`ClipDataset`]): makes the examples; without tables of its own.
+        sources (`list[Source]`).
+        buffer (`int`): clips.
+        min_seconds, max_seconds (`float`): shorter and longer clips are skipped, where a source has their `seconds`.
+    """
+
+    def __init__(
+        self,
+        clips: ClipDataset,
+        sources: list[Source],
+        buffer: int = 1000,
+        min_seconds: float = 0.0,
+        max_seconds: float = 30.0,
+    ):
+        self.clips, self.sources = clips, sources
+        self.min_seconds, self.max_seconds = min_seconds, max_seconds
+        self.streams = [source.open().shuffle(seed=clips.seed, buffer_size=buffer) for source in sources]
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
+        for stream in self.streams:
+            stream.set_epoch(epoch)
+
+    def mixed(self):
+        """Sources and rows: the source of each is drawn by weight from those that have not ended."""
+        rng = np.random.default_rng([self.clips.seed, self.epoch])
+        running = list(zip(self.sources, map(iter, self.streams), strict=True))
+        while running:
+            weights = np.array([source.weight for source, _ in running])
+            chosen = rng.choice(len(running), p=weights / weights.sum())
+            source, rows = running[chosen]
+            row = next(rows, None)
+            if row is None:
+                del running[chosen]
+            else:
+                yield source, row
+
+    def __iter__(self):
+        for index, (source, row) in enumerate(self.mixed()):
+            seconds = row.get("seconds")
+            texts = row["text"] if isinstance(row["text"], list) else [row["text"]]
+            reason = None
+            if not any(text and text.strip() for text in texts):
+                reason = "no text"
+            elif seconds is not None and not self.min_seconds <= seconds <= self.max_seconds:
+                reason = f"too {'short' if seconds < self.min_seconds else 'long'} ({seconds:.2f} s)"
+            if reason:
+                yield {"path": row["audio"]["path"] or f"clip {index} of {source.path}", "skipped": reason}
+            else:
+                yield row, source, self.epoch, index, seconds or 0.0

@@ -1,0 +1,131 @@
+"""The data half of a recipe."""
+
+from dataclasses import dataclass, field
+
+import jinja2
+
+from .augmentation import Augmentation
+from .clip_dataset import ClipDataset, StreamedClips
+from .feature_cache import FeatureCache, encoder_identity
+from .joined_clips import join_clips
+from .sources import ClipTable, SkippedClips, Source
+from .tasks import SYSTEM_PROMPT
+
+SHORT_FORM = ("train_files", "joined_clips", "speeds", "speed_files")
+
+
+@dataclass
+class DataArguments:
+    """
+    `sources` and `eval_sources`, see [`Source`]; or, as a short form of them for transcription, `train_files` and
+    `eval_file`: Parquet files with `audio` and `text` columns.
+
+    Raises:
+        ValueError: for keys that contradict each other, and without any data.
+    """
+
+    sources: list[str] = field(
+        default_factory=list, metadata={"help": "Sources to train on; as JSON: '{\"path\": …}'."}
+    )
+    eval_sources: list[str] = field(default_factory=list, metadata={"help": "Held-out sources, evaluated on."})
+    train_files: list[str] = field(default_factory=list, metadata={"help": "Parquet files to train on."})
+    eval_file: str | None = field(default=None, metadata={"help": "Held-out Parquet file."})
+    text_column: str = field(default="text", metadata={"help": "Column of these files that holds the transcript."})
+    max_eval_clips: int | None = field(default=None, metadata={"help": "Evaluate on the first of each source only."})
+    joined_clips: int = field(default=0, metadata={"help": "Longer clips made of joined ones, per training file."})
+    joined_seconds: list[float] = field(default_factory=lambda: [6.0, 28.0], metadata={"help": "How long they are."})
+    speeds: list[float] = field(default_factory=list, metadata={"help": "Add copies at these speeds, e.g. 0.9 1.1."})
+    speed_files: list[str] | None = field(default=None, metadata={"help": "Only of these files; default: of all."})
+    min_seconds: float = field(default=0.0, metadata={"help": "Shorter clips are skipped."})
+    max_seconds: float = field(default=30.0, metadata={"help": "Longer clips are skipped."})
+    masked_frames: float = field(default=0.0, metadata={"help": "Share of encoder frames masked in training."})
+    system_prompt: bool = field(default=False, metadata={"help": "Begin prompts of tasks with the system text."})
+    shuffle_buffer: int = field(default=1000, metadata={"help": "Clips that streams are shuffled among."})
+    feature_cache: str = field(
+        default="runs/feature_cache", metadata={"help": "Directory of encoder features; '': no."}
+    )
+    feature_cache_gigabytes: float = field(default=50.0, metadata={"help": "Beyond it the oldest are removed."})
+
+    def __post_init__(self):
+        given = [key for key in SHORT_FORM if getattr(self, key)]
+        if self.sources and given:
+            raise ValueError(f"The recipe has both sources and {', '.join(given)}, its short form; keep one of them.")
+        if self.eval_sources and self.eval_file:
+            raise ValueError("The recipe has both eval_sources and eval_file, its short form; keep one of them.")
+        if not self.sources and not self.train_files:
+            raise ValueError("The recipe has neither sources nor train_files; name what is to be trained on.")
+        if not 0 <= self.min_seconds < self.max_seconds <= 30:
+            raise ValueError(
+                f"min_seconds {self.min_seconds} and max_seconds {self.max_seconds} must be in order, from 0 to the "
+                "30 s that the encoder hears."
+            )
+        if not 0 <= self.masked_frames < 1:
+            raise ValueError(f"masked_frames is {self.masked_frames}; give a share from 0 to below 1.")
+
+    def training_sources(self) -> list[Source]:
+        """`sources`; or a source for each training file, and one for each of its other speeds."""
+        if self.sources:
+            return [Source.parse(settings) for settings in self.sources]
+        columns = {"text": self.text_column}
+        copies = [(file, speed) for file in self.speed_files or self.train_files for speed in self.speeds]
+        files = [(file, 1.0) for file in self.train_files]
+        return [Source(path=file, columns=columns, speed=speed) for file, speed in files + copies]
+
+    def evaluation_sources(self) -> list[Source]:
+        if self.eval_file:
+            return [Source(path=self.eval_file, columns={"text": self.text_column})]
+        return [Source.parse(settings) for settings in self.eval_sources]
+
+    def load(self, skipped: SkippedClips | None = None) -> tuple[list[ClipTable] | list[Source], list[ClipTable]]:
+        """
+        The training tables, one for each source (and one for a file's joined clips), and the evaluation tables. If
+        any source is a stream, all are: the first are then the sources themselves.
+        """
+        skipped = skipped or SkippedClips()
+        limits = {"min_seconds": self.min_seconds, "max_seconds": self.max_seconds, "skipped": skipped}
+        sources = self.training_sources()
+        if any(source.streaming for source in sources):
+            train = sources
+        else:
+            train = [ClipTable(source, **limits) for source in sources]
+            if self.joined_clips:
+                seconds = tuple(self.joined_seconds)
+                for seed, table in enumerate(train[: len(self.train_files)]):
+                    joined = join_clips(table, self.joined_clips, seconds, seed)
+                    train.append(ClipTable(Source(path=f"joined clips of {table.source.path}"), joined, **limits))
+        evaluation = [ClipTable(source, **limits) for source in self.evaluation_sources()]
+        for table in evaluation:
+            table.kept, table.seconds = table.kept[: self.max_eval_clips], table.seconds[: self.max_eval_clips]
+        skipped.report()
+        return train, evaluation
+
+    def datasets(
+        self, train: list, evaluation: list[ClipTable], model, processor, augmentation: Augmentation, seed: int
+    ):
+        """The training and the evaluation set of what `load` gave; `None` for no evaluation."""
+        extractor = processor.feature_extractor
+        cache = None
+        if self.feature_cache:
+            identity = encoder_identity(model, extractor)
+            cache = FeatureCache(self.feature_cache, identity, self.feature_cache_gigabytes)
+        prompts = {
+            "system": SYSTEM_PROMPT if self.system_prompt else None,
+            "system_turn": knows_system_turn(processor),
+            "cache": cache,
+        }
+        drawn = {"augmentation": augmentation, "masked_frames": self.masked_frames, "seed": seed}
+        if isinstance(train[0], Source):
+            clips = ClipDataset([], extractor, **prompts, **drawn)
+            training_set = StreamedClips(clips, train, self.shuffle_buffer, self.min_seconds, self.max_seconds)
+        else:
+            training_set = ClipDataset(train, extractor, **prompts, **drawn)
+        return training_set, ClipDataset(evaluation, extractor, **prompts) if evaluation else None
+
+
+def knows_system_turn(processor) -> bool:
+    """Whether the chat template takes a system turn; Gemma 2's, for one, raises an error."""
+    try:
+        processor.apply_chat_template([{"role": "system", "content": "x"}, {"role": "user", "content": "y"}])
+    except jinja2.TemplateError:
+        return False
+    return True
