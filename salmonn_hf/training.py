@@ -35,6 +35,22 @@ def ctc_text(text: str) -> str:
     return " " + " ".join(re.sub(r"[^\w' ]+", " ", text.lower().replace("’", "'")).split())
 
 
+def load_speech(files: list[str], text_column: str = "text"):
+    """Parquet files with an `audio` column as a `datasets.Dataset` of undecoded clips and their `text`."""
+    from datasets import Audio, Value, load_dataset
+
+    dataset = load_dataset("parquet", data_files=list(files), split="train")
+    for column in ("audio", text_column):
+        if column not in dataset.column_names:
+            raise ValueError(f"{files} has no column {column!r}; it has {dataset.column_names}.")
+    dataset = dataset.rename_column(text_column, "text") if text_column != "text" else dataset
+    return (
+        dataset.select_columns(["audio", "text"])
+        .cast_column("audio", Audio(decode=False))
+        .cast_column("text", Value("string"))
+    )
+
+
 class ClipCollator:
     """
     Examples of `ClipDataset` to a batch: `clips` (see `encode_clips`), and text, left-padded whatever the tokenizer's

@@ -57,7 +57,7 @@ def test_an_unknown_key_is_refused_with_the_nearest(tmp_path, argv):
         ("seed: 1\nseed: 2\n", "seed twice"),
         ("max_steps: 5\nnum_train_epochs: 2\n", "max_steps and num_train_epochs contradict"),
         ("bf16: true\nfp16: true\n", "bf16 and fp16 contradict"),
-        ("- a\n", "maps keys to values"),
+        ("- a\n", "not a recipe, a YAML mapping"),
     ],
 )
 def test_contradictions_are_refused(tmp_path, recipe, message):

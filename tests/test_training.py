@@ -29,6 +29,7 @@ from salmonn_hf.training import (
     ctc_vocabulary,
     freeze_base_parts,
     last_checkpoint,
+    load_speech,
     standardise_frames,
 )
 
@@ -308,6 +309,13 @@ def test_clips_that_cannot_be_decoded_are_left_out_of_the_batch():
     output = model(**batch, **frames, num_items_in_batch=one, num_ctc_labels=one)
     output.loss.backward()
     assert output.loss == 0 and not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+def test_a_missing_column_is_named(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", 1, text_column="sentence")
+    with pytest.raises(ValueError, match="no column 'text'"):
+        load_speech([path])
+    assert load_speech([path], text_column="sentence")["text"] == ["red"]
 
 
 def test_ctc_text():
