@@ -2,15 +2,17 @@
 Transcribe a Parquet file with `audio` and `text` columns and print the word error rate with its counts.
 
     python eval/run_asr.py --model model_cards/salmonn-lite-nano --data test.parquet --output runs/eval/nano
-    python eval/run_asr.py --model openai/whisper-base.en --data test.parquet --output runs/eval/whisper
+    python eval/run_asr.py --model model_cards/salmonn-lite-nano --peers openai/whisper-base.en --data ... --output ...
     torchrun --nproc_per_node 4 eval/run_asr.py --model ... --data ... --output ...
 
-Takes SALMONN checkpoints and any other model of `pipeline("automatic-speech-recognition")`, several in one run. A clip
-that cannot be read is named and counted with an empty transcript. Started again with the same `--output`, a killed run
-goes on where it was. What is written there: `salmonn_hf/evaluation.py`.
+Takes SALMONN checkpoints and any other model of `pipeline("automatic-speech-recognition")`; the results of `--peers`
+go to `OUTPUT/peers/NAME`. A clip that cannot be read is named and counted with an empty transcript. Started again with
+the same `--output`, a killed run goes on where it was. What is written there: `salmonn_hf/evaluation.py`.
 """
 
-from salmonn_hf.evaluation import argument_parser, finish, parquet_clips, predict, run_settings
+from pathlib import Path
+
+from salmonn_hf.evaluation import argument_parser, finish, model_digest, parquet_clips, predict, run_settings
 from salmonn_hf.inference import Transcriber
 from salmonn_hf.scoring import score_transcripts
 
@@ -20,25 +22,32 @@ def main() -> None:
     parser.add_argument("--data", required=True, nargs="+", help="Parquet files")
     parser.add_argument("--text_column", default="text", help="default: %(default)s")
     parser.add_argument("--device", default=None, help="default: the GPU, where there is one")
+    parser.add_argument("--peers", nargs="*", default=[], help="other models, to be measured on the same clips")
     arguments = parser.parse_args()
 
     clips = parquet_clips(arguments.data, arguments.text_column)[: arguments.max_clips]
-    predictions = predict(
-        clips,
-        lambda: Transcriber(arguments.model, arguments.dtype, arguments.device),
-        arguments.output,
-        run_settings(arguments, "asr", arguments.data),
-        arguments.batch_size,
-    )
-    if predictions is None:
-        return
-    result = finish(arguments.output, predictions, *score_transcripts(predictions))
-    wer = result["metrics"]["wer"]
-    print(
+    outputs = {arguments.model: arguments.output}
+    outputs |= {peer: arguments.output / "peers" / Path(peer).name for peer in arguments.peers}
+    for model, output in outputs.items():
+        predictions = predict(
+            clips,
+            lambda model=model: Transcriber(model, arguments.dtype, arguments.device),
+            output,
+            run_settings(arguments, "asr", arguments.data) | {"model": model, "model_digest": model_digest(model)},
+            arguments.batch_size,
+        )
+        if predictions is not None:
+            result = finish(output, predictions, *score_transcripts(predictions))
+            print(f"{model}: {summary(result)}")
+
+
+def summary(result: dict) -> str:
+    wer, cer, raw, loops = (result["metrics"][name] for name in ("wer", "cer", "wer_raw", "loops"))
+    return (
         f"WER {wer['value']:.4f} ({wer['low']:.4f} to {wer['high']:.4f}): {wer['substitutions']} substitutions, "
-        f"{wer['deletions']} deletions, {wer['insertions']} insertions in {wer['words']} words of {len(clips)} clips "
-        f"({len(result['broken_clips'])} broken); CER {result['metrics']['cer']['value']:.4f}, as it is "
-        f"{result['metrics']['wer_raw']['value']:.4f}; loops in {result['metrics']['loops']['value']:.1%} of the clips"
+        f"{wer['deletions']} deletions, {wer['insertions']} insertions in {wer['words']} words of {result['clips']} "
+        f"clips ({len(result['broken_clips'])} broken); CER {cer['value']:.4f}, WER of the raw texts "
+        f"{raw['value']:.4f}; loops in {loops['value']:.1%} of the clips"
     )
 
 

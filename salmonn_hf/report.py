@@ -43,6 +43,9 @@ PUBLISHED_ORIGIN = (
 )
 
 
+DIGITS = (4, 4, 2, 3, 3)  # of SPIDEr, WER, GB, s, s
+
+
 @dataclass
 class Run:
     """
@@ -99,7 +102,7 @@ def challenge_table(runs: list[Run]) -> tuple[list[list[str]], list[str]]:
     rows = [["system", "AAC (SPIDEr)", "ASR (WER)", "Memory (GB)", "TTFT (s)", "TPOT (s)", "origin"]]
     for system in PUBLISHED_SYSTEMS:
         figures = (system.spider, system.wer, system.memory, system.ttft, system.tpot)
-        rows.append([system.name, *map(number, figures), "published"])
+        rows.append([system.name, *map(number, figures, DIGITS), "published"])
     origins = [f"published: {PUBLISHED_ORIGIN}"]
     for model in dict.fromkeys(run.model for run in runs):
         own = [run for run in runs if run.model == model]
@@ -118,7 +121,7 @@ def challenge_table(runs: list[Run]) -> tuple[list[list[str]], list[str]]:
                 sources.append(f"memory and times: {measured['protocol']} ({efficiency.directory}/efficiency.json)")
             figures = [cells.get("aac"), cells.get("asr")]
             figures += [measured.get(key) for key in ("memory_gb", "ttft_seconds", "tpot_seconds")]
-            rows.append([Path(model).name, *map(number, figures), f"measured [{len(origins)}]"])
+            rows.append([Path(model).name, *map(number, figures, DIGITS), f"measured [{len(origins)}]"])
             origins.append(f"measured [{len(origins)}]: " + ("; ".join(sources) or "nothing measured"))
     return rows, origins
 
@@ -207,14 +210,14 @@ def plots(runs: list[Run]) -> dict[str, str]:
             parts = [p for p in run.result["breakdowns"]["wer"]["duration"] if p["value"] is not None]
             at = [order.index(part["part"]) + index * 0.8 / len(speech) for part in parts]
             bars = axes.bar(at, [100 * p["value"] for p in parts], 0.75 / len(speech), align="edge", label=run.title)
-            axes.bar_label(bars, [f"n={part['clips']}" for part in parts], fontsize=7)
+            axes.bar_label(bars, [f"n={p['clips']}" for p in parts], fontsize=7, label_type="center", color="white")
             spread = [[100 * (p["value"] - p["low"]) for p in parts], [100 * (p["high"] - p["value"]) for p in parts]]
             middle = [x + 0.375 / len(speech) for x in at]
             axes.errorbar(middle, [100 * p["value"] for p in parts], spread, fmt="none", ecolor="0.3", capsize=2)
         axes.set(
             xticks=[i + 0.4 for i in range(len(order))], xticklabels=order, ylabel="WER (%)", xlabel="clip length"
         )
-        axes.legend(fontsize=7)
+        figure.legend(loc="outside upper left", ncols=3, fontsize=7)
         pictures["WER by duration, with 95 % intervals"] = figure_svg(figure)
 
         figure, axes = plt.subplots(figsize=(7, 0.9 + 0.5 * len(speech)), layout="constrained")
@@ -226,7 +229,7 @@ def plots(runs: list[Run]) -> dict[str, str]:
             left = [a + b for a, b in zip(left, shares, strict=True)]
         axes.set(xlabel="% of the reference words")
         axes.invert_yaxis()
-        axes.legend(fontsize=7)
+        figure.legend(loc="outside upper left", ncols=3, fontsize=7)
         pictures["Error types"] = figure_svg(figure)
 
     for run in runs:
@@ -254,7 +257,7 @@ def plots(runs: list[Run]) -> dict[str, str]:
             names = [Path(run.model).name for run in timed]
             axes.barh(names, [1000 * w for w in widths], left=[1000 * b for b in before], label=part)
         axes.set(xlabel="ms")
-        axes.legend(fontsize=7)
+        figure.legend(loc="outside upper left", ncols=3, fontsize=7)
         pictures["Latency by part"] = figure_svg(figure)
     return pictures
 

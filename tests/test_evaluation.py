@@ -295,9 +295,11 @@ def test_run_asr_measures_other_models_too(data, tmp_path, monkeypatch):
         torch.manual_seed(0)
         (tmp_path / name).mkdir()
         make(tmp_path / name)
-        shared = ("--model", tmp_path / name, "--data", data[0], "--device", "cpu")
-        run("run_asr.py", monkeypatch, *shared, "--output", tmp_path / f"{name}-result")
-        result = json.loads((tmp_path / f"{name}-result" / "result.json").read_text())
+    shared = ("--model", tmp_path / "whisper", "--data", data[0], "--device", "cpu", "--output", tmp_path / "out")
+    run("run_asr.py", monkeypatch, *shared, "--peers", tmp_path / "wav2vec2")
+    for name, output in (("whisper", tmp_path / "out"), ("wav2vec2", tmp_path / "out" / "peers" / "wav2vec2")):
+        result = json.loads((output / "result.json").read_text())
+        assert result["settings"]["model"] == str(tmp_path / name)
         assert (result["clips"], len(result["broken_clips"])) == (4, 1)
 
 
