@@ -19,6 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_beats import BeatsConfig
 from .configuration_salmonn import SalmonnConfig
 from .modeling_beats import BeatsModel
+from .quantization import embedding_rows, quantize_parts
 
 
 @dataclass
@@ -158,16 +159,16 @@ class SalmonnCTCHead(nn.Module):
         self.blank = nn.Parameter(torch.zeros(config.text_config.hidden_size))
         self.log_scale = nn.Parameter(torch.zeros(()))
 
-    def forward(self, audio_embeds: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+    def forward(self, audio_embeds: torch.Tensor, embedding: nn.Module) -> torch.Tensor:
         r"""
         Args:
             audio_embeds (`torch.Tensor` of shape `(..., hidden size)`).
-            embedding (`torch.Tensor` of shape `(vocabulary, hidden size)`): the language model's input embeddings.
+            embedding (`nn.Module`): the language model's input embeddings.
 
         Returns:
             float32 log-probabilities of shape `(..., 1 + ctc_vocab_size)`: the blank, then `token_ids`.
         """
-        rows = embedding.detach()[self.token_ids].float()
+        rows = embedding_rows(embedding, self.token_ids).float()
         center = rows.mean(0)  # token embeddings share a large common part, which tells none of them apart
         rows = nn.functional.normalize(rows - center, dim=-1)
         blank = nn.functional.normalize(self.blank.float()[None], dim=-1)
@@ -234,17 +235,25 @@ class SalmonnPreTrainedModel(PreTrainedModel):
         `base_parts.resolve_base_part`) and put together with it.
 
         Raises:
-            OSError: if the checkpoint or one of its base parts cannot be had; the message says what was tried.
+            OSError: if the checkpoint or one of its base parts cannot be had, or a file was cut off; the message says
+                what was tried, or which tensors are not whole.
+            ValueError: if the files lack tensors, naming them.
         """
         hub_kwargs = {k: kwargs[k] for k in ("cache_dir", "revision", "token", "local_files_only") if k in kwargs}
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
         if not isinstance(config, SalmonnConfig):
             config = SalmonnConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
-        if not config.base_parts:
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        from .checkpoint import adapter_state_dict, base_state_dict, check_loaded, check_weight_files
 
-        from .checkpoint import adapter_state_dict, base_state_dict
+        check_weight_files(pretrained_model_name_or_path)
+        if not config.base_parts:
+            with_report = kwargs.pop("output_loading_info", False)
+            model, report = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
+            )
+            check_loaded(pretrained_model_name_or_path, report)
+            return (model, report) if with_report else model
 
         state_dict = base_state_dict(config) | adapter_state_dict(pretrained_model_name_or_path, config, **hub_kwargs)
         for used in hub_kwargs:
@@ -280,6 +289,8 @@ class SalmonnModel(SalmonnPreTrainedModel):
         self.connector = SalmonnWindowQFormer(config)
         self.ctc_head = SalmonnCTCHead(config) if config.ctc_vocab_size else None
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        if config.quantization is not None:
+            quantize_parts(self, config.quantization)
         if config.lora is not None:
             self.add_lora(config.lora)
         self.post_init()
@@ -292,7 +303,14 @@ class SalmonnModel(SalmonnPreTrainedModel):
         inject_adapter_in_model(LoraConfig(**lora), self.language_model)
 
     def merge_lora(self):
-        """Fold the LoRA adapter into the language model's weights and drop it: the model is then a full one."""
+        """
+        Fold the LoRA adapter into the language model's weights and drop it: the model is then a full one.
+
+        Raises:
+            ValueError: if the language model is quantised.
+        """
+        if "language_model" in (self.config.quantization or {}):
+            raise ValueError("LoRA cannot be merged into 4 or 8 bits; merge it into the model before quantising that.")
         from peft.tuners.lora import LoraLayer
 
         for module in list(self.language_model.modules()):
@@ -503,7 +521,7 @@ class SalmonnForConditionalGeneration(SalmonnModel, GenerationMixin):
         ctc_loss = None
         if ctc_labels is not None:
             clips = nn.utils.rnn.pad_sequence(audio_embeds.split(num_tokens.tolist()))
-            log_probs = self.ctc_head(clips, self.get_input_embeddings().weight)
+            log_probs = self.ctc_head(clips, self.get_input_embeddings())
             ctc_loss = self.ctc_head.loss(log_probs, num_tokens, ctc_labels)
             if inputs_embeds is None:
                 return SalmonnOutput(loss=ctc_loss, ctc_loss=ctc_loss, audio_embeds=audio_embeds)
