@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, Blip2QFormerModel, GenerationConfig, GenerationMixin
+from transformers import AutoModel, AutoModelForCausalLM, Blip2QFormerModel, GenerationConfig
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import PreTrainedModel
@@ -18,6 +18,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_beats import BeatsConfig
 from .configuration_salmonn import SalmonnConfig
+from .ctc_draft import DraftedGenerationMixin
 from .modeling_beats import BeatsModel
 from .quantization import embedding_rows, quantize_parts
 
@@ -158,6 +159,18 @@ class SalmonnCTCHead(nn.Module):
         self.register_buffer("token_ids", torch.zeros(config.ctc_vocab_size, dtype=torch.int64))
         self.blank = nn.Parameter(torch.zeros(config.text_config.hidden_size))
         self.log_scale = nn.Parameter(torch.zeros(()))
+        self.kept = None
+
+    def train(self, mode: bool = True):
+        """As `nn.Module.train`; what `ctc_draft.best_tokens` kept of the weights is dropped."""
+        self.kept = None
+        return super().train(mode)
+
+    def directions(self, embedding: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens' mean embedding `(hidden size,)`, and their unit directions from it; float32."""
+        rows = embedding_rows(embedding, self.token_ids).float()
+        center = rows.mean(0)  # token embeddings share a large common part, which tells none of them apart
+        return center, nn.functional.normalize(rows - center, dim=-1)
 
     def forward(self, audio_embeds: torch.Tensor, embedding: nn.Module) -> torch.Tensor:
         r"""
@@ -168,9 +181,7 @@ class SalmonnCTCHead(nn.Module):
         Returns:
             float32 log-probabilities of shape `(..., 1 + ctc_vocab_size)`: the blank, then `token_ids`.
         """
-        rows = embedding_rows(embedding, self.token_ids).float()
-        center = rows.mean(0)  # token embeddings share a large common part, which tells none of them apart
-        rows = nn.functional.normalize(rows - center, dim=-1)
+        center, rows = self.directions(embedding)
         blank = nn.functional.normalize(self.blank.float()[None], dim=-1)
         directions = nn.functional.normalize(audio_embeds.float() - center, dim=-1)
         # As a plain matrix product: with more axes torch would copy the rows for each of them.
@@ -458,7 +469,7 @@ class SalmonnModel(SalmonnPreTrainedModel):
         )
 
 
-class SalmonnForConditionalGeneration(SalmonnModel, GenerationMixin):
+class SalmonnForConditionalGeneration(SalmonnModel, DraftedGenerationMixin):
     """SALMONN with its language-model head: transcribes, captions, answers."""
 
     def __init__(self, config: SalmonnConfig):
