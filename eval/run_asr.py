@@ -3,6 +3,7 @@ Transcribe a Parquet file with `audio` and `text` columns and print the word err
 
     python eval/run_asr.py --model model_cards/salmonn-lite-nano --data test.parquet --output runs/eval
     python eval/run_asr.py --model openai/whisper-base.en --data test.parquet
+    python eval/run_asr.py --model SALMONN_DIR --data test.parquet --batch_size 1 --speculation_type ctc
 
 Takes SALMONN checkpoints and any other model of `pipeline("automatic-speech-recognition")`. A clip that cannot be read
 is named and counted with an empty transcript. With `--output`, every reference and transcript goes to
@@ -35,6 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16, help="clips at once; default: %(default)s")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ...; default: the checkpoint's")
     parser.add_argument("--device", default=None, help="default: the GPU, where there is one")
+    parser.add_argument("--speculation_type", help='"ctc": drafts of the CTC head, with --batch_size 1')
     parser.add_argument("--max_clips", type=int, help="the first of them only")
     return parser.parse_args()
 
@@ -67,8 +69,11 @@ def main() -> None:
     hypotheses = [""] * len(data)
     start = time.perf_counter()
     # One beam: transformers' own pipeline takes five unless it is told otherwise.
+    generate_kwargs = {"num_beams": 1}
+    if arguments.speculation_type:
+        generate_kwargs["speculation_type"] = arguments.speculation_type
     results = transcriber(
-        (waveforms[row] for row in rows), batch_size=arguments.batch_size, generate_kwargs={"num_beams": 1}
+        (waveforms[row] for row in rows), batch_size=arguments.batch_size, generate_kwargs=generate_kwargs
     )
     for row, result in zip(rows, tqdm(results, total=len(rows), unit="clip"), strict=True):
         hypotheses[row] = result["text"].strip()
@@ -86,6 +91,8 @@ def main() -> None:
         "audio_seconds": round(audio_seconds, 1),
         "seconds": round(seconds, 1),
         "real_time_factor": round(seconds / audio_seconds, 4),
+        "batch_size": arguments.batch_size,
+        "speculation_type": arguments.speculation_type,
         "dtype": str(transcriber.model.dtype),
         "torch": torch.__version__,
     }
