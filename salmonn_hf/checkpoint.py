@@ -1,5 +1,6 @@
 """Adapter checkpoints: what was trained goes to the file, the frozen base parts are named and fetched at loading."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -33,6 +34,43 @@ def read_weights(directory: Path) -> dict[str, torch.Tensor]:
         raise OSError(f"{directory} holds no model*.safetensors; save the part there with save_pretrained.")
     shards = [torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in files]
     return {key: value for shard in shards for key, value in shard.items()}
+
+
+def check_weight_files(directory: str | Path):
+    """
+    Whether each safetensors file of a directory is as long as its header says.
+
+    Raises:
+        OSError: for a file that was cut off, naming it and the tensors that are not whole.
+    """
+    for path in sorted(Path(directory).glob("*.safetensors")):
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 + length:
+                raise OSError(f"{path} is not a whole safetensors file: it ends within its header. Save it again.")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        cut_off = sorted(name for name, entry in header.items() if 8 + length + entry["data_offsets"][1] > size)
+        if cut_off:
+            raise OSError(
+                f"{path} is not a whole safetensors file: {cut_off[0]} and {len(cut_off) - 1} others are cut off. "
+                "Fetch or save it again."
+            )
+
+
+def check_loaded(name_or_path: str, report: dict):
+    """
+    Refuse a full checkpoint that `from_pretrained` would complete with random weights.
+
+    Raises:
+        ValueError: naming the tensors that the files lack.
+    """
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{name_or_path} lacks {missing[0]} and {len(missing) - 1} other tensors of its config. Fetch or save it "
+            "again."
+        )
 
 
 def part_keys(part: str, state_dict: dict) -> dict[str, torch.Tensor]:

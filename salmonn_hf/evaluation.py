@@ -342,11 +342,13 @@ def model_digest(model: str) -> str:
     return hashlib.sha256(json.dumps(states).encode()).hexdigest()[:16] if files else ""
 
 
-def argument_parser(description: str) -> argparse.ArgumentParser:
+def argument_parser(description: str, needs_output: bool = True) -> argparse.ArgumentParser:
     """The arguments that all evaluations share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint directory or hub name")
-    parser.add_argument("--output", type=Path, required=True, help="directory of the results; a killed run goes on")
+    parser.add_argument(
+        "--output", type=Path, required=needs_output, help="directory of the results; a killed run goes on"
+    )
     parser.add_argument("--batch_size", type=int, default=16, help="clips at once; default: %(default)s")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ...; default: the checkpoint's")
     parser.add_argument("--max_clips", type=int, help="the first of them only")

@@ -43,22 +43,24 @@ class Transcriber:
         model (`str`): directory or hub name.
         dtype (`str`): "auto" for the checkpoint's own.
         device (*optional*): as in any pipeline; default: the GPU, where there is one.
+        speculation_type (`str`, *optional*): "ctc": SALMONN's drafted decoding, one clip at a time.
     """
 
     max_seconds = float("inf")
 
-    def __init__(self, model: str, dtype: str = "auto", device=None):
+    def __init__(self, model: str, dtype: str = "auto", device=None, speculation_type: str | None = None):
         name = str(resolve_base_part(model)) if model in REGISTRY_COPIES else model
         self.pipeline = pipeline("automatic-speech-recognition", model=name, dtype=dtype, device=device)
         if self.pipeline.tokenizer.pad_token is None:  # transformers' own pipeline needs one to make batches
             self.pipeline.tokenizer.pad_token = self.pipeline.tokenizer.eos_token
         self.model = self.pipeline.model
+        self.speculation = {"speculation_type": speculation_type} if speculation_type else {}
         self.device, self.dtype = str(self.model.device), str(self.model.dtype)
 
     def __call__(self, waveforms: list[np.ndarray], prompts: list[str] | None = None) -> list[str]:
         """Transcripts of clips at 16 kHz, of any length. A prompt other than the model's own cannot be given here."""
         # One beam: transformers' own pipeline takes five unless it is told otherwise.
-        settings = {"generate_kwargs": {"num_beams": 1}} if self.model.can_generate() else {}
+        settings = {"generate_kwargs": {"num_beams": 1, **self.speculation}} if self.model.can_generate() else {}
         if self.model.config.model_type == "whisper" and max(map(len, waveforms)) > 30 * 16000:
             settings["return_timestamps"] = True  # without them Whisper's pipeline refuses more than 30 s
         results = self.pipeline(list(waveforms), batch_size=len(waveforms), **settings)

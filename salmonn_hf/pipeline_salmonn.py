@@ -67,6 +67,8 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
             batch_size (`int`, *optional*): segments that the model transcribes at once. It changes the speed alone.
             chunk_length_s (`float`, *optional*): the longest segment. Default: as long as the encoder can hear, 30 s.
             target_length_s (`float`, *optional*): cut at any pause rather than make a segment longer than this.
+            speculation_type (`str`, *optional*): "ctc" transcribes a clip in fewer passes of the language model, which
+                verifies a draft of the CTC head; the text is the same. With batches of one, the default.
             generate_kwargs (`dict`, *optional*): for `model.generate`; they may also be given one by one.
 
         Returns:
@@ -145,6 +147,12 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
             # has its own limit, whatever is beside it in the batch.
             limits = [16 + 15 * len(waveform) // self.feature_extractor.sampling_rate for waveform in waveforms]
             prepared["max_new_tokens"] = max(limits)
+        config = prepared.get("generation_config", self.model.generation_config)
+        if prepared.get("speculation_type", config.speculation_type) == "ctc":
+            if len(waveforms) == 1:
+                prepared["tokenizer"] = self.tokenizer
+            else:
+                prepared["speculation_type"] = None  # drafts are for one clip at a time; a batch has the same texts
         output = self.model.generate(**inputs, **prepared)
         sequences = getattr(output, "sequences", output)  # an object with return_dict_in_generate
         if len(sequences) != len(waveforms):

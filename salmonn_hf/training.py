@@ -482,7 +482,7 @@ def save_model(trainer: SalmonnTrainer, processor):
 
 def ctc_transcripts(model, processor, audio_embeds, num_tokens) -> list[str]:
     """Greedy CTC: the best token of each audio embedding, repeats merged, blanks dropped."""
-    log_probs = model.ctc_head(audio_embeds, model.get_input_embeddings().weight)
+    log_probs = model.ctc_head(audio_embeds, model.get_input_embeddings())
     rows = [row.argmax(-1).unique_consecutive() for row in log_probs.split(num_tokens.tolist())]
     token_ids = [model.ctc_head.token_ids[row[row > 0] - 1].tolist() for row in rows]
     return [text.strip() for text in processor.batch_decode(token_ids)]

@@ -257,8 +257,7 @@ def test_ctc_loss_is_torchs_own():
     output = model(audio_frames=frames, audio_frames_mask=mask, ctc_labels=labels)
     embeds, lengths = model.connect_audio(frames, mask)
     log_probs = [
-        row.log_softmax(-1)
-        for row in model.ctc_head(embeds, model.get_input_embeddings().weight).split(lengths.tolist())
+        row.log_softmax(-1) for row in model.ctc_head(embeds, model.get_input_embeddings()).split(lengths.tolist())
     ]
     total = sum(
         torch.nn.functional.ctc_loss(p[:, None], (y + 1)[None], (len(p),), (len(y),), reduction="sum")

@@ -52,6 +52,8 @@ class SalmonnConfig(PreTrainedConfig):
         lora (`dict`, *optional*): `peft.LoraConfig` arguments of the adapter inside the language model.
         base_parts (`dict`, *optional*): for an adapter checkpoint, which frozen parts its file leaves out and where
             they come from, e.g. `{"audio_tower": "openai/whisper-base.en", "language_model": "google/gemma-2-2b-it"}`.
+        quantization (`dict`, *optional*): parts kept in 4 or 8 bits, see `quantization.quantize_parts`, e.g.
+            `{"language_model": {"bits": 4, "group_size": 64}, "embedding": {"bits": 8}}`.
 
     Raises:
         ValueError: if the parts do not fit each other; the message names both sizes.
@@ -85,6 +87,7 @@ class SalmonnConfig(PreTrainedConfig):
     ctc_loss_weight: float | int = 0.0
     lora: dict | None = None
     base_parts: dict | None = None
+    quantization: dict | None = None
     tie_word_embeddings: bool = False  # the language model ties its own
 
     def __post_init__(self, **kwargs):

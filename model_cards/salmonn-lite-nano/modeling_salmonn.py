@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, Blip2QFormerModel, GenerationConfig, GenerationMixin
+from transformers import AutoModel, AutoModelForCausalLM, Blip2QFormerModel, GenerationConfig
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import PreTrainedModel
@@ -18,7 +18,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_beats import BeatsConfig
 from .configuration_salmonn import SalmonnConfig
+from .ctc_draft import DraftedGenerationMixin
 from .modeling_beats import BeatsModel
+from .quantization import embedding_rows, quantize_parts
 
 
 @dataclass
@@ -159,19 +161,29 @@ class SalmonnCTCHead(nn.Module):
         self.register_buffer("token_ids", torch.zeros(config.ctc_vocab_size, dtype=torch.int64))
         self.blank = nn.Parameter(torch.zeros(config.text_config.hidden_size))
         self.log_scale = nn.Parameter(torch.zeros(()))
+        self.kept = None
 
-    def forward(self, audio_embeds: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+    def train(self, mode: bool = True):
+        """As `nn.Module.train`; what `ctc_draft.best_tokens` kept of the weights is dropped."""
+        self.kept = None
+        return super().train(mode)
+
+    def directions(self, embedding: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens' mean embedding `(hidden size,)`, and their unit directions from it; float32."""
+        rows = embedding_rows(embedding, self.token_ids).float()
+        center = rows.mean(0)  # token embeddings share a large common part, which tells none of them apart
+        return center, nn.functional.normalize(rows - center, dim=-1)
+
+    def forward(self, audio_embeds: torch.Tensor, embedding: nn.Module) -> torch.Tensor:
         r"""
         Args:
             audio_embeds (`torch.Tensor` of shape `(..., hidden size)`).
-            embedding (`torch.Tensor` of shape `(vocabulary, hidden size)`): the language model's input embeddings.
+            embedding (`nn.Module`): the language model's input embeddings.
 
         Returns:
             float32 log-probabilities of shape `(..., 1 + ctc_vocab_size)`: the blank, then `token_ids`.
         """
-        rows = embedding.detach()[self.token_ids].float()
-        center = rows.mean(0)  # token embeddings share a large common part, which tells none of them apart
-        rows = nn.functional.normalize(rows - center, dim=-1)
+        center, rows = self.directions(embedding)
         blank = nn.functional.normalize(self.blank.float()[None], dim=-1)
         directions = nn.functional.normalize(audio_embeds.float() - center, dim=-1)
         # As a plain matrix product: with more axes torch would copy the rows for each of them.
@@ -246,17 +258,25 @@ class SalmonnPreTrainedModel(PreTrainedModel):
         `base_parts.resolve_base_part`) and put together with it.
 
         Raises:
-            OSError: if the checkpoint or one of its base parts cannot be had; the message says what was tried.
+            OSError: if the checkpoint or one of its base parts cannot be had, or a file was cut off; the message says
+                what was tried, or which tensors are not whole.
+            ValueError: if the files lack tensors, naming them.
         """
         hub_kwargs = {k: kwargs[k] for k in ("cache_dir", "revision", "token", "local_files_only") if k in kwargs}
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
         if not isinstance(config, SalmonnConfig):
             config = SalmonnConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
-        if not config.base_parts:
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        from .checkpoint import adapter_state_dict, base_state_dict, check_loaded, check_weight_files
 
-        from .checkpoint import adapter_state_dict, base_state_dict
+        check_weight_files(pretrained_model_name_or_path)
+        if not config.base_parts:
+            with_report = kwargs.pop("output_loading_info", False)
+            model, report = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
+            )
+            check_loaded(pretrained_model_name_or_path, report)
+            return (model, report) if with_report else model
 
         state_dict = base_state_dict(config) | adapter_state_dict(pretrained_model_name_or_path, config, **hub_kwargs)
         for used in hub_kwargs:
@@ -292,6 +312,8 @@ class SalmonnModel(SalmonnPreTrainedModel):
         self.connector = SalmonnWindowQFormer(config)
         self.ctc_head = SalmonnCTCHead(config) if config.ctc_vocab_size else None
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        if config.quantization is not None:
+            quantize_parts(self, config.quantization)
         if config.lora is not None:
             self.add_lora(config.lora)
         self.post_init()
@@ -304,7 +326,14 @@ class SalmonnModel(SalmonnPreTrainedModel):
         inject_adapter_in_model(LoraConfig(**lora), self.language_model)
 
     def merge_lora(self):
-        """Fold the LoRA adapter into the language model's weights and drop it: the model is then a full one."""
+        """
+        Fold the LoRA adapter into the language model's weights and drop it: the model is then a full one.
+
+        Raises:
+            ValueError: if the language model is quantised.
+        """
+        if "language_model" in (self.config.quantization or {}):
+            raise ValueError("LoRA cannot be merged into 4 or 8 bits; merge it into the model before quantising that.")
         from peft.tuners.lora import LoraLayer
 
         for module in list(self.language_model.modules()):
@@ -415,18 +444,10 @@ class SalmonnModel(SalmonnPreTrainedModel):
         return inputs_embeds.masked_scatter(is_audio[..., None], audio_embeds.to(inputs_embeds.dtype))
 
     def forward_audio(
-        self,
-        input_ids,
-        inputs_embeds,
-        input_features,
-        input_features_mask,
-        input_values,
-        input_values_mask,
-        audio_embeds=None,
-        **frames,
+        self, input_ids, inputs_embeds, input_features, input_features_mask, input_values, input_values_mask, **frames
     ):
         """The way in of both forwards: (inputs_embeds, audio_embeds, audio tokens per clip)."""
-        num_tokens = None
+        audio_embeds = num_tokens = None
         if input_features is not None:
             frames = self.encode_audio(input_features, input_features_mask, input_values, input_values_mask)
         if frames.get("audio_frames") is not None:
@@ -460,7 +481,7 @@ class SalmonnModel(SalmonnPreTrainedModel):
         )
 
 
-class SalmonnForConditionalGeneration(SalmonnModel, GenerationMixin):
+class SalmonnForConditionalGeneration(SalmonnModel, DraftedGenerationMixin):
     """SALMONN with its language-model head: transcribes, captions, answers."""
 
     def __init__(self, config: SalmonnConfig):
@@ -488,7 +509,6 @@ class SalmonnForConditionalGeneration(SalmonnModel, GenerationMixin):
         audio_frames_mask: torch.Tensor | None = None,
         sound_frames: torch.Tensor | None = None,
         sound_frames_mask: torch.Tensor | None = None,
-        audio_embeds: torch.Tensor | None = None,
         ctc_labels: torch.LongTensor | None = None,
         num_ctc_labels: torch.Tensor | None = None,
         **kwargs,
@@ -507,8 +527,6 @@ class SalmonnForConditionalGeneration(SalmonnModel, GenerationMixin):
             labels (`torch.LongTensor` of shape `(batch, tokens)`): -100 where there is no loss.
             audio_frames, audio_frames_mask, sound_frames, sound_frames_mask: what `encode_audio` returned, in place of
                 the features; they need not be encoded again.
-            audio_embeds (`torch.Tensor` of shape `(audio tokens of the batch, hidden size)`): what `connect_audio`
-                returned, in place of all of these.
             ctc_labels (`torch.LongTensor` of shape `(clips, tokens)`): indices into `ctc_head.token_ids`, -100 padded.
             num_ctc_labels (`torch.Tensor`, *optional*): how many there are in all batches of an optimizer step, as
                 `num_items_in_batch` is for `labels`.
@@ -524,13 +542,12 @@ class SalmonnForConditionalGeneration(SalmonnModel, GenerationMixin):
             audio_frames_mask=audio_frames_mask,
             sound_frames=sound_frames,
             sound_frames_mask=sound_frames_mask,
-            audio_embeds=audio_embeds,
         )
 
         ctc_loss = None
         if ctc_labels is not None:
             clips = nn.utils.rnn.pad_sequence(audio_embeds.split(num_tokens.tolist()))
-            log_probs = self.ctc_head(clips, self.get_input_embeddings().weight)
+            log_probs = self.ctc_head(clips, self.get_input_embeddings())
             ctc_loss = self.ctc_head.loss(log_probs, num_tokens, ctc_labels, num_ctc_labels)
             if inputs_embeds is None:
                 return SalmonnOutput(loss=ctc_loss, ctc_loss=ctc_loss, audio_embeds=audio_embeds)

@@ -1,0 +1,128 @@
+"""Decoding with drafts: the CTC head reads a transcript off the audio embeddings, the language model verifies it.
+
+Speculative decoding (Leviathan et al., ICML 2023, https://arxiv.org/abs/2211.17192) in transformers' own loop for
+assisted generation: one forward pass takes a whole draft, and keeps the tokens up to the first that greedy decoding
+would not have chosen, and that one's replacement. The text is that of greedy decoding, in fewer passes.
+"""
+
+import re
+
+import torch
+from torch import nn
+from transformers import GenerationMixin
+from transformers.generation import CandidateGenerator
+
+
+def words(text: str) -> list[str]:
+    """What is heard of a text: its words, without case and punctuation."""
+    return re.findall(r"[\w']+", text.lower().replace("’", "'"))
+
+
+def place_in_draft(said: list[str], draft: list[str]) -> tuple[int, float]:
+    """
+    How many words of `draft` the words `said` so far stand for, and their edit distance from these. The last word may
+    be unfinished: the start of a draft's word costs half an error.
+    """
+    costs = [float(j) for j in range(len(draft) + 1)]
+    for i, word in enumerate(said):
+        above, costs = costs, [i + 1.0]
+        for j, drafted in enumerate(draft):
+            unfinished = i == len(said) - 1 and drafted.startswith(word)
+            substitution = 0.0 if word == drafted else 0.5 if unfinished else 1.0
+            costs.append(min(above[j] + substitution, above[j + 1] + 1, costs[j] + 1))
+    return min(range(len(costs)), key=lambda j: (costs[j], -j)), min(costs)
+
+
+def continuation(text: str, draft: list[str]) -> str | None:
+    """
+    The rest of a draft after the `text` that the language model has written, spelt as it would: capitals where a
+    sentence begins, a full stop at the end. `None` where the text has little to do with the draft.
+    """
+    said = words(text)
+    place, distance = place_in_draft(said, draft)
+    if distance > 2 + len(said) / 2:
+        return None
+    rest = ["I" + word[1:] if word == "i" or word.startswith("i'") else word for word in draft[place:]]
+    if rest and text.rstrip().endswith((".", "?", "!")):
+        rest[0] = rest[0][0].upper() + rest[0][1:]
+    unfinished = place > 0 and text[-1:].isalnum() and draft[place - 1].startswith(said[-1])
+    end_of_word = draft[place - 1][len(said[-1]) :] if unfinished else ""
+    ends_with_word = bool(rest) or text[-1:].isalnum()
+    return end_of_word + "".join(f" {word}" for word in rest) + ("." if ends_with_word else "")
+
+
+@torch.no_grad()
+def best_tokens(ctc_head: nn.Module, audio_embeds: torch.Tensor, embedding: nn.Module) -> list[int]:
+    """
+    Greedy CTC over one clip's audio embeddings `(audio tokens, hidden size)`: the token that each lies nearest to,
+    repeats merged, blanks dropped. The head keeps its tokens' directions, in the precision of the embeddings.
+    """
+    if ctc_head.kept is None or ctc_head.kept[1].device != audio_embeds.device:
+        center, rows = ctc_head.directions(embedding)
+        blank = nn.functional.normalize(ctc_head.blank.float()[None], dim=-1)
+        ctc_head.kept = center, torch.cat([blank, rows]).to(audio_embeds.dtype)
+    center, rows = ctc_head.kept
+    best = nn.functional.linear((audio_embeds.float() - center).to(rows.dtype), rows).argmax(-1).unique_consecutive()
+    return ctc_head.token_ids[best[best > 0] - 1].tolist()
+
+
+class CTCDraft(CandidateGenerator):
+    """
+    Candidates from the CTC head, for one prompt. The first forward pass is that of the prompt alone, whose audio
+    embeddings the draft is read from.
+
+    Args:
+        model ([`SalmonnForConditionalGeneration`]).
+        tokenizer (`PreTrainedTokenizerBase`): the language model's.
+        eos_token_id (`int`).
+    """
+
+    requires_model_outputs = True
+    model_kwargs_overrides = {}
+
+    def __init__(self, model, tokenizer, eos_token_id: int):
+        self.model, self.tokenizer, self.eos_token_id = model, tokenizer, eos_token_id
+        self.draft, self.prompt_length = None, None
+
+    def get_candidates(self, input_ids, model_outputs=None, is_first_iteration=False, **kwargs):
+        """`input_ids` `(1, tokens)` with the rest of the draft behind them, and no logits."""
+        if is_first_iteration:
+            self.prompt_length = input_ids.shape[1]
+            return input_ids, None
+        if self.draft is None:
+            self.draft = []
+            if model_outputs.audio_embeds is not None:
+                embedding = self.model.get_input_embeddings()
+                token_ids = best_tokens(self.model.ctc_head, model_outputs.audio_embeds, embedding)
+                self.draft = words(self.tokenizer.decode(token_ids))
+        text = self.tokenizer.decode(input_ids[0, self.prompt_length :], clean_up_tokenization_spaces=False)
+        rest = continuation(text, self.draft)
+        if rest is None:
+            return input_ids, None
+        token_ids = self.tokenizer(rest, add_special_tokens=False)["input_ids"] + [self.eos_token_id]
+        return torch.cat([input_ids, input_ids.new_tensor([token_ids])], dim=1), None
+
+    def update_candidate_strategy(self, input_ids, scores, num_matches):
+        """A draft is read once; where to go on in it is looked up in the text each time."""
+
+
+class DraftedGenerationMixin(GenerationMixin):
+    """`generate(..., speculation_type="ctc", tokenizer=processor.tokenizer)`, for one prompt at a time."""
+
+    def _prepare_generation_config(self, generation_config, **kwargs):
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        if generation_config.speculation_type == "ctc":
+            generation_config.prompt_lookup_num_tokens = 1  # generate then asks for a candidate generator
+        return generation_config, model_kwargs
+
+    def _get_candidate_generator(self, generation_config, target_tokenizer=None, **kwargs):
+        if generation_config.speculation_type != "ctc":
+            return super()._get_candidate_generator(
+                generation_config=generation_config, target_tokenizer=target_tokenizer, **kwargs
+            )
+        if self.ctc_head is None or target_tokenizer is None:
+            raise ValueError(
+                'speculation_type="ctc" needs a model with a CTC head (ctc_vocab_size in its config), and '
+                "tokenizer=processor.tokenizer beside it."
+            )
+        return CTCDraft(self, target_tokenizer, int(generation_config._eos_token_tensor[0]))

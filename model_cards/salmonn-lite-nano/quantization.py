@@ -1,0 +1,274 @@
+"""Weights of 4 and 8 bits: Linear and Embedding modules that keep them, and their place in SALMONN.
+
+Symmetric, weight-only. 8 bits: one scale per row. 4 bits: two values per byte, one scale per group of a row's columns.
+Products in bfloat16 on a CPU run on torch's own kernels; elsewhere the weights are widened first. The weights are
+buffers, which no optimiser sees; gradients pass through them to what comes before, at any time.
+"""
+
+from functools import cache
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+# Rows up to which torch's 8-bit kernel beats widening the weights for an ordinary product (measured on AVX-512).
+KERNEL_ROWS = 16
+BLOCK = 64  # rows of a matrix that torch's 4-bit CPU kernel keeps together
+
+
+@cache
+def rows_of_nibbles() -> torch.Tensor:
+    """
+    (2, 32): the row, of a block's 64, that each byte of the 4-bit CPU kernel's layout holds in its low and in its high
+    half. It differs between processors, so it is read off two packed blocks whose rows hold their own numbers.
+    """
+    numbers = torch.arange(BLOCK, dtype=torch.int32)[:, None].expand(BLOCK, BLOCK)
+    low, high = (
+        torch._convert_weight_to_int4pack_for_cpu(part.contiguous(), 1).view(BLOCK, BLOCK // 2)[0].long()
+        for part in (numbers % 16, numbers // 16)
+    )
+    return torch.stack([(low & 15) + 16 * (high & 15), (low >> 4) + 16 * (high >> 4)])
+
+
+class QuantizedMatrix(nn.Module):
+    r"""
+    A matrix W of shape `(rows, columns)`.
+
+    Args:
+        bits (`int`): 8 or 4.
+        group_size (`int`): with 4 bits, columns that share a scale; must divide `columns`.
+
+    Attributes:
+        weight: int8 of shape `(rows, columns)`; with 4 bits uint8 of shape `(rows, columns / 2)`, the even column in
+            the low half of a byte, values offset by 8. After the first product on a CPU it has that kernel's layout
+            instead; `state_dict` always gives this one.
+        scales: `(rows,)`; with 4 bits `(rows, columns / group_size)`.
+
+    Raises:
+        ValueError: if `group_size` does not divide `columns`.
+    """
+
+    def __init__(self, rows: int, columns: int, bits: int, group_size: int = 64):
+        nn.Module.__init__(self)
+        if bits not in (4, 8):
+            raise ValueError(f"bits is {bits}; weights are kept in 4 or 8 bits.")
+        if bits == 4 and (columns % group_size or columns % 2):
+            raise ValueError(f"group_size {group_size} does not divide {columns} columns; choose one that does.")
+        self.rows, self.columns, self.bits, self.group_size = rows, columns, bits, group_size
+        self.packed_scales = None
+        if bits == 8:
+            weight, scales = torch.zeros(rows, columns, dtype=torch.int8), torch.ones(rows)
+        else:
+            weight = torch.full((rows, columns // 2), 0x88, dtype=torch.uint8)
+            scales = torch.ones(rows, columns // group_size)
+        self.register_buffer("weight", weight)
+        self.register_buffer("scales", scales)
+        self._is_hf_initialized = True  # a language model would draw its Linears from a normal distribution
+
+    @torch.no_grad()
+    def quantize(self, matrix: torch.Tensor, scales: torch.Tensor | None = None):
+        """Take the nearest values to `matrix` (rows, columns); `scales` by default those that reach its extremes."""
+        groups = matrix.float().reshape(*self.scales.shape, -1)
+        if scales is None:
+            scales = groups.abs().amax(-1).clamp(min=1e-8) / (127 if self.bits == 8 else 7)
+        self.scales = scales.reshape(self.scales.shape).to(matrix.dtype).contiguous()
+        values = torch.round(groups / self.scales[..., None].float())
+        if self.bits == 8:
+            self.weight = values.clamp(-127, 127).to(torch.int8).view(self.rows, self.columns)
+        else:
+            values = (values.clamp(-8, 7) + 8).to(torch.uint8).view(self.rows, self.columns)
+            self.weight = values[:, ::2] | values[:, 1::2] << 4
+        self.packed_scales = None
+        return self
+
+    def pack(self):
+        """Bring the weights, in place, into the layout of torch's 4-bit CPU kernel."""
+        self.weight = torch._convert_weight_to_int4pack_for_cpu(self.nibbles().to(torch.int32), 1)
+        scales = self.scales.T
+        self.packed_scales = torch.stack([scales, torch.zeros_like(scales)], -1).contiguous()
+        self.scales = self.packed_scales[..., 0].T  # a view: the scales are kept once
+
+    def nibbles(self) -> torch.Tensor:
+        """The 4-bit values, 0 to 15, one a byte: uint8 of shape `(rows, columns)`."""
+        weight = self.weight
+        if self.packed_scales is None:
+            return torch.stack([weight & 15, weight >> 4], -1).view(self.rows, self.columns)
+        halves = weight.view(-1, self.columns, BLOCK // 2)
+        halves = torch.stack([halves & 15, halves >> 4], 1).transpose(2, 3).flatten(1, 2)
+        values = torch.empty_like(halves)
+        values[:, rows_of_nibbles().flatten()] = halves
+        return values.view(self.rows, self.columns)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """W, of shape `(rows, columns)`; in the precision of the scales by default."""
+        scales = self.scales.to(dtype or self.scales.dtype)
+        values = self.weight if self.bits == 8 else self.nibbles().to(torch.int8) - 8
+        return (values.reshape(*scales.shape, -1).to(scales.dtype) * scales[..., None]).view(self.rows, self.columns)
+
+    def select(self, ids: torch.Tensor) -> torch.Tensor:
+        """The rows `ids` of W: `(*ids.shape, columns)`."""
+        flat = ids.flatten()
+        scales = self.scales[flat]
+        if self.bits == 8:
+            values = self.weight[flat]
+        elif self.packed_scales is None:
+            values = self.weight[flat]
+            values = torch.stack([values & 15, values >> 4], -1).flatten(1).to(torch.int8) - 8
+        else:
+            place = torch.empty(BLOCK, dtype=torch.int64)
+            place[rows_of_nibbles().flatten()] = torch.arange(BLOCK)
+            half, byte = place[flat % BLOCK].div(BLOCK // 2, rounding_mode="floor"), place[flat % BLOCK] % (BLOCK // 2)
+            values = self.weight.view(-1, self.columns, BLOCK // 2)[flat // BLOCK, :, byte]
+            values = (torch.where(half[:, None].bool(), values >> 4, values) & 15).to(torch.int8) - 8
+        rows = values.reshape(*scales.shape, -1).to(scales.dtype) * scales[..., None]
+        return rows.view(*ids.shape, self.columns)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """x Wᵀ for `x` of shape `(..., columns)`."""
+        flat = x.reshape(-1, self.columns)
+        trained = torch.is_grad_enabled() and x.requires_grad  # the kernels have no gradient
+        on_kernel = x.dtype == self.scales.dtype == torch.bfloat16 and x.device.type == "cpu" and not trained
+        whole = self.rows % BLOCK == 0 and self.columns % BLOCK == 0  # the kernels read past the end of other shapes
+        if on_kernel and whole and self.bits == 8 and len(flat) <= KERNEL_ROWS:
+            product = torch._weight_int8pack_mm(flat, self.weight, self.scales)
+        elif on_kernel and whole and self.bits == 4 and self.group_size in (32, 64, 128, 256):
+            if self.packed_scales is None:
+                self.pack()
+            product = torch._weight_int4pack_mm_for_cpu(flat, self.weight, self.group_size, self.packed_scales)
+        elif self.bits == 8:
+            product = F.linear(flat, self.weight.to(x.dtype)) * self.scales.to(x.dtype)
+        else:
+            product = F.linear(flat, self.dequantize(x.dtype))
+        return product.view(*x.shape[:-1], self.rows)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.packed_scales is not None:
+            values = self.nibbles()
+            destination[prefix + "weight"] = values[:, ::2] | values[:, 1::2] << 4
+            destination[prefix + "scales"] = self.scales.contiguous()
+
+    def _apply(self, fn, recurse=True):
+        if self.packed_scales is not None:  # another device or precision has another layout
+            values = self.nibbles()
+            self.weight = values[:, ::2] | values[:, 1::2] << 4
+            self.scales = self.scales.contiguous()
+            self.packed_scales = None
+        return super()._apply(fn, recurse)
+
+
+class QuantizedLinear(QuantizedMatrix, nn.Linear):
+    """A Linear over a `QuantizedMatrix`; also an `nn.Linear`, so that PEFT can put LoRA beside it."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, bits: int, group_size: int = 64):
+        super().__init__(out_features, in_features, bits, group_size)
+        self.in_features, self.out_features = in_features, out_features
+        self.register_parameter("bias", nn.Parameter(torch.zeros(out_features)) if bias else None)
+
+    def forward(self, x):
+        product = self.product(x)
+        return product if self.bias is None else product + self.bias
+
+
+class QuantizedEmbedding(QuantizedMatrix):
+    """Token embeddings; `embed_scale` is Gemma's √hidden."""
+
+    def __init__(self, rows: int, columns: int, bits: int, group_size: int = 64, embed_scale: float = 1.0):
+        super().__init__(rows, columns, bits, group_size)
+        self.num_embeddings, self.embedding_dim, self.embed_scale = rows, columns, embed_scale
+
+    def forward(self, input_ids):
+        return self.select(input_ids) * self.embed_scale
+
+
+class TiedHead(nn.Module):
+    """The language-model head that shares a `QuantizedEmbedding`."""
+
+    def __init__(self, embedding: QuantizedEmbedding):
+        super().__init__()
+        self.__dict__["embedding"] = embedding  # not a submodule: its tensors are the embedding's
+
+    def forward(self, x):
+        return self.embedding.product(x)
+
+
+def embedding_rows(embedding: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Rows of an embedding module's matrix, quantised or not, without Gemma's scale."""
+    return embedding.select(ids) if isinstance(embedding, QuantizedMatrix) else embedding.weight.detach()[ids]
+
+
+def linears(part: nn.Module) -> dict[str, nn.Linear]:
+    """The Linears of a part that can be quantised, by name: not LoRA's own, nor a language model's head."""
+    head = part.get_output_embeddings() if isinstance(part, PreTrainedModel) else None
+    return {
+        name: module
+        for name, module in part.named_modules()
+        if isinstance(module, nn.Linear) and ".lora_" not in name and module is not head
+    }
+
+
+def replace_module(root: nn.Module, name: str, module: nn.Module):
+    parent, _, child = name.rpartition(".")
+    setattr(root.get_submodule(parent), child, module)
+
+
+def quantized_linear(linear: nn.Linear, bits: int, group_size: int = 64, scales: torch.Tensor | None = None):
+    """`linear` with its weights rounded to their nearest values."""
+    with torch.device(linear.weight.device):
+        quantized = QuantizedLinear(linear.in_features, linear.out_features, linear.bias is not None, bits, group_size)
+    if linear.weight.device.type != "meta":
+        quantized.quantize(linear.weight, scales)
+    if linear.bias is not None:
+        quantized.bias = linear.bias
+    return quantized
+
+
+def quantize_linears(part: nn.Module, bits: int, group_size: int = 64):
+    """Replace the Linears of a part, in place, by quantised ones; those that already are stay."""
+    for name, linear in linears(part).items():
+        if not isinstance(linear, QuantizedLinear):
+            try:
+                replace_module(part, name, quantized_linear(linear, bits, group_size))
+            except ValueError as error:
+                raise ValueError(f"{type(part).__name__}.{name} cannot be quantised: {error}") from error
+
+
+def quantize_embedding(language_model: nn.Module, bits: int, group_size: int = 64):
+    """Replace the token embeddings and the head, in place; where the model ties them they stay one matrix."""
+    embedding, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
+    weight = embedding.weight
+    with torch.device(weight.device):
+        quantized = QuantizedEmbedding(
+            *weight.shape, bits, group_size, embed_scale=getattr(embedding, "scalar_embed_scale", 1.0)
+        )
+    if weight.device.type != "meta":
+        quantized.quantize(weight)
+    language_model.set_input_embeddings(quantized)
+    if language_model.config.tie_word_embeddings:
+        language_model._tied_weights_keys, language_model.all_tied_weights_keys = None, {}  # nothing is left to tie
+        language_model.set_output_embeddings(TiedHead(quantized))
+    else:
+        language_model.set_output_embeddings(quantized_linear(head, bits, group_size))
+
+
+def quantize_parts(model: nn.Module, quantization: dict[str, dict]):
+    r"""
+    Quantise a `SalmonnModel` in place.
+
+    Args:
+        quantization: part name to `{"bits": 4 or 8, "group_size": int}`, as `SalmonnConfig.quantization`. Parts are
+            "embedding" (tokens and head) and the model's submodules "audio_tower", "sound_tower", "connector" and
+            "language_model" (its Linears without the head).
+
+    Raises:
+        ValueError: for a part that the model does not have, or a matrix that `group_size` does not divide.
+    """
+    for part, settings in quantization.items():
+        if part == "embedding":
+            quantize_embedding(model.language_model, **settings)
+        elif isinstance(getattr(model, part, None), nn.Module):
+            quantize_linears(getattr(model, part), **settings)
+        else:
+            parts = ["embedding", *(name for name, child in model.named_children() if linears(child))]
+            raise ValueError(f"There is no part {part!r} to quantise; choose of {', '.join(parts)}.")

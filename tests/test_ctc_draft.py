@@ -1,0 +1,141 @@
+"""Drafts of the CTC head: where the language model's text stands in them, and that they never change it."""
+
+import pytest
+import torch
+from conftest import LANGUAGE_MODELS, noise, tiny_config, tiny_model, tiny_processor, tiny_text_config
+from transformers import pipeline
+
+from salmonn_hf.ctc_draft import CTCDraft, best_tokens, continuation, place_in_draft, words
+from salmonn_hf.training import ctc_transcripts
+
+DRAFT = "well i think joey left this morning".split()
+
+
+def test_words_are_what_is_heard():
+    assert words("Well, Mr. O’Neill -- it's 3!") == ["well", "mr", "o'neill", "it's", "3"]
+
+
+@pytest.mark.parametrize(
+    "said, place, distance",
+    [
+        ("", 0, 0),
+        ("well", 1, 0),
+        ("we", 1, 0.5),  # an unfinished word
+        ("well i think", 3, 0),
+        ("well i sink", 3, 1),  # one word for another
+        ("well i do think", 3, 1),  # a word too many
+        ("well think", 3, 1),  # a word too few
+    ],
+)
+def test_place_in_draft_by_hand(said, place, distance):
+    assert place_in_draft(said.split(), DRAFT) == (place, distance)
+
+
+@pytest.mark.parametrize(
+    "text, rest",
+    [
+        ("Well", " I think joey left this morning."),
+        ("We", "ll I think joey left this morning."),
+        ("Well,", " I think joey left this morning."),
+        ("Well. ", " I think joey left this morning."),
+        ("Well, I think.", " Joey left this morning."),
+        ("Well, I think Joey left this morning", "."),
+        ("Well, I think Joey left this morning.", ""),
+        ("Something else that has nothing to do with it", None),
+    ],
+)
+def test_continuation_by_hand(text, rest):
+    assert continuation(text, DRAFT) == rest
+
+
+def drafting_model(model_type="llama", seed=0):
+    text_config = tiny_text_config(model_type, tie_word_embeddings=True)
+    model = tiny_model(tiny_config(text_config=text_config, ctc_vocab_size=60), seed)
+    model.ctc_head.token_ids.copy_(torch.arange(60) + 60)  # printable bytes, mostly
+    return model
+
+
+def count_passes(model):
+    passes = []
+    model.language_model.register_forward_hook(lambda *_: passes.append(1))
+    return passes
+
+
+def test_best_tokens_are_those_of_greedy_ctc():
+    model, processor = drafting_model(), tiny_processor()
+    embeds = torch.randn(40, 32)
+    ids = best_tokens(model.ctc_head, embeds, model.get_input_embeddings())
+    (text,) = ctc_transcripts(model, processor, embeds, torch.tensor([40]))
+    assert processor.tokenizer.decode(ids).strip() == text and len(ids) > 5
+    model.ctc_head.blank.data = embeds[0] - model.ctc_head.kept[0]  # kept directions do not outlive training
+    model.train().eval()
+    assert best_tokens(model.ctc_head, embeds[:1], model.get_input_embeddings()) == []
+
+
+@pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
+@pytest.mark.parametrize("suppress", [[3], [3, 7, 9, 80]])  # 3 stands for audio
+def test_text_is_that_of_greedy_decoding(model_type, suppress):
+    processor = tiny_processor()
+    for seed in range(2):
+        model = drafting_model(model_type, seed)
+        inputs = processor.apply_transcription_request([noise(0.5 + seed, seed)])
+        options = {"max_new_tokens": 24, "suppress_tokens": suppress}
+        expected = model.generate(**inputs, **options)
+        drafted = model.generate(**inputs, **options, speculation_type="ctc", tokenizer=processor.tokenizer)
+        assert torch.equal(drafted, expected)
+
+
+@pytest.mark.parametrize("errors", [0, 1])
+def test_good_drafts_save_passes(errors, monkeypatch):
+    """A draft made of the text that greedy decoding gives, and the same with its middle word wrong."""
+    model, processor = drafting_model(), tiny_processor()
+    inputs = processor.apply_transcription_request([noise(1.0)])
+    text = " the fog is here"
+    answer = processor.tokenizer(text, add_special_tokens=False)["input_ids"] + [processor.tokenizer.eos_token_id]
+    prompt_length = inputs["input_ids"].shape[1]
+
+    def say(module, args, kwargs, output):  # a language model that says the answer, whatever it hears
+        cache, kept = kwargs["past_key_values"], output.logits.shape[1]
+        last = cache.get_seq_length() - prompt_length
+        for row in range(kept):
+            output.logits[0, row] = 0
+            output.logits[0, row, answer[min(last - kept + 1 + row, len(answer) - 1)]] = 1
+        return output
+
+    model.language_model.register_forward_hook(say, with_kwargs=True)
+    draft = " the fog is here".replace("fog", "dog") if errors else text
+    ids = processor.tokenizer(draft, add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr("salmonn_hf.ctc_draft.best_tokens", lambda *_: ids)
+    passes = count_passes(model)
+    options = {"max_new_tokens": 40, "speculation_type": "ctc", "tokenizer": processor.tokenizer}
+    output = model.generate(**inputs, **options)
+    assert output[0, prompt_length:].tolist() == answer
+    # Prompt, draft, and after the full stop that this model does not write, its end; one more for the wrong word.
+    assert len(passes) <= 3 + 3 * errors < len(answer) / 2
+
+
+def test_pipeline_takes_the_option(tmp_path):
+    model, processor = drafting_model(), tiny_processor()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    transcriber = pipeline("automatic-speech-recognition", model=str(tmp_path))
+    clips = [noise(0.7, 1), noise(0.4, 2), noise(0.5, 3)]
+    expected = [result["text"] for result in transcriber(clips)]
+    used = []
+    candidates = CTCDraft.get_candidates
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CTCDraft, "get_candidates", lambda *a, **k: used.append(1) or candidates(*a, **k))
+        assert [result["text"] for result in transcriber(clips, speculation_type="ctc")] == expected
+        assert used
+        used.clear()
+        assert [r["text"] for r in transcriber(clips, batch_size=3, speculation_type="ctc")] == expected
+        assert not used
+
+
+def test_models_without_a_head_say_so():
+    processor = tiny_processor()
+    inputs = processor.apply_transcription_request([noise(0.5)])
+    with pytest.raises(ValueError, match="CTC head"):
+        tiny_model().generate(**inputs, speculation_type="ctc", tokenizer=processor.tokenizer)
+    with pytest.raises(ValueError, match="tokenizer=processor.tokenizer"):
+        drafting_model().generate(**inputs, speculation_type="ctc")

@@ -1,0 +1,70 @@
+"""The efficiency benchmark: what it counts, what it writes, and that its way through the model is the model's own."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import noise, tiny_config, tiny_model, tiny_text_config
+
+from salmonn_hf.quantization import quantize_parts
+
+SCRIPT = runpy.run_path(str(Path(__file__).resolve().parents[1] / "eval" / "run_efficiency.py"))
+
+
+def test_the_timed_parts_are_the_whole_model():
+    model = tiny_model()
+    bench = SCRIPT["Bench"](model, prompt_tokens=9)
+    clip, logits = noise(0.7), []
+    model.language_model.register_forward_hook(lambda *args: logits.append(args[-1].logits[:, -1]))
+    parts, steps = bench.round(clip, decode_steps=3)
+    assert list(parts) == list(SCRIPT["PARTS"]) and len(steps) == 3 and min(*parts.values(), *steps) >= 0
+    features = bench.extractor([clip], return_tensors="pt")
+    num_tokens = len(model.get_audio_features(**features).pooler_output)
+    with torch.no_grad():
+        expected = model(bench.input_ids(num_tokens), **features).logits[:, -1]
+    torch.testing.assert_close(logits[0], expected)
+
+
+def test_weights_count_tied_and_quantised_matrices_once():
+    model = tiny_model(tiny_config(text_config=tiny_text_config(tie_word_embeddings=True)))
+    sizes = SCRIPT["weights_by_module"](model)
+    assert sizes["embedding and head"] == 300 * 32 * 4
+    state = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
+    rotary = sum(t.nbytes for n, t in model.named_buffers() if "inv_freq" in n)
+    assert sum(sizes.values()) == sum(state.values()) + rotary
+    quantize_parts(model, {"embedding": {"bits": 8}})
+    assert SCRIPT["weights_by_module"](model)["embedding and head"] == 300 * 32 + 300 * 4
+
+
+@pytest.mark.parametrize("reference", [True, False])
+def test_command_writes_json_table_and_plot(reference, tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path / "tiny")
+    output = tmp_path / "out"
+    arguments = ["--model", tmp_path / "tiny", "--rounds", 2, "--warmup", 1, "--seconds", 1, "--lengths", 0.5,
+                 "--batch_sizes", 2, "--decode_steps", 2, "--device", "cpu", "--output", output]  # fmt: skip
+    if reference:
+        arguments.append("--reference")
+    monkeypatch.setattr(sys, "argv", ["run_efficiency.py", *map(str, arguments)])
+    SCRIPT["main"]()
+    systems = json.loads((output / "result.json").read_text())["systems"]
+    assert list(systems) == ["tiny", "tiny, the published way"][: 1 + reference]
+    for system in systems.values():
+        assert system["protocol"]["ttft"]["p50"] <= system["protocol"]["ttft"]["p95"]
+        assert set(system["throughput"]) == {"2"}
+        assert system["peak_memory"] > sum(system["weights"].values())
+    if reference:
+        assert systems["tiny, the published way"]["audio_tokens"] == 88
+        assert systems["tiny, the published way"]["dtype"] == "torch.float32"
+    assert "| TTFT s of | features |" in (output / "table.md").read_text()
+    assert (output / "latency.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_random_weights_of_quantised_shapes_run():
+    config = tiny_config(quantization={"language_model": {"bits": 4, "group_size": 16}, "embedding": {"bits": 8}})
+    model = SCRIPT["random_model"](config, torch.bfloat16, "cpu")
+    parts, steps = SCRIPT["Bench"](model, 9).round(noise(0.5), 2)
+    assert len(steps) == 2
+    assert model.language_model.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8

@@ -1,0 +1,146 @@
+"""
+Quantise a trained model: 4 bits by GPTQ, calibrated on prompts with audio and answers, 8 bits by rounding.
+
+    pip install -c constraints.txt -e .[train,quant]
+    python training/quantize.py training/recipes/nano/quantize.yaml
+    python training/quantize.py training/recipes/nano/quantize.yaml --method nearest --output_dir runs/nano-rounded
+
+The output is a full checkpoint with its processor and code. It loads without gptqmodel, by
+`AutoModel.from_pretrained` and `pipeline("automatic-speech-recognition")`, and holds nothing of the calibration data.
+"""
+
+import logging
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from salmonn_hf import SalmonnForConditionalGeneration, SalmonnProcessor, load_audio
+from salmonn_hf.gptq import quantize_layers
+from salmonn_hf.quantization import quantize_parts
+from salmonn_hf.recipe import parse_recipe
+from salmonn_hf.training import load_speech
+
+CARD = """---
+library_name: transformers
+pipeline_tag: automatic-speech-recognition
+tags: [salmonn, quantized]
+---
+
+# Quantised SALMONN
+
+Bits per weight: {parts}. Everything else is in bfloat16.
+
+```python
+from transformers import pipeline
+
+transcriber = pipeline("automatic-speech-recognition", model="this directory", trust_remote_code=True)
+```
+"""
+
+
+@dataclass
+class QuantizeArguments:
+    model_name_or_path: str = field(metadata={"help": "Trained SALMONN checkpoint: directory or hub name."})
+    output_dir: str = field(metadata={"help": "Where the quantised checkpoint goes."})
+    language_model_bits: int = field(default=4, metadata={"help": "4, 8, or 0 to leave a part as it is."})
+    embedding_bits: int = field(default=8, metadata={"help": "Of token embeddings and language-model head."})
+    encoder_bits: int = field(default=8, metadata={"help": "Of the encoders' layers."})
+    connector_bits: int = field(default=8, metadata={"help": "Of Q-Former and projection."})
+    group_size: int = field(default=64, metadata={"help": "Columns that share a scale in 4 bits."})
+    method: str = field(default="gptq", metadata={"help": "'gptq' or 'nearest', for 4 bits; 8 are always 'nearest'."})
+    train_files: list[str] = field(default_factory=list, metadata={"help": "Parquet files to calibrate on."})
+    text_column: str = field(default="text", metadata={"help": "Column that holds the transcript."})
+    calibration: str = field(default="audio", metadata={"help": "'text': prompts without audio, for comparison."})
+    calibration_clips: int = field(default=64, metadata={"help": "Clips, drawn at random, in equal parts of files."})
+    merge_lora: bool = field(default=True, metadata={"help": "Fold LoRA in first; otherwise it stays, unquantised."})
+    seed: int = field(default=0)
+
+    def __post_init__(self):
+        if self.method not in ("gptq", "nearest"):
+            raise ValueError(f"method is {self.method!r}; choose 'gptq' or 'nearest'.")
+        if self.calibration not in ("audio", "text"):
+            raise ValueError(f"calibration is {self.calibration!r}; choose 'audio' or 'text'.")
+        if self.method == "gptq" and not self.train_files:
+            raise ValueError("GPTQ needs train_files to calibrate on; or choose method 'nearest'.")
+
+    def parts(self, has_sound_tower: bool) -> dict[str, dict]:
+        """`SalmonnConfig.quantization` of this recipe."""
+        bits = {
+            "audio_tower": self.encoder_bits,
+            "sound_tower": self.encoder_bits if has_sound_tower else 0,
+            "connector": self.connector_bits,
+            "language_model": self.language_model_bits,
+            "embedding": self.embedding_bits,
+        }
+        eight, four = {"bits": 8}, {"bits": 4, "group_size": self.group_size}
+        return {part: four if count == 4 else eight for part, count in bits.items() if count}
+
+
+def calibration_batches(args: QuantizeArguments, processor) -> list[dict]:
+    """One input of the model per clip: the transcription prompt with its audio, and the transcript as the answer."""
+    generator = torch.Generator().manual_seed(args.seed)
+    prompt = processor.apply_chat_template(
+        processor.transcription_messages(), add_generation_prompt=True, tokenize=False
+    )
+    batches = []
+    for index, file in enumerate(args.train_files):
+        data = load_speech([file], args.text_column)
+        count = len(range(index, args.calibration_clips, len(args.train_files)))
+        for row in torch.randperm(len(data), generator=generator)[:count].tolist():
+            example = data[row]
+            text = prompt + (example["text"] or "").strip() + processor.tokenizer.eos_token
+            if args.calibration == "text":
+                text = text.replace(processor.audio_token, "")
+                batches.append(dict(processor(text=text)))
+            else:
+                batches.append(dict(processor(text=text, audio=load_audio(example["audio"]))))
+    return batches
+
+
+def quantize(model, processor, args: QuantizeArguments):
+    """Quantise `model`, in float32, in place; parts that come later are calibrated on those before them."""
+    parts = args.parts(model.config.sound_config is not None)
+    batches = calibration_batches(args, processor) if args.method == "gptq" else []
+    decoder = model.language_model.base_model
+    layers = {"audio_tower": model.audio_tower.layers, "language_model": getattr(decoder, "layers", None)}
+    for part, settings in parts.items():
+        hears = part == "language_model" or args.calibration == "audio"
+        if batches and hears and settings["bits"] == 4 and layers.get(part) is not None:
+            quantize_layers(model, layers[part], batches, **settings)
+        quantize_parts(model, {part: settings})  # what GPTQ has not done
+    model.config.quantization = parts
+    model.config.base_parts = None
+
+
+def save(model, processor, output_dir: str):
+    """Write the checkpoint beside `output_dir` and move it there whole."""
+    unfinished = Path(f"{output_dir}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.to(torch.bfloat16).save_pretrained(unfinished)
+    processor.save_pretrained(unfinished)
+    parts = ", ".join(f"{part} {settings['bits']}" for part, settings in model.config.quantization.items())
+    (unfinished / "README.md").write_text(CARD.format(parts=parts))
+    if os.path.isdir(output_dir):
+        shutil.rmtree(output_dir)
+    os.replace(unfinished, output_dir)
+
+
+@torch.no_grad()
+def main():
+    (args,) = parse_recipe(QuantizeArguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    processor = SalmonnProcessor.from_pretrained(args.model_name_or_path)
+    model = SalmonnForConditionalGeneration.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+    if args.merge_lora:
+        model.merge_lora()
+    quantize(model.eval(), processor, args)
+    save(model, processor, args.output_dir)
+    size = sum(file.stat().st_size for file in Path(args.output_dir).rglob("*") if file.is_file())
+    logging.info("%s: %.1f MB", args.output_dir, size / 1e6)
+
+
+if __name__ == "__main__":
+    main()
