@@ -11,8 +11,8 @@ from transformers import AutoModel, pipeline
 
 from salmonn_hf import SalmonnForConditionalGeneration
 from salmonn_hf.gptq import layer_inputs, quantize_layers, solve
+from salmonn_hf.joined_clips import speech_dataset
 from salmonn_hf.quantization import QuantizedLinear, linears, quantize_parts, quantized_linear
-from salmonn_hf.training import speech_dataset
 
 SCRIPT = runpy.run_path(str(Path(__file__).resolve().parents[1] / "training" / "quantize.py"))
 SENTENCE = "A sentence that belongs to nobody else."
