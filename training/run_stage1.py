@@ -40,6 +40,8 @@ class ModelArguments:
     audio_tower: str = field(metadata={"help": "Whisper encoder: hub name or directory."})
     language_model: str = field(metadata={"help": "Causal language model: hub name or directory."})
     sound_tower: str | None = field(default=None, metadata={"help": "Sound encoder: directory of a converted BEATs."})
+    encoder_dtype: str = field(default="bfloat16", metadata={"help": "Precision of the frozen encoders, or float32."})
+    pad_to_30_seconds: bool = field(default=False, metadata={"help": "Every clip as 30 s: SALMONN's own geometry."})
     audio_token: str = field(default="<|audio|>", metadata={"help": "Token of its vocabulary that text never uses."})
     window_frames: int = field(default=17, metadata={"help": "Encoder frames (20 ms) per Q-Former window."})
     window_stride: int = field(default=17, metadata={"help": "Encoder frames between window starts."})
@@ -84,6 +86,7 @@ def main():
         model_args.audio_tower,
         model_args.language_model,
         model_args.sound_tower,
+        pad_to_30_seconds=model_args.pad_to_30_seconds,
         audio_token_id=tokenizer.convert_tokens_to_ids(model_args.audio_token),
         window_position_embeddings=True,
         frame_mlp_size=model_args.frame_mlp_size,
@@ -102,13 +105,18 @@ def main():
     )
     processor = SalmonnProcessor(
         SalmonnFeatureExtractor(
-            feature_size=config.audio_config.num_mel_bins, return_input_values=model_args.sound_tower is not None
+            feature_size=config.audio_config.num_mel_bins,
+            pad_to_30_seconds=model_args.pad_to_30_seconds,
+            return_input_values=model_args.sound_tower is not None,
         ),
         tokenizer,
         audio_token=model_args.audio_token,
         **windows,
     )
     model = from_base_parts(config, dtype=torch.bfloat16)
+    for tower in ("audio_tower", "sound_tower"):
+        if hasattr(model, tower):
+            getattr(model, tower).to(getattr(torch, model_args.encoder_dtype))
     model.ctc_head.token_ids.copy_(torch.tensor(ctc_token_ids))
     model.match_projection_to_embeddings()
     model.generation_config.eos_token_id = tokenizer.eos_token_id

@@ -1,0 +1,139 @@
+"""kill -9 at any moment: the same command goes on and ends with the weights of a run that was never broken."""
+
+import logging
+import multiprocessing
+import os
+import random
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from test_training import ROOT, parts, stage1_recipe  # noqa: F401
+
+# Processes that have the imports behind them, and never ran anything.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["datasets", "salmonn_hf.data_arguments", "salmonn_hf.training"])
+
+
+def train(recipe, kill_at=None):
+    """Stage 1; killed in the given training step, or at the given call of `torch.save`, half of which is written."""
+    torch.set_num_threads(1)
+    what, number = kill_at or (None, 0)
+    calls = iter(range(1, 10**6))
+    if what == "step":
+        from salmonn_hf.training import SalmonnTrainer
+
+        step = SalmonnTrainer.training_step
+
+        def training_step(*args):
+            if next(calls) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(*args)
+
+        SalmonnTrainer.training_step = training_step
+    if what == "save":
+        save = torch.save
+
+        def half(value, file, **kwargs):
+            save(value, file, **kwargs)
+            if next(calls) == number:
+                os.truncate(file, os.path.getsize(file) // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        torch.save = half
+    sys.argv = ["run_stage1.py", recipe]
+    runpy.run_path(str(ROOT / "training" / "run_stage1.py"), run_name="__main__")
+
+
+def start(recipe, kill_at=None):
+    process = CONTEXT.Process(target=train, args=(recipe, kill_at))
+    process.start()
+    return process
+
+
+def write_recipe(parts, output):  # noqa: F811
+    """Three epochs with everything that is drawn: order, weights, prompts' kin, augmentation, masks, dropout."""
+    recipe = stage1_recipe(
+        parts,
+        output,
+        sources=[
+            {"path": str(parts / "train.parquet"), "weight": 0.75},
+            {"path": str(parts / "eval.parquet"), "weight": 0.5, "speed": 0.9},
+        ],
+        snr_db=[5.0, 20.0],
+        gain_db=[-6.0, 3.0],
+        time_masks=1,
+        masked_frames=0.2,
+        max_steps=9,
+        save_steps=2,
+        save_total_limit=2,
+        eval_strategy="no",
+        feature_cache=str(output) + "-cache",
+    )
+    recipe = {key: value for key, value in recipe.items() if key not in ("train_files", "joined_clips")}
+    path = Path(f"{output}.yaml")
+    path.write_text(yaml.safe_dump(recipe))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def unbroken(parts, tmp_path_factory):  # noqa: F811
+    output = tmp_path_factory.mktemp("unbroken") / "run"
+    began = time.monotonic()
+    process = start(write_recipe(parts, output))
+    process.join()
+    assert process.exitcode == 0
+    return load_file(output / "checkpoint-9" / "model.safetensors"), time.monotonic() - began
+
+
+def assert_ends_as(unbroken, output):
+    for name in ("checkpoint-9/model.safetensors", "model.safetensors"):
+        weights = load_file(output / name)
+        assert set(weights) == set(unbroken[0])
+        for key, value in unbroken[0].items():
+            assert torch.equal(value.to(weights[key].dtype), weights[key]), key
+
+
+def test_a_run_killed_in_a_step_and_in_a_checkpoint_ends_as_an_unbroken_one(parts, unbroken, tmp_path):  # noqa: F811
+    output = tmp_path / "run"
+    recipe = write_recipe(parts, output)
+    for kill_at, last in ((("step", 6), 4), (("save", 4), 4), (None, 9)):
+        process = start(recipe, kill_at)
+        process.join()
+        assert process.exitcode == (0 if kill_at is None else -signal.SIGKILL)
+        names = [path.name for path in output.glob("checkpoint-*")]
+        assert f"checkpoint-{last}" in names and len(names) <= 2
+        assert max(int(name.split("-")[1]) for name in names) == last
+    assert_ends_as(unbroken, output)
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments(parts, unbroken, tmp_path):  # noqa: F811
+    output, rng, kills, last = tmp_path / "run", random.Random(0), 0, 0
+    recipe = write_recipe(parts, output)
+    while kills < 20:
+        process = start(recipe)
+        process.join(timeout=rng.uniform(0.1, 1.0) * unbroken[1])
+        if process.is_alive():
+            process.kill()
+            kills += 1
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        steps = [int(path.name.split("-")[1]) for path in output.glob("checkpoint-*")]
+        assert max(steps, default=0) >= last  # none is lost
+        last = max(steps, default=0)
+        if process.exitcode == 0:
+            assert_ends_as(unbroken, output)
+            logging.info("ended after %d kills", kills)
+            output = tmp_path / f"run{kills}"
+            recipe, last = write_recipe(parts, output), 0
+    process = start(recipe)
+    process.join()
+    assert process.exitcode == 0
+    assert_ends_as(unbroken, output)
