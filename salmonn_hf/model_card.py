@@ -253,7 +253,7 @@ def make_card(
         data,
         template_path=str(template),
         name=name,
-        location=str(checkpoint),
+        location=name if checkpoint.is_absolute() else str(checkpoint),  # no path of this machine
         summary=summary,
         prompt=TEST_PROMPTS["audiocaption"],
         base_parts=" and ".join(bases.values()),
