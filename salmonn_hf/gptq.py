@@ -38,7 +38,9 @@ def solve(linear: nn.Linear, inputs: list[torch.Tensor], bits: int, group_size: 
     from gptqmodel.quantization import QuantizeConfig
     from gptqmodel.quantization.gptq import GPTQ
 
-    solver = GPTQ(linear, QuantizeConfig(bits=bits, group_size=group_size, sym=True, desc_act=False))
+    solver = GPTQ(
+        linear, QuantizeConfig(bits=bits, group_size=group_size, sym=True, desc_act=False, offload_to_disk=False)
+    )
     solver.quantizer.configure(perchannel=True)
     for batch in inputs:
         solver.add_batch(batch, None)
