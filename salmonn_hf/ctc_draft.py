@@ -12,6 +12,9 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers.generation import CandidateGenerator
 
+# Tokens that one pass verifies: on a CPU each costs time, and those behind the first wrong one are for nothing.
+PASS_TOKENS = 5
+
 
 def words(text: str) -> list[str]:
     """What is heard of a text: its words, without case and punctuation."""
@@ -100,7 +103,7 @@ class CTCDraft(CandidateGenerator):
         if rest is None:
             return input_ids, None
         token_ids = self.tokenizer(rest, add_special_tokens=False)["input_ids"] + [self.eos_token_id]
-        return torch.cat([input_ids, input_ids.new_tensor([token_ids])], dim=1), None
+        return torch.cat([input_ids, input_ids.new_tensor([token_ids[:PASS_TOKENS]])], dim=1), None
 
     def update_candidate_strategy(self, input_ids, scores, num_matches):
         """A draft is read once; where to go on in it is looked up in the text each time."""

@@ -106,6 +106,7 @@ def test_good_drafts_save_passes(errors, monkeypatch):
     draft = " the fog is here".replace("fog", "dog") if errors else text
     ids = processor.tokenizer(draft, add_special_tokens=False)["input_ids"]
     monkeypatch.setattr("salmonn_hf.ctc_draft.best_tokens", lambda *_: ids)
+    monkeypatch.setattr("salmonn_hf.ctc_draft.PASS_TOKENS", 40)  # here a token is a letter
     passes = count_passes(model)
     options = {"max_new_tokens": 40, "speculation_type": "ctc", "tokenizer": processor.tokenizer}
     output = model.generate(**inputs, **options)

@@ -47,13 +47,25 @@ def test_values_by_hand():
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("rows", [1, 5, 40, 200])
 def test_kernels_compute_the_product(bits, rows):
     layer = linear(bits=bits)
     x = torch.randn(rows, 64).bfloat16()
     expected = x.float() @ layer.dequantize(torch.float32).T
     with torch.no_grad():
         torch.testing.assert_close(layer(x).float(), expected, rtol=2e-2, atol=6e-2)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 7, 12])
+def test_weights_mapped_from_a_file_at_an_odd_address(rows):
+    layer, x = linear(bits=8), torch.randn(rows, 64).bfloat16()
+    with torch.no_grad():
+        expected = layer(x)
+        for name in ("weight", "scales"):
+            tensor = getattr(layer, name)
+            shifted = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
+            setattr(layer, name, shifted.copy_(tensor))
+        assert torch.equal(layer(x), expected)
 
 
 @pytest.mark.parametrize("matrix", [QuantizedLinear(64, 192, False, 4, 32), QuantizedEmbedding(192, 64, 4, 32)])

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-# Rows up to which torch's 8-bit kernel beats widening the weights for an ordinary product (measured on AVX-512).
-KERNEL_ROWS = 16
+# Rows up to which torch's kernels beat widening the weights for an ordinary product (measured on AVX-512).
+KERNEL_ROWS = {8: 12, 4: 128}
 BLOCK = 64  # rows of a matrix that torch's 4-bit CPU kernel keeps together
 
 
@@ -130,9 +130,13 @@ class QuantizedMatrix(nn.Module):
         trained = torch.is_grad_enabled() and x.requires_grad  # the kernels have no gradient
         on_kernel = x.dtype == self.scales.dtype == torch.bfloat16 and x.device.type == "cpu" and not trained
         whole = self.rows % BLOCK == 0 and self.columns % BLOCK == 0  # the kernels read past the end of other shapes
-        if on_kernel and whole and self.bits == 8 and len(flat) <= KERNEL_ROWS:
+        on_kernel = on_kernel and whole and len(flat) <= KERNEL_ROWS[self.bits]
+        if on_kernel and self.bits == 8:
+            if self.weight.data_ptr() % 64 or self.scales.data_ptr() % 64:
+                # A file may be mapped at any address; the kernel's aligned loads would end the process.
+                self.weight, self.scales = self.weight.clone(), self.scales.clone()
             product = torch._weight_int8pack_mm(flat, self.weight, self.scales)
-        elif on_kernel and whole and self.bits == 4 and self.group_size in (32, 64, 128, 256):
+        elif on_kernel and self.group_size in (32, 64, 128, 256):
             if self.packed_scales is None:
                 self.pack()
             product = torch._weight_int4pack_mm_for_cpu(flat, self.weight, self.group_size, self.packed_scales)
