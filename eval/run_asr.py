@@ -15,7 +15,7 @@ the same `--output`, a killed run goes on where it was. What is written there: `
 import tempfile
 from pathlib import Path
 
-from salmonn_hf.evaluation import argument_parser, finish, model_digest, parquet_clips, predict, run_settings
+from salmonn_hf.evaluation import argument_parser, finish, parquet_clips, predict, run_settings
 from salmonn_hf.inference import Transcriber
 from salmonn_hf.scoring import score_transcripts
 
@@ -34,13 +34,13 @@ def main() -> None:
     clips = parquet_clips(arguments.data, arguments.text_column)[: arguments.max_clips]
     outputs = {arguments.model: arguments.output}
     outputs |= {peer: arguments.output / "peers" / Path(peer).name for peer in arguments.peers}
-    settings = run_settings(arguments, "asr", arguments.data) | {"speculation_type": arguments.speculation_type}
     for model, output in outputs.items():
+        settings = run_settings(arguments, "asr", arguments.data, model)
         predictions = predict(
             clips,
             lambda model=model: Transcriber(model, arguments.dtype, arguments.device, arguments.speculation_type),
             output,
-            settings | {"model": model, "model_digest": model_digest(model)},
+            settings | {"speculation_type": arguments.speculation_type},
             arguments.batch_size,
         )
         if predictions is not None:

@@ -151,20 +151,10 @@ class Bench:
         model, marks = self.model, [self.mark()]
         features = self.extractor([clip], return_tensors="pt").to(self.device)
         marks.append(self.mark())
-        mask = features["input_features_mask"]
-        frames = {
-            "audio_frames": model.audio_tower(
-                features["input_features"].to(model.audio_tower.dtype), attention_mask=mask
-            ).last_hidden_state,
-            "audio_frames_mask": mask[:, ::2].bool(),
-        }
+        frames = model.encode_speech(features["input_features"], features["input_features_mask"])
         marks.append(self.mark())
         if self.config.sound_config is not None:
-            samples = features["input_values_mask"]
-            sound = model.sound_tower(features["input_values"], attention_mask=samples).last_hidden_state
-            lengths = model.sound_tower._get_feat_extract_output_lengths(samples.sum(-1))
-            frames["sound_frames"] = sound
-            frames["sound_frames_mask"] = torch.arange(sound.shape[1], device=self.device) < lengths[:, None]
+            frames |= model.encode_sound(features["input_values"], features["input_values_mask"])
         marks.append(self.mark())
         audio_embeds, num_tokens = model.connect_audio(**frames)
         marks.append(self.mark())

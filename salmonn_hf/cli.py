@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .audio import SAMPLING_RATE, AudioError, load_audio
+from .files import write_whole
 from .segmentation import is_silent, split_at_pauses
 from .tasks import TEST_PROMPTS
 
@@ -161,10 +162,7 @@ def run(arguments: argparse.Namespace) -> int:
                 sys.stdout.flush()
             else:
                 arguments.output_dir.mkdir(parents=True, exist_ok=True)
-                target = arguments.output_dir / output_name(file, arguments.format)
-                sibling = target.with_name(f".{target.name}.part")
-                sibling.write_text(text, encoding="utf-8")
-                os.replace(sibling, target)
+                write_whole(arguments.output_dir / output_name(file, arguments.format), text)
     if failed == len(arguments.files):
         return 2
     return 1 if failed else 0

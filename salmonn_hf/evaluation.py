@@ -13,10 +13,8 @@ clips share a batch follows from the data and the batch size alone.
 
 import argparse
 import hashlib
-import io
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -26,7 +24,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 import transformers
 from accelerate import PartialState
@@ -34,6 +31,8 @@ from tqdm import tqdm
 
 from .audio import SAMPLING_RATE, AudioError, load_audio
 from .corpora import UnusableClip, annotation, read_clip
+from .files import write_whole
+from .sources import parquet_rows, row_seconds
 
 GROUP_COLUMNS = ("source", "kind", "speaker", "label", "task")
 
@@ -69,12 +68,7 @@ def parquet_clips(files: list[str], references: str, prompt: str = "", question:
     Raises:
         ValueError: for a file without one of the columns, naming what it has.
     """
-    from datasets import Audio, load_dataset
-
-    data = load_dataset("parquet", data_files=list(files), split="train").cast_column("audio", Audio(decode=False))
-    for column in filter(None, ("audio", references, question)):
-        if column not in data.column_names:
-            raise ValueError(f"{files} has no column {column!r}; it has {data.column_names}.")
+    data = parquet_rows(files, *filter(None, (references, question)))
     texts = data.remove_columns("audio")
     clips = []
     for row, columns in enumerate(texts):
@@ -131,12 +125,8 @@ def annotation_clips(path: str, prefix: str, prompts: dict[str, str]) -> list[Cl
 
 def header_seconds(audio) -> float:
     """A clip's length by its file's header, 0 where that tells none: enough to put like beside like."""
-    source = audio.get() if isinstance(audio, RowAudio) else audio["audio"]
-    file = io.BytesIO(source["bytes"]) if source.get("bytes") else source["path"]
-    try:
-        return soundfile.info(file).duration
-    except (soundfile.LibsndfileError, TypeError):
-        return 0.0
+    seconds = row_seconds({"audio": audio.get()} if isinstance(audio, RowAudio) else audio)
+    return 0.0 if math.isnan(seconds) else seconds
 
 
 # Predicting
@@ -288,13 +278,6 @@ def read_lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in whole.split(b"\n") if line]
 
 
-def write_whole(file: Path, text: str):
-    """So that a reader finds the file as it was or as it is to be, never half of it."""
-    sibling = file.with_name(f".{file.name}.{os.getpid()}")
-    sibling.write_text(text, encoding="utf-8")
-    os.replace(sibling, file)
-
-
 # Reporting
 
 
@@ -356,11 +339,12 @@ def argument_parser(description: str, needs_output: bool = True) -> argparse.Arg
     return parser
 
 
-def run_settings(arguments: argparse.Namespace, task: str, data: list[str]) -> dict:
+def run_settings(arguments: argparse.Namespace, task: str, data: list[str], model: str | None = None) -> dict:
+    model = model or arguments.model
     return {
         "task": task,
-        "model": arguments.model,
-        "model_digest": model_digest(arguments.model),
+        "model": model,
+        "model_digest": model_digest(model),
         "data": data,
         "dtype": arguments.dtype,
         "note": arguments.note,

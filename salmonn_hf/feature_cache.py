@@ -88,9 +88,8 @@ class FeatureCache:
         if key not in self.shards:
             return None
         try:
-            shard = self._open(self.shards[key])
-            names = json.loads(shard.metadata()["clips"])[key]
-            return {name: shard.get_tensor(f"{key}.{name}") for name in names}
+            shard, clips = self._open(self.shards[key])
+            return {name: shard.get_tensor(f"{key}.{name}") for name in clips[key]}
         except (OSError, SafetensorError):  # removed by another process, or damaged
             self._forget(self.shards[key])
             return None
@@ -154,14 +153,16 @@ class FeatureCache:
                 continue
             self.seen.add(file.name)
             try:
-                clips = json.loads(self._open(file.name).metadata()["clips"])
+                _, clips = self._open(file.name)
             except (OSError, SafetensorError):
                 continue
             self.shards |= {key: file.name for key in clips if key not in self.shards}
 
-    def _open(self, name: str):
+    def _open(self, name: str) -> tuple:
+        """A shard's file, and which tensors each of its clips has."""
         if name not in self.open:
-            self.open[name] = safe_open(self.directory / name, "pt")
+            shard = safe_open(self.directory / name, "pt")
+            self.open[name] = shard, json.loads(shard.metadata()["clips"])
             if len(self.open) > OPEN_SHARDS:
                 self.open.popitem(last=False)
         self.open.move_to_end(name)

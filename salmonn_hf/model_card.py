@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .configuration_salmonn import SalmonnConfig
-from .evaluation import write_whole
+from .files import write_whole
 from .modeling_salmonn import SalmonnForConditionalGeneration
 from .report import Run, markdown_table, metrics_table, read_run, remarks
 from .tasks import TEST_PROMPTS

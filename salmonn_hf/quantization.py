@@ -31,6 +31,16 @@ def rows_of_nibbles() -> torch.Tensor:
     return torch.stack([(low & 15) + 16 * (high & 15), (low >> 4) + 16 * (high >> 4)])
 
 
+def two_per_byte(values: torch.Tensor) -> torch.Tensor:
+    """Values 0 to 15, uint8 `(..., columns)`, as bytes `(..., columns / 2)`: the even column in the low half."""
+    return values[..., ::2] | values[..., 1::2] << 4
+
+
+def one_per_byte(weight: torch.Tensor) -> torch.Tensor:
+    """The inverse of `two_per_byte`."""
+    return torch.stack([weight & 15, weight >> 4], -1).flatten(-2)
+
+
 class QuantizedMatrix(nn.Module):
     r"""
     A matrix W of shape `(rows, columns)`.
@@ -78,7 +88,7 @@ class QuantizedMatrix(nn.Module):
             self.weight = values.clamp(-127, 127).to(torch.int8).view(self.rows, self.columns)
         else:
             values = (values.clamp(-8, 7) + 8).to(torch.uint8).view(self.rows, self.columns)
-            self.weight = values[:, ::2] | values[:, 1::2] << 4
+            self.weight = two_per_byte(values)
         self.packed_scales = None
         return self
 
@@ -93,7 +103,7 @@ class QuantizedMatrix(nn.Module):
         """The 4-bit values, 0 to 15, one a byte: uint8 of shape `(rows, columns)`."""
         weight = self.weight
         if self.packed_scales is None:
-            return torch.stack([weight & 15, weight >> 4], -1).view(self.rows, self.columns)
+            return one_per_byte(weight)
         halves = weight.view(-1, self.columns, BLOCK // 2)
         halves = torch.stack([halves & 15, halves >> 4], 1).transpose(2, 3).flatten(1, 2)
         values = torch.empty_like(halves)
@@ -113,8 +123,7 @@ class QuantizedMatrix(nn.Module):
         if self.bits == 8:
             values = self.weight[flat]
         elif self.packed_scales is None:
-            values = self.weight[flat]
-            values = torch.stack([values & 15, values >> 4], -1).flatten(1).to(torch.int8) - 8
+            values = one_per_byte(self.weight[flat]).to(torch.int8) - 8
         else:
             place = torch.empty(BLOCK, dtype=torch.int64)
             place[rows_of_nibbles().flatten()] = torch.arange(BLOCK)
@@ -149,14 +158,12 @@ class QuantizedMatrix(nn.Module):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.packed_scales is not None:
-            values = self.nibbles()
-            destination[prefix + "weight"] = values[:, ::2] | values[:, 1::2] << 4
+            destination[prefix + "weight"] = two_per_byte(self.nibbles())
             destination[prefix + "scales"] = self.scales.contiguous()
 
     def _apply(self, fn, recurse=True):
         if self.packed_scales is not None:  # another device or precision has another layout
-            values = self.nibbles()
-            self.weight = values[:, ::2] | values[:, 1::2] << 4
+            self.weight = two_per_byte(self.nibbles())
             self.scales = self.scales.contiguous()
             self.packed_scales = None
         return super()._apply(fn, recurse)

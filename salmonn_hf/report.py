@@ -10,7 +10,10 @@ from pathlib import Path
 
 from .audio import AudioError, load_audio
 from .corpora import flac_bytes
-from .evaluation import read_lines, write_whole
+from .evaluation import read_lines
+from .files import write_whole
+from .scoring import duration_order
+from .sources import parquet_rows
 
 WORST_CLIPS = 20
 
@@ -205,7 +208,7 @@ def plots(runs: list[Run]) -> dict[str, str]:
     if speech:
         figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
         order = list(dict.fromkeys(p["part"] for run in speech for p in run.result["breakdowns"]["wer"]["duration"]))
-        order.sort(key=lambda part: int(part.replace("-", " ").split()[0]))
+        order.sort(key=duration_order)
         for index, run in enumerate(speech):
             parts = [p for p in run.result["breakdowns"]["wer"]["duration"] if p["value"] is not None]
             at = [order.index(part["part"]) + index * 0.8 / len(speech) for part in parts]
@@ -270,10 +273,7 @@ def clip_audio(run: Run, rows: list[int]) -> dict[int, bytes]:
     files = run.result["settings"]["data"]
     if not all(Path(file).suffix == ".parquet" and Path(file).exists() for file in files):
         return {}
-    from datasets import Audio, load_dataset
-
-    data = load_dataset("parquet", data_files=files, split="train").cast_column("audio", Audio(decode=False))
-    found = {}
+    data, found = parquet_rows(files), {}
     for row in rows:
         try:
             found[row] = flac_bytes(load_audio(data[row]["audio"]))

@@ -34,6 +34,25 @@ SCANNED_ROWS = 50_000  # at a time
 SCANNED_CLIPS = 500  # at a time, where their audio has to be looked at
 
 
+def parquet_rows(files: list[str], *columns: str):
+    """
+    Parquet files with an `audio` column, as `datasets` writes it, as one `datasets.Dataset` of undecoded clips.
+
+    Args:
+        columns: what else the files must have.
+
+    Raises:
+        ValueError: for a column that they lack, naming those that they have.
+    """
+    from datasets import Audio, load_dataset
+
+    dataset = load_dataset("parquet", data_files=list(files), split="train")
+    for column in ("audio", *columns):
+        if column not in dataset.column_names:
+            raise ValueError(f"{files} has no column {column!r}; it has {dataset.column_names}.")
+    return dataset.cast_column("audio", Audio(decode=False))
+
+
 @dataclass(frozen=True)
 class Source:
     """

@@ -23,9 +23,10 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from .checkpoint import is_base_key
 from .clip_dataset import ClipDataset, MixtureSampler, StreamedClips, num_frames
+from .ctc_draft import merge_repeats
 from .feature_cache import encode_clips, pad_clips
 from .metrics import word_error_rate
-from .sources import SkippedClips
+from .sources import SkippedClips, parquet_rows
 
 logger = logging.getLogger(__name__)
 
@@ -37,18 +38,11 @@ def ctc_text(text: str) -> str:
 
 def load_speech(files: list[str], text_column: str = "text"):
     """Parquet files with an `audio` column as a `datasets.Dataset` of undecoded clips and their `text`."""
-    from datasets import Audio, Value, load_dataset
+    from datasets import Value
 
-    dataset = load_dataset("parquet", data_files=list(files), split="train")
-    for column in ("audio", text_column):
-        if column not in dataset.column_names:
-            raise ValueError(f"{files} has no column {column!r}; it has {dataset.column_names}.")
+    dataset = parquet_rows(files, text_column)
     dataset = dataset.rename_column(text_column, "text") if text_column != "text" else dataset
-    return (
-        dataset.select_columns(["audio", "text"])
-        .cast_column("audio", Audio(decode=False))
-        .cast_column("text", Value("string"))
-    )
+    return dataset.select_columns(["audio", "text"]).cast_column("text", Value("string"))
 
 
 class ClipCollator:
@@ -483,8 +477,8 @@ def save_model(trainer: SalmonnTrainer, processor):
 def ctc_transcripts(model, processor, audio_embeds, num_tokens) -> list[str]:
     """Greedy CTC: the best token of each audio embedding, repeats merged, blanks dropped."""
     log_probs = model.ctc_head(audio_embeds, model.get_input_embeddings())
-    rows = [row.argmax(-1).unique_consecutive() for row in log_probs.split(num_tokens.tolist())]
-    token_ids = [model.ctc_head.token_ids[row[row > 0] - 1].tolist() for row in rows]
+    paths = log_probs.argmax(-1).split(num_tokens.tolist())
+    token_ids = [merge_repeats(model.ctc_head, path) for path in paths]
     return [text.strip() for text in processor.batch_decode(token_ids)]
 
 

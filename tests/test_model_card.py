@@ -12,7 +12,8 @@ from conftest import tiny_config, tiny_model
 from huggingface_hub import ModelCard
 from test_evaluation import Listener, clips_of
 
-from salmonn_hf.evaluation import finish, predict, write_whole
+from salmonn_hf.evaluation import finish, predict
+from salmonn_hf.files import write_whole
 from salmonn_hf.model_card import count_parts, licence_of, make_card, training_state
 from salmonn_hf.scoring import score_transcripts
 

@@ -13,7 +13,8 @@ import pytest
 import soundfile
 from conftest import noise
 
-from salmonn_hf.evaluation import finish, parquet_clips, predict, write_whole
+from salmonn_hf.evaluation import finish, parquet_clips, predict
+from salmonn_hf.files import write_whole
 from salmonn_hf.report import challenge_table, read_run, worst_clips, write_report
 from salmonn_hf.scoring import score_answers, score_transcripts
 

@@ -54,6 +54,12 @@ def continuation(text: str, draft: list[str]) -> str | None:
     return end_of_word + "".join(f" {word}" for word in rest) + ("." if ends_with_word else "")
 
 
+def merge_repeats(ctc_head: nn.Module, best: torch.Tensor) -> list[int]:
+    """The tokens of a greedy path `(audio tokens,)` of indices into the head's outputs: repeats merged, no blanks."""
+    best = best.unique_consecutive()
+    return ctc_head.token_ids[best[best > 0] - 1].tolist()
+
+
 @torch.no_grad()
 def best_tokens(ctc_head: nn.Module, audio_embeds: torch.Tensor, embedding: nn.Module) -> list[int]:
     """
@@ -65,8 +71,8 @@ def best_tokens(ctc_head: nn.Module, audio_embeds: torch.Tensor, embedding: nn.M
         blank = nn.functional.normalize(ctc_head.blank.float()[None], dim=-1)
         ctc_head.kept = center, torch.cat([blank, rows]).to(audio_embeds.dtype)
     center, rows = ctc_head.kept
-    best = nn.functional.linear((audio_embeds.float() - center).to(rows.dtype), rows).argmax(-1).unique_consecutive()
-    return ctc_head.token_ids[best[best > 0] - 1].tolist()
+    best = nn.functional.linear((audio_embeds.float() - center).to(rows.dtype), rows).argmax(-1)
+    return merge_repeats(ctc_head, best)
 
 
 class CTCDraft(CandidateGenerator):

@@ -379,18 +379,23 @@ class SalmonnModel(SalmonnPreTrainedModel):
             `dict`: `audio_frames` `(clips, frames, d_model)` at 50 Hz and `audio_frames_mask` `(clips, frames)`, bool;
             with a sound encoder also `sound_frames` and `sound_frames_mask`.
         """
-        audio_frames = self.audio_tower(
-            input_features.to(self.audio_tower.dtype), attention_mask=input_features_mask
-        ).last_hidden_state
-        encoded = {"audio_frames": audio_frames, "audio_frames_mask": input_features_mask[:, ::2].bool()}
+        encoded = self.encode_speech(input_features, input_features_mask)
         if self.config.sound_config is not None:
-            if self.config.sound_config.model_type != "beats":  # which makes its spectrogram in float32
-                input_values = input_values.to(self.sound_tower.dtype)
-            sound_frames = self.sound_tower(input_values, attention_mask=input_values_mask).last_hidden_state
-            lengths = self.sound_tower._get_feat_extract_output_lengths(input_values_mask.sum(-1))
-            positions = torch.arange(sound_frames.shape[1], device=sound_frames.device)
-            encoded |= {"sound_frames": sound_frames, "sound_frames_mask": positions < lengths[:, None]}
+            encoded |= self.encode_sound(input_values, input_values_mask)
         return encoded
+
+    def encode_speech(self, input_features, input_features_mask):
+        input_features = input_features.to(self.audio_tower.dtype)
+        audio_frames = self.audio_tower(input_features, attention_mask=input_features_mask).last_hidden_state
+        return {"audio_frames": audio_frames, "audio_frames_mask": input_features_mask[:, ::2].bool()}
+
+    def encode_sound(self, input_values, input_values_mask):
+        if self.config.sound_config.model_type != "beats":  # which makes its spectrogram in float32
+            input_values = input_values.to(self.sound_tower.dtype)
+        sound_frames = self.sound_tower(input_values, attention_mask=input_values_mask).last_hidden_state
+        lengths = self.sound_tower._get_feat_extract_output_lengths(input_values_mask.sum(-1))
+        positions = torch.arange(sound_frames.shape[1], device=sound_frames.device)
+        return {"sound_frames": sound_frames, "sound_frames_mask": positions < lengths[:, None]}
 
     def connect_audio(self, audio_frames, audio_frames_mask, sound_frames=None, sound_frames_mask=None):
         """Encoder frames (see `encode_audio`) to audio embeddings, and their number per clip."""
