@@ -273,6 +273,11 @@ class SalmonnTrainer(Trainer):
         )
         return self.train_sampler
 
+    def train(self, *args, **kwargs):
+        result = super().train(*args, **kwargs)
+        self.flush_cache()
+        return result
+
     def _run_epoch(self, **kwargs):
         # accelerate does not reach the sampler of a loader that skips batches, when several processes share it.
         if not isinstance(self.train_dataset, StreamedClips):
@@ -315,6 +320,11 @@ class SalmonnTrainer(Trainer):
                 mean = encoded["audio_frames"].mean(0)
                 encoded["audio_frames"] = torch.where(masked, mean, encoded["audio_frames"])
         return batch | pad_clips(frames)
+
+    def flush_cache(self):
+        """Write the features that fill no shard yet."""
+        if self.cache is not None:
+            self.cache.flush()
 
     # Optimization
 
@@ -386,8 +396,7 @@ class SalmonnTrainer(Trainer):
                 str(output_dir), self.args.save_total_limit, best_model_checkpoint=self.state.best_model_checkpoint
             )
         self.accelerator.wait_for_everyone()
-        if self.cache is not None:
-            self.cache.flush()
+        self.flush_cache()
 
     # Evaluation
 
@@ -442,6 +451,7 @@ class SalmonnTrainer(Trainer):
             for (item, example), text in zip(examples, decoded, strict=True):
                 results[item] = (example["task"], example["text"], text)
         model.train(was_training)
+        self.flush_cache()
         return [result for result in results if result is not None]
 
 

@@ -15,6 +15,7 @@ import soundfile
 import torch
 import yaml
 from conftest import noise, tiny_config, tiny_model, tiny_processor, tiny_text_config, tiny_tokenizer
+from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, WhisperForConditionalGeneration
 
@@ -149,6 +150,15 @@ def test_both_stages_from_recipes(parts, tmp_path, monkeypatch):
     assert all(entry["tokens_per_second"] > 0 and entry["audio_seconds_per_second"] > 0 for entry in losses)
     assert not list((tmp_path / "two").glob(".partial*"))
     assert (tmp_path / "two" / "skipped.tsv").read_text() == "path\treason\tdetail\n"
+
+
+def test_a_run_without_checkpoints_fills_the_cache(parts, tmp_path, monkeypatch):
+    """Of training and evaluation clips alike, though they fill no shard."""
+    recipe = stage1_recipe(parts, tmp_path / "run", feature_cache=str(tmp_path / "cache"), joined_clips=0)
+    recipe |= {"save_strategy": "no", "eval_strategy": "no"}
+    run("run_stage1.py", recipe, tmp_path, monkeypatch)
+    shards = [safe_open(file, "pt") for file in (tmp_path / "cache").glob("*/*.safetensors")]
+    assert len({key.split(".")[0] for shard in shards for key in shard.keys()}) == 12 + 4
 
 
 def test_the_cache_changes_nothing_but_the_time(parts, tmp_path, monkeypatch):
