@@ -12,7 +12,11 @@ from transformers.utils import cached_file
 from .base_parts import resolve_base_part
 
 # Where checkpoints keep the encoder, with and without a head.
-ENCODER_PREFIXES = {"audio_tower": ("model.encoder.", "encoder."), "sound_tower": ("beats.",)}
+ENCODER_PREFIXES = {
+    "audio_tower": ("model.encoder.", "encoder."),
+    "sound_tower": ("beats.",),
+    "speech_tokens": ("model.decoder.embed_tokens.", "decoder.embed_tokens."),
+}
 
 
 def is_base_key(key: str, config) -> bool:
@@ -156,6 +160,8 @@ def config_from_base_parts(audio_tower: str, language_model: str, sound_tower: s
         sound_config = AutoConfig.from_pretrained(resolve_base_part(sound_tower))
         width += sound_config.hidden_size
         base_parts["sound_tower"] = sound_tower
+    if kwargs.get("speech_decoder_layers"):
+        base_parts["speech_tokens"] = audio_tower
     qformer_config = {"num_hidden_layers": 2, "cross_attention_frequency": 1, "encoder_hidden_size": width}
     qformer_config |= kwargs.pop("qformer_config", {})
     return SalmonnConfig(

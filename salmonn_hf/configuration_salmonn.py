@@ -43,6 +43,9 @@ class SalmonnConfig(PreTrainedConfig):
         frame_mlp_size (`int`): hidden size of an MLP beside the Q-Former, which takes the frames that a query stands
             for, stacked, straight to its audio embedding; 0 for none, as SALMONN. With it a small model aligns
             several times faster. Needs a stride that is a multiple of `queries_per_window`.
+        speech_decoder_layers (`int`): so many of the last layers of Whisper's own decoder in place of the Q-Former,
+            see [`SalmonnSpeechDecoder`]; 0 for a Q-Former. Of `qformer_config` its dropout alone then counts.
+        window_context (`int`): frames on either side of a window that such a decoder's queries see as well.
         projector_norm (`bool`): LayerNorm after the projection into the language model. SALMONN has none.
         ctc_vocab_size (`int`): tokens of the CTC alignment head over the language model's own embeddings; 0 for no
             head.
@@ -81,6 +84,8 @@ class SalmonnConfig(PreTrainedConfig):
     pad_to_30_seconds: bool = False
     window_position_embeddings: bool = False
     frame_mlp_size: int = 0
+    speech_decoder_layers: int = 0
+    window_context: int = 0
     projector_norm: bool = False
     ctc_vocab_size: int = 0
     ctc_merges: int | None = None
@@ -122,10 +127,29 @@ class SalmonnConfig(PreTrainedConfig):
                 f"frame_mlp_size needs a window_stride that queries_per_window divides; {self.window_stride} frames "
                 f"do not fall into {self.queries_per_window} equal shares."
             )
+        if self.speech_decoder_layers:
+            self.check_speech_decoder()
         if not 0 <= self.audio_token_id < self.text_config.vocab_size:
             raise ValueError(
                 f"audio_token_id {self.audio_token_id} lies outside the language model's vocabulary of "
                 f"{self.text_config.vocab_size} tokens; name a token that it has and text never uses."
+            )
+
+    def check_speech_decoder(self):
+        if self.speech_decoder_layers > self.audio_config.decoder_layers:
+            raise ValueError(
+                f"speech_decoder_layers is {self.speech_decoder_layers}, but the speech model's decoder has "
+                f"{self.audio_config.decoder_layers} layers."
+            )
+        if not self.frame_mlp_size or not self.ctc_vocab_size:
+            raise ValueError(
+                f"speech_decoder_layers {self.speech_decoder_layers} needs a frame_mlp_size and a ctc_vocab_size; they "
+                f"are {self.frame_mlp_size} and {self.ctc_vocab_size}."
+            )
+        if self.window_stride != self.window_frames or self.queries_per_window != 1 or self.pad_to_30_seconds:
+            raise ValueError(
+                "speech_decoder_layers needs windows without overlap (window_stride = window_frames, here "
+                f"{self.window_stride} and {self.window_frames}), queries_per_window 1, and clips at their own length."
             )
 
     def to_dict(self):

@@ -19,8 +19,10 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_beats import BeatsConfig
 from .configuration_salmonn import SalmonnConfig
 from .ctc_draft import DraftedGenerationMixin
+from .ctc_head import SalmonnCTCHead, ctc_loss
 from .modeling_beats import BeatsModel
-from .quantization import embedding_rows, quantize_parts
+from .quantization import quantize_parts
+from .speech_decoder import SalmonnSpeechDecoder, SalmonnSpeechTokenHead
 
 
 @dataclass
@@ -30,7 +32,7 @@ class SalmonnOutput(ModelOutput):
     logits (`torch.Tensor` of shape `(batch, kept positions, vocabulary)`).
     ctc_loss (`torch.Tensor`, *optional*): the unweighted CTC loss, nats per target token.
     last_hidden_state, past_key_values, hidden_states, attentions: the language model's.
-    audio_embeds (`torch.Tensor` of shape `(audio tokens of the batch, hidden size)`).
+    audio_embeds (`torch.Tensor` of shape `(audio tokens of the batch, hidden size)`): what `connect_audio` gives.
     """
 
     loss: torch.Tensor | None = None
@@ -149,82 +151,6 @@ class SalmonnWindowQFormer(nn.Module):
         return audio_embeds, num_windows * self.query_tokens.shape[1]
 
 
-class SalmonnCTCHead(nn.Module):
-    """
-    CTC (Graves et al., 2006) over the language model's own, frozen, token embeddings: an audio embedding scores a
-    token by the cosine between the two. Trained with it, audio embeddings come to lie where the words that they carry
-    lie.
-    """
-
-    def __init__(self, config: SalmonnConfig):
-        super().__init__()
-        self.register_buffer("token_ids", torch.zeros(config.ctc_vocab_size, dtype=torch.int64))
-        self.blank = nn.Parameter(torch.zeros(config.text_config.hidden_size))
-        self.log_scale = nn.Parameter(torch.zeros(()))
-        self.kept = None
-
-    def train(self, mode: bool = True):
-        """As `nn.Module.train`; what `ctc_draft.best_tokens` kept of the weights is dropped."""
-        self.kept = None
-        return super().train(mode)
-
-    def directions(self, embedding: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens' mean embedding `(hidden size,)`, and their unit directions from it; float32."""
-        rows = embedding_rows(embedding, self.token_ids).float()
-        center = rows.mean(0)  # token embeddings share a large common part, which tells none of them apart
-        return center, nn.functional.normalize(rows - center, dim=-1)
-
-    def forward(self, audio_embeds: torch.Tensor, embedding: nn.Module) -> torch.Tensor:
-        r"""
-        Args:
-            audio_embeds (`torch.Tensor` of shape `(..., hidden size)`).
-            embedding (`nn.Module`): the language model's input embeddings.
-
-        Returns:
-            float32 log-probabilities of shape `(..., 1 + ctc_vocab_size)`: the blank, then `token_ids`.
-        """
-        center, rows = self.directions(embedding)
-        blank = nn.functional.normalize(self.blank.float()[None], dim=-1)
-        directions = nn.functional.normalize(audio_embeds.float() - center, dim=-1)
-        # As a plain matrix product: with more axes torch would copy the rows for each of them.
-        directions = directions.flatten(0, -2)
-        cosines = torch.cat([nn.functional.linear(directions, w) for w in (blank, rows)], dim=-1)
-        log_probs = (cosines * self.log_scale.exp()).float().log_softmax(-1)
-        return log_probs.unflatten(0, audio_embeds.shape[:-1])
-
-    def loss(
-        self,
-        log_probs: torch.Tensor,
-        lengths: torch.Tensor,
-        labels: torch.Tensor,
-        num_labels: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        r"""
-        Args:
-            log_probs (`torch.Tensor` of shape `(audio tokens, clips, 1 + ctc_vocab_size)`).
-            lengths (`torch.LongTensor` of shape `(clips,)`): audio tokens of each clip.
-            labels (`torch.LongTensor` of shape `(clips, tokens)`): indices into `token_ids`, padded with -100. A clip
-                with no label at all (no speech) takes no part.
-            num_labels (`torch.Tensor`, *optional*): target tokens of all batches of an optimizer step, for the share
-                of their common mean; by default this batch's own.
-
-        Returns:
-            Scalar, nats per target token.
-        """
-        label_lengths = (labels != -100).sum(-1)
-        losses = nn.functional.ctc_loss(
-            log_probs,
-            labels.clamp(min=0) + 1,
-            lengths,
-            label_lengths,
-            reduction="none",
-            zero_infinity=True,  # a transcript longer than its audio has tokens has no path
-        )
-        if num_labels is None:
-            num_labels = label_lengths.sum().clamp(min=1)
-        return losses[label_lengths > 0].sum() / num_labels
-
-
 class SalmonnPreTrainedModel(PreTrainedModel):
     config: SalmonnConfig
     config_class = SalmonnConfig
@@ -249,6 +175,10 @@ class SalmonnPreTrainedModel(PreTrainedModel):
         elif isinstance(module, SalmonnCTCHead):
             nn.init.normal_(module.blank)
             nn.init.constant_(module.log_scale, 3.0)  # cosines times e³ = 20
+        elif isinstance(module, SalmonnSpeechDecoder):
+            nn.init.normal_(module.query, std=0.02)
+        elif isinstance(module, SalmonnSpeechTokenHead):
+            nn.init.zeros_(module.log_scale)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
@@ -309,8 +239,13 @@ class SalmonnModel(SalmonnPreTrainedModel):
         if config.sound_config is not None:
             self.sound_tower = AutoModel.from_config(config.sound_config)
             self.sound_norm = nn.LayerNorm(config.sound_config.hidden_size)
-        self.connector = SalmonnWindowQFormer(config)
-        self.ctc_head = SalmonnCTCHead(config) if config.ctc_vocab_size else None
+        if config.speech_decoder_layers:
+            self.connector = SalmonnSpeechDecoder(config)
+            self.speech_tokens = nn.Embedding(config.audio_config.vocab_size, config.audio_config.d_model)
+            self.ctc_head = SalmonnSpeechTokenHead(config)
+        else:
+            self.connector = SalmonnWindowQFormer(config)
+            self.ctc_head = SalmonnCTCHead(config) if config.ctc_vocab_size else None
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         if config.quantization is not None:
             quantize_parts(self, config.quantization)
@@ -410,7 +345,19 @@ class SalmonnModel(SalmonnPreTrainedModel):
                 audio_frames_mask = nn.functional.pad(audio_frames_mask, (0, -missing), value=True)
                 missing = 0
             frames = torch.cat([frames, nn.functional.pad(sound_frames, (0, 0, 0, missing))], dim=-1)
+        if self.config.speech_decoder_layers:
+            return self.connector(frames, audio_frames_mask, audio_frames)
         return self.connector(frames, audio_frames_mask)
+
+    def ctc_embedding(self) -> nn.Module:
+        """The token embeddings that the CTC head scores audio embeddings against."""
+        return self.speech_tokens if self.config.speech_decoder_layers else self.get_input_embeddings()
+
+    def embed_audio(self, audio_embeds: torch.Tensor) -> torch.Tensor:
+        """What `connect_audio` gives, in the language model's space: behind a Q-Former it is there already."""
+        if self.config.speech_decoder_layers:
+            return self.ctc_head.embed(audio_embeds, self.speech_tokens, self.get_input_embeddings())
+        return audio_embeds
 
     def get_audio_features(self, input_features, input_features_mask, input_values=None, input_values_mask=None):
         r"""
@@ -422,7 +369,7 @@ class SalmonnModel(SalmonnPreTrainedModel):
         """
         encoded = self.encode_audio(input_features, input_features_mask, input_values, input_values_mask)
         return BaseModelOutputWithPooling(
-            last_hidden_state=encoded["audio_frames"], pooler_output=self.connect_audio(**encoded)[0]
+            last_hidden_state=encoded["audio_frames"], pooler_output=self.embed_audio(self.connect_audio(**encoded)[0])
         )
 
     def merge_audio(self, input_ids: torch.LongTensor, audio_embeds: torch.Tensor | None) -> torch.Tensor:
@@ -445,7 +392,7 @@ class SalmonnModel(SalmonnPreTrainedModel):
         if audio_embeds is None:
             return inputs_embeds
         # Gemma scales embeddings by √hidden where it looks them up; audio must come in at the same scale.
-        audio_embeds = audio_embeds * getattr(embedding, "embed_scale", 1.0)
+        audio_embeds = self.embed_audio(audio_embeds) * getattr(embedding, "embed_scale", 1.0)
         return inputs_embeds.masked_scatter(is_audio[..., None], audio_embeds.to(inputs_embeds.dtype))
 
     def forward_audio(
@@ -549,13 +496,13 @@ class SalmonnForConditionalGeneration(SalmonnModel, DraftedGenerationMixin):
             sound_frames_mask=sound_frames_mask,
         )
 
-        ctc_loss = None
+        aligned = None
         if ctc_labels is not None:
             clips = nn.utils.rnn.pad_sequence(audio_embeds.split(num_tokens.tolist()))
-            log_probs = self.ctc_head(clips, self.get_input_embeddings())
-            ctc_loss = self.ctc_head.loss(log_probs, num_tokens, ctc_labels, num_ctc_labels)
+            log_probs = self.ctc_head(clips, self.ctc_embedding())
+            aligned = ctc_loss(log_probs, num_tokens, ctc_labels, num_ctc_labels)
             if inputs_embeds is None:
-                return SalmonnOutput(loss=ctc_loss, ctc_loss=ctc_loss, audio_embeds=audio_embeds)
+                return SalmonnOutput(loss=aligned, ctc_loss=aligned, audio_embeds=audio_embeds)
 
         if labels is not None and self.training:
             # Answers stand at the end of left-padded rows: no logits for the positions before the first of them.
@@ -575,12 +522,12 @@ class SalmonnForConditionalGeneration(SalmonnModel, DraftedGenerationMixin):
             loss = self.loss_function(
                 logits=outputs.logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
-            if ctc_loss is not None:
+            if aligned is not None:
                 # Over accumulated batches the next-token loss is a share of their common mean; so must this one be.
                 items = kwargs.get("num_items_in_batch")
                 is_share = items is None or num_ctc_labels is not None
                 share = 1.0 if is_share else (labels[:, 1:] != -100).sum() / items
-                loss = loss + self.config.ctc_loss_weight * share * ctc_loss
+                loss = loss + self.config.ctc_loss_weight * share * aligned
         return SalmonnOutput(
             loss=loss,
             logits=outputs.logits,
@@ -588,7 +535,7 @@ class SalmonnForConditionalGeneration(SalmonnModel, DraftedGenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             audio_embeds=audio_embeds,
-            ctc_loss=ctc_loss,
+            ctc_loss=aligned,
         )
 
 

@@ -167,15 +167,22 @@ def ctc_vocabulary(texts: Iterable[str], tokenizer: Tokenizer) -> list[int]:
     return sorted(found)
 
 
+def frames_and_texts(model, dataset: ClipDataset, clips: int, seed: int = 0) -> list[tuple[torch.Tensor, str]]:
+    """The speech encoder's frames `(frames, d_model)`, float32, and the text of random clips; of whole ones alone."""
+    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:clips].tolist()
+    examples = [example for index in chosen if "clip" in (example := dataset[index])]
+    return [
+        (encode_clips(model, [example["clip"]], dataset.cache)[0]["audio_frames"].cpu().float(), example["text"])
+        for example in examples
+    ]
+
+
 def standardise_frames(model, dataset: ClipDataset, clips: int = 2000, seed: int = 0):
     """
     Start the LayerNorm behind the speech encoder so that every feature has mean 0 and variance 1 over `clips` random
     clips: a few of Whisper's features are ten times the others, and would drown them in the Q-Former's first layer.
     """
-    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:clips].tolist()
-    examples = (dataset[index] for index in chosen)
-    frames = [encode_clips(model, [example["clip"]], dataset.cache)[0] for example in examples if "clip" in example]
-    frames = torch.cat([clip["audio_frames"].cpu() for clip in frames]).float()
+    frames = torch.cat([frames for frames, _ in frames_and_texts(model, dataset, clips, seed)])
     normed = torch.nn.functional.layer_norm(frames, frames.shape[-1:])
     with torch.no_grad():
         model.audio_norm.weight.copy_(1 / normed.std(0))
@@ -486,7 +493,7 @@ def save_model(trainer: SalmonnTrainer, processor):
 
 def ctc_transcripts(model, processor, audio_embeds, num_tokens) -> list[str]:
     """Greedy CTC: the best token of each audio embedding, repeats merged, blanks dropped."""
-    log_probs = model.ctc_head(audio_embeds, model.get_input_embeddings())
+    log_probs = model.ctc_head(audio_embeds, model.ctc_embedding())
     paths = log_probs.argmax(-1).split(num_tokens.tolist())
     token_ids = [merge_repeats(model.ctc_head, path) for path in paths]
     return [text.strip() for text in processor.batch_decode(token_ids)]

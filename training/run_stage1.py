@@ -22,12 +22,15 @@ from salmonn_hf.checkpoint import config_from_base_parts, from_base_parts
 from salmonn_hf.data_arguments import DataArguments
 from salmonn_hf.recipe import parse_recipe
 from salmonn_hf.sources import SkippedClips
+from salmonn_hf.speech_decoder import shared_tokens, start_from_whisper
 from salmonn_hf.training import (
     ClipCollator,
     SalmonnTrainer,
     SalmonnTrainingArguments,
+    ctc_text,
     ctc_tokenizer,
     ctc_vocabulary,
+    frames_and_texts,
     freeze_base_parts,
     last_checkpoint,
     save_model,
@@ -52,6 +55,10 @@ class ModelArguments:
     qformer_intermediate_size: int = field(default=3072)
     qformer_dropout: float = field(default=0.1, metadata={"help": "0 for short runs, which do not overfit."})
     frame_mlp_size: int = field(default=0, metadata={"help": "Hidden size of the MLP beside the Q-Former; 0: none."})
+    speech_decoder_layers: int = field(
+        default=0, metadata={"help": "Last layers of Whisper's decoder in place of the Q-Former; 0: a Q-Former."}
+    )
+    window_context: int = field(default=0, metadata={"help": "Frames beside a window that such layers see as well."})
     ctc_merges: int | None = field(
         default=None,
         metadata={"help": "Spell its targets with the tokenizer's first merges; default: all."},
@@ -74,8 +81,12 @@ def main():
         tokenizer.chat_template = Path(model_args.chat_template).read_text()
     skipped = SkippedClips(Path(training_args.output_dir, "skipped.tsv") if training_args.should_save else None)
     train, evaluation = data_args.load(skipped)
-    texts = (text for table in train for text in table.texts())
-    ctc_token_ids = ctc_vocabulary(texts, ctc_tokenizer(tokenizer, model_args.ctc_merges))
+    if model_args.speech_decoder_layers:
+        speech_tokenizer = AutoTokenizer.from_pretrained(resolve_base_part(model_args.audio_tower))
+        ctc_token_ids, *speech_ids = map(list, zip(*shared_tokens(tokenizer, speech_tokenizer), strict=True))
+    else:
+        texts = (text for table in train for text in table.texts())
+        ctc_token_ids = ctc_vocabulary(texts, ctc_tokenizer(tokenizer, model_args.ctc_merges))
 
     windows = {
         "window_frames": model_args.window_frames,
@@ -90,6 +101,8 @@ def main():
         audio_token_id=tokenizer.convert_tokens_to_ids(model_args.audio_token),
         window_position_embeddings=True,
         frame_mlp_size=model_args.frame_mlp_size,
+        speech_decoder_layers=model_args.speech_decoder_layers,
+        window_context=model_args.window_context,
         projector_norm=True,
         ctc_vocab_size=len(ctc_token_ids),
         ctc_merges=model_args.ctc_merges,
@@ -118,7 +131,8 @@ def main():
         if hasattr(model, tower):
             getattr(model, tower).to(getattr(torch, model_args.encoder_dtype))
     model.ctc_head.token_ids.copy_(torch.tensor(ctc_token_ids))
-    model.match_projection_to_embeddings()
+    if not model_args.speech_decoder_layers:
+        model.match_projection_to_embeddings()
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     freeze_base_parts(model, alignment_only=True)
@@ -129,6 +143,15 @@ def main():
     checkpoint = last_checkpoint(training_args.output_dir)
     if checkpoint is None:
         standardise_frames(model, train_dataset)
+    if checkpoint is None and model_args.speech_decoder_layers:
+        model.ctc_head.speech_token_ids.copy_(torch.tensor(speech_ids[0]))
+        model.ctc_head.capital_token_ids.copy_(torch.tensor(speech_ids[1]))
+        clips = frames_and_texts(model, train_dataset, clips=60)
+        read = [
+            (frames, speech_tokenizer(f" {ctc_text(text)}", add_special_tokens=False).input_ids)
+            for frames, text in clips
+        ]
+        start_from_whisper(model, resolve_base_part(model_args.audio_tower), read)
     trainer = SalmonnTrainer(
         model=model,
         args=training_args,

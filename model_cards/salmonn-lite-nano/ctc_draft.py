@@ -63,16 +63,10 @@ def merge_repeats(ctc_head: nn.Module, best: torch.Tensor) -> list[int]:
 @torch.no_grad()
 def best_tokens(ctc_head: nn.Module, audio_embeds: torch.Tensor, embedding: nn.Module) -> list[int]:
     """
-    Greedy CTC over one clip's audio embeddings `(audio tokens, hidden size)`: the token that each lies nearest to,
-    repeats merged, blanks dropped. The head keeps its tokens' directions, in the precision of the embeddings.
+    Greedy CTC over one clip's audio embeddings `(audio tokens, width)`: repeats merged, blanks dropped. `embedding`
+    is what the head scores against, see `SalmonnModel.ctc_embedding`.
     """
-    if ctc_head.kept is None or ctc_head.kept[1].device != audio_embeds.device:
-        center, rows = ctc_head.directions(embedding)
-        blank = nn.functional.normalize(ctc_head.blank.float()[None], dim=-1)
-        ctc_head.kept = center, torch.cat([blank, rows]).to(audio_embeds.dtype)
-    center, rows = ctc_head.kept
-    best = nn.functional.linear((audio_embeds.float() - center).to(rows.dtype), rows).argmax(-1)
-    return merge_repeats(ctc_head, best)
+    return merge_repeats(ctc_head, ctc_head.best(audio_embeds, embedding))
 
 
 class CTCDraft(CandidateGenerator):
@@ -101,7 +95,7 @@ class CTCDraft(CandidateGenerator):
         if self.draft is None:
             self.draft = []
             if model_outputs.audio_embeds is not None:
-                embedding = self.model.get_input_embeddings()
+                embedding = self.model.ctc_embedding()
                 token_ids = best_tokens(self.model.ctc_head, model_outputs.audio_embeds, embedding)
                 self.draft = words(self.tokenizer.decode(token_ids))
         text = self.tokenizer.decode(input_ids[0, self.prompt_length :], clean_up_tokenization_spaces=False)

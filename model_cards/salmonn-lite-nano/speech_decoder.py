@@ -1,0 +1,171 @@
+"""
+A connector that starts from what Whisper's own decoder knows: its last layers, one query per window, and its tokens.
+
+The decoder's cross-attention reads words out of the very frames that the connector gets, so a connector that begins with
+those layers reads words of which the training clips hold no example. What was measured is in docs/nano.md.
+"""
+
+import copy
+import re
+
+import torch
+from torch import nn
+from transformers import WhisperForConditionalGeneration
+from transformers.models.whisper.modeling_whisper import WhisperDecoderLayer
+
+from .configuration_salmonn import SalmonnConfig
+from .quantization import embedding_rows
+
+
+class SalmonnSpeechDecoder(nn.Module):
+    """
+    In place of the window Q-Former: layers of Whisper's decoder, whose queries stand for a window of frames each. A
+    query attends to the frames of its window and `window_context` frames on either side, and to all other queries.
+    """
+
+    def __init__(self, config: SalmonnConfig):
+        super().__init__()
+        self.window_frames, self.window_context = config.window_frames, config.window_context
+        width, dropout = config.qformer_config.encoder_hidden_size, config.qformer_config.hidden_dropout_prob
+        decoder_config = copy.deepcopy(config.audio_config)
+        decoder_config._attn_implementation = "sdpa"  # the attention masks below are additive
+        decoder_config.dropout = dropout
+        self.query = nn.Parameter(torch.zeros(decoder_config.d_model))
+        self.frame_mlp = nn.Sequential(
+            nn.Dropout(dropout),
+            nn.Linear(config.window_frames * width, config.frame_mlp_size),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(config.frame_mlp_size, decoder_config.d_model),
+        )
+        first = decoder_config.decoder_layers - config.speech_decoder_layers
+        self.layers = nn.ModuleList(
+            WhisperDecoderLayer(decoder_config, layer) for layer in range(first, decoder_config.decoder_layers)
+        )
+        self.layer_norm = nn.LayerNorm(decoder_config.d_model)
+
+    def num_windows(self, num_frames: torch.Tensor) -> torch.Tensor:
+        """Windows that cover `num_frames` encoder frames: ceil(frames / window), at least one."""
+        return ((num_frames + self.window_frames - 1) // self.window_frames).clamp(min=1)
+
+    def forward(
+        self, frames: torch.Tensor, frame_mask: torch.Tensor, speech_frames: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        r"""
+        Args:
+            frames (`torch.Tensor` of shape `(clips, frames, width)`): of all encoders, behind their LayerNorms.
+            frame_mask (`torch.BoolTensor` of shape `(clips, frames)`).
+            speech_frames (`torch.Tensor` of shape `(clips, frames, d_model)`): as Whisper's encoder gave them.
+
+        Returns:
+            States of shape `(audio tokens of all clips, d_model)`, in order, without padding, and the number of audio
+            tokens of each clip, of shape `(clips,)`.
+        """
+        num_windows = self.num_windows(frame_mask.sum(-1))
+        count, size = int(num_windows.max()), self.window_frames
+        own = torch.arange(count, device=frames.device) < num_windows[:, None]
+
+        windows = nn.functional.pad(frames * frame_mask[..., None], (0, 0, 0, count * size - frames.shape[1]))
+        states = self.query + self.frame_mlp(windows.reshape(len(frames), count, -1).to(self.query.dtype))
+
+        starts = size * torch.arange(count, device=frames.device)[:, None]
+        positions = torch.arange(frames.shape[1], device=frames.device)
+        near = (positions >= starts - self.window_context) & (positions < starts + size + self.window_context)
+        frame_bias = additive_mask(near & frame_mask[:, None], states.dtype)
+        query_bias = additive_mask(own[:, None].expand(-1, count, -1), states.dtype)
+        for layer in self.layers:
+            states = layer(states, query_bias, speech_frames.to(states.dtype), frame_bias, use_cache=False)
+        return self.layer_norm(states)[own], num_windows
+
+
+def additive_mask(seen: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor:
+    """`(clips, queries, keys)` to an attention bias `(clips, 1, queries, keys)`: 0 where seen, else very negative."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+
+
+class SalmonnSpeechTokenHead(nn.Module):
+    """
+    CTC (Graves et al., 2006) over Whisper's token embeddings, for those tokens that the language model has too; and the
+    way from there into the language model: the mean of its own embeddings of those tokens, by their probabilities, as
+    in LegoSLM (Ma et al., 2025). Where the blank is likely, a linear map of the state takes the tokens' place; it
+    carries what is no word.
+    """
+
+    def __init__(self, config: SalmonnConfig):
+        super().__init__()
+        width = config.audio_config.d_model
+        for name in ("token_ids", "speech_token_ids", "capital_token_ids"):
+            self.register_buffer(name, torch.zeros(config.ctc_vocab_size, dtype=torch.int64))
+        self.blank = nn.Linear(width, 1)
+        self.log_scale = nn.Parameter(torch.zeros(()))
+        self.proj = nn.Linear(width, config.text_config.hidden_size)
+
+    def forward(self, audio_embeds: torch.Tensor, speech_tokens: nn.Module) -> torch.Tensor:
+        r"""
+        Args:
+            audio_embeds (`torch.Tensor` of shape `(..., d_model)`): states of [`SalmonnSpeechDecoder`].
+            speech_tokens (`nn.Module`): Whisper's token embeddings.
+
+        Returns:
+            float32 log-probabilities of shape `(..., 1 + ctc_vocab_size)`: the blank, then `token_ids`.
+        """
+        states = audio_embeds.flatten(0, -2)  # as a plain matrix product, see SalmonnCTCHead
+        spellings = (embedding_rows(speech_tokens, ids) for ids in (self.speech_token_ids, self.capital_token_ids))
+        lower, capital = (nn.functional.linear(states, rows.to(states.dtype)) for rows in spellings)
+        scores = torch.maximum(lower, capital).float() * self.log_scale.exp()
+        log_probs = torch.cat([self.blank(states).float(), scores], dim=-1).log_softmax(-1)
+        return log_probs.unflatten(0, audio_embeds.shape[:-1])
+
+    def embed(self, audio_embeds: torch.Tensor, speech_tokens: nn.Module, embedding: nn.Module) -> torch.Tensor:
+        """States `(audio tokens, d_model)` to the language model's space, `(audio tokens, hidden size)`."""
+        probabilities = self(audio_embeds, speech_tokens).exp()
+        rows = embedding_rows(embedding, self.token_ids)
+        words = probabilities[..., 1:].to(rows.dtype) @ rows
+        return words + probabilities[..., :1] * self.proj(audio_embeds)
+
+    def best(self, audio_embeds: torch.Tensor, speech_tokens: nn.Module) -> torch.Tensor:
+        """Index of the likeliest output for each state, 0 for the blank."""
+        return self(audio_embeds, speech_tokens).argmax(-1)
+
+
+def shared_tokens(tokenizer, speech_tokenizer) -> list[tuple[int, int, int]]:
+    """
+    The tokens of lower-case letters that two byte-pair tokenizers have in common: `(id, id in speech_tokenizer, its id
+    there with a capital)`, by their second; the last repeats the second where no one token is so spelt.
+    """
+    vocabulary, speech_vocabulary = tokenizer.get_vocab(), speech_tokenizer.get_vocab()
+    shared = []
+    for token, speech_id in sorted(speech_vocabulary.items(), key=lambda item: item[1]):
+        if token in vocabulary and re.fullmatch(r"\u0120?[a-z']+", token):  # \u0120: a space, in byte-level BPE
+            # Only a word's start can be a capital, and Whisper begins a sentence with one.
+            capital = token[0] + token[1:].capitalize() if token[0] == "\u0120" else token
+            shared.append((vocabulary[token], speech_id, speech_vocabulary.get(capital, speech_id)))
+    return shared
+
+
+@torch.no_grad()
+def start_from_whisper(model, directory, examples: list[tuple[torch.Tensor, list[int]]]):
+    """
+    Give the connector the last layers of Whisper's decoder, and as query the mean state with which that decoder enters
+    them when it reads `examples`: encoder frames `(frames, d_model)` with token ids of Whisper's own tokenizer.
+    """
+    decoder = WhisperForConditionalGeneration.from_pretrained(directory).model.decoder.float().eval()
+    connector = model.connector
+    kept = decoder.layers[-len(connector.layers) :]
+    entering = []
+    hook = kept[0].register_forward_pre_hook(lambda _, args: entering.append(args[0][0]))
+    start = [decoder.config.decoder_start_token_id]
+    for frames, token_ids in examples:
+        decoder(input_ids=torch.tensor([start + token_ids]), encoder_hidden_states=frames[None].float())
+    hook.remove()
+    connector.query.copy_(torch.cat(entering).mean(0))
+    for layer, whisper_layer in zip(connector.layers, kept, strict=True):
+        layer.load_state_dict(whisper_layer.state_dict())
+    connector.layer_norm.load_state_dict(decoder.layer_norm.state_dict())
+    # At the start the frames say nothing beyond what the layers read from them.
+    nn.init.zeros_(connector.frame_mlp[-1].weight)
+    nn.init.zeros_(connector.frame_mlp[-1].bias)
+    nn.init.constant_(model.ctc_head.blank.bias, 10.0)  # about what Whisper's best tokens score
+    model.ctc_head.log_scale.zero_()
+    model.ctc_head.proj.bias.copy_(model.get_input_embeddings().weight.float().mean(0))
+    nn.init.normal_(model.ctc_head.proj.weight, std=0.002)

@@ -1,0 +1,138 @@
+"""The connector made of Whisper's decoder layers, against transformers' own decoder."""
+
+import pytest
+import torch
+from conftest import tiny_config, tiny_model
+from transformers import WhisperForConditionalGeneration
+
+from salmonn_hf.speech_decoder import shared_tokens, start_from_whisper
+
+WINDOWS = {"window_frames": 4, "window_stride": 4, "queries_per_window": 1}
+
+
+def decoder_config(**changes):
+    settings = {"speech_decoder_layers": 1, "window_context": 6, "frame_mlp_size": 16, "ctc_vocab_size": 7}
+    return tiny_config(**WINDOWS, **(settings | changes))
+
+
+def decoder_model(seed=0):
+    model = tiny_model(decoder_config(), seed)
+    generator = torch.Generator().manual_seed(seed)
+    for buffer in (model.ctc_head.token_ids, model.ctc_head.speech_token_ids, model.ctc_head.capital_token_ids):
+        buffer.copy_(torch.randperm(40, generator=generator)[:7])
+    return model.eval()
+
+
+def frames_of(model, lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    frames = torch.randn(len(lengths), max(lengths), model.config.audio_config.d_model, generator=generator)
+    return frames, torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+
+
+def test_a_clip_in_a_batch_is_the_clip_alone():
+    model, lengths = decoder_model(), [41, 3, 17, 4]
+    frames, mask = frames_of(model, lengths)
+    together, counts = model.connect_audio(frames, mask)
+    assert counts.tolist() == [11, 1, 5, 1]
+    for clip, length, states in zip(frames, lengths, together.split(counts.tolist()), strict=True):
+        alone, _ = model.connect_audio(clip[None, :length], mask.new_ones(1, length))
+        torch.testing.assert_close(alone, states, atol=1e-5, rtol=1e-5)
+
+
+def test_a_query_sees_its_window_and_the_context_alone():
+    model = decoder_model()
+    for layer in model.connector.layers:
+        torch.nn.init.zeros_(layer.self_attn.out_proj.weight)  # through which queries see one another
+    frames, mask = frames_of(model, [40])
+    before, _ = model.connect_audio(frames, mask)
+    frames[0, 20] += 10.0  # in window 5, which is frames 20 to 23
+    after, _ = model.connect_audio(frames, mask)
+    changed = ((before - after).abs().amax(-1) > 1e-6).nonzero().flatten().tolist()
+    assert changed == [3, 4, 5, 6]  # window 3 is frames 12 to 15, and sees up to 21
+
+
+def test_layers_of_whisper_read_as_they_do_in_whisper():
+    """One query over one window of all frames is Whisper's decoder at its first position."""
+    model = decoder_model()
+    whisper = WhisperForConditionalGeneration._from_config(model.config.audio_config).eval()
+    frames, mask = frames_of(model, [4])
+    start = [5, 6, 7]
+    model.connector.window_context = 100
+    decoder = whisper.model.decoder
+    states = []
+    hook = decoder.layers[-1].register_forward_pre_hook(lambda _, args: states.append(args[0]))
+
+    def from_whisper(directory):
+        return whisper
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WhisperForConditionalGeneration, "from_pretrained", from_whisper)
+        start_from_whisper(model, "whisper", [(frames[0], start)])
+    hook.remove()
+    torch.testing.assert_close(model.connector.query, states[-1][0].mean(0), atol=1e-6, rtol=1e-6)
+
+    entering = states[-1][:, :1]
+    model.connector.query.data = entering[0, 0]
+    ours, _ = model.connect_audio(frames, mask)
+    theirs = decoder.layer_norm(decoder.layers[-1](entering, None, frames, None, use_cache=False))
+    torch.testing.assert_close(ours, theirs[0], atol=1e-5, rtol=1e-5)
+
+
+def test_embeds_are_the_mean_of_token_embeddings():
+    model = decoder_model()
+    head, states = model.ctc_head, torch.randn(3, model.config.audio_config.d_model)
+    model.ctc_head.token_ids.copy_(torch.arange(7))
+    embeds = model.embed_audio(states)
+    rows = model.get_input_embeddings().weight
+    for state, embed in zip(states, embeds, strict=True):
+        scores = [head.blank(state)[0]]
+        for lower, capital in zip(head.speech_token_ids, head.capital_token_ids, strict=True):
+            scores.append(
+                torch.maximum(state @ model.speech_tokens.weight[lower], state @ model.speech_tokens.weight[capital])
+            )
+        p = torch.stack(scores).softmax(-1)
+        expected = p[0] * head.proj(state) + sum(x * rows[i] for x, i in zip(p[1:], head.token_ids, strict=True))
+        torch.testing.assert_close(embed, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_both_losses_reach_the_connector():
+    model = decoder_model().train()
+    frames, mask = frames_of(model, [40, 16])
+    counts = [10, 4]
+    ids = torch.full((2, 13), model.config.audio_token_id + 1)
+    for row, count in zip(ids, counts, strict=True):
+        row[:count] = model.config.audio_token_id
+    labels = ids.where(ids != model.config.audio_token_id, -100)
+    labels_ctc = torch.tensor([[0, 1, 2], [3, -100, -100]])
+    for kwargs in ({"input_ids": ids, "labels": labels}, {"ctc_labels": labels_ctc}):
+        model.zero_grad()
+        loss = model(audio_frames=frames, audio_frames_mask=mask, **kwargs).loss
+        loss.backward()
+        assert loss.isfinite() and model.connector.layers[0].fc1.weight.grad.abs().sum() > 0
+
+
+def test_tokens_that_two_tokenizers_share():
+    class Vocabulary:
+        def __init__(self, *tokens):
+            self.tokens = {token: index for index, token in enumerate(tokens)}
+
+        def get_vocab(self):
+            return self.tokens
+
+    ours = Vocabulary("Ġword", "X", "ing", "Ġown", "3", "Ġa")
+    speech = Vocabulary("ing", "Ġword", "Ġa", "ĠWord", "3", "Ing", "Ġtheirs")
+    assert shared_tokens(ours, speech) == [(2, 0, 0), (0, 1, 3), (5, 2, 2)]
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"speech_decoder_layers": 99}, "99"),
+        ({"frame_mlp_size": 0}, "frame_mlp_size"),
+        ({"ctc_vocab_size": 0}, "ctc_vocab_size"),
+        ({"window_stride": 2}, "window_stride"),
+    ],
+)
+def test_parts_that_do_not_fit(changes, named):
+    with pytest.raises(ValueError, match=named):
+        tiny_config(**(WINDOWS | {"speech_decoder_layers": 1, "frame_mlp_size": 16, "ctc_vocab_size": 7} | changes))
