@@ -1,7 +1,7 @@
 """
 A connector that starts from what Whisper's own decoder knows: its last layers, one query per window, and its tokens.
 
-The decoder's cross-attention reads words out of the very frames that the connector gets, so a connector that begins with
+The decoder's cross-attention reads words out of the very frames that the connector gets: a connector that begins with
 those layers reads words of which the training clips hold no example. What was measured is in docs/nano.md.
 """
 
@@ -85,8 +85,8 @@ def additive_mask(seen: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor:
 
 class SalmonnSpeechTokenHead(nn.Module):
     """
-    CTC (Graves et al., 2006) over Whisper's token embeddings, for those tokens that the language model has too; and the
-    way from there into the language model: the mean of its own embeddings of those tokens, by their probabilities, as
+    CTC (Graves et al., 2006) over Whisper's token embeddings, for those tokens the language model has too; and the
+    way from there into the language model: the mean of its own embeddings of those tokens, by probability, as
     in LegoSLM (Ma et al., 2025). Where the blank is likely, a linear map of the state takes the tokens' place; it
     carries what is no word.
     """

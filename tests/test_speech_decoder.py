@@ -90,6 +90,7 @@ def test_embeds_are_the_mean_of_token_embeddings():
             scores.append(
                 torch.maximum(state @ model.speech_tokens.weight[lower], state @ model.speech_tokens.weight[capital])
             )
+        scores[1:] = [score * head.log_scale.exp() for score in scores[1:]]
         p = torch.stack(scores).softmax(-1)
         expected = p[0] * head.proj(state) + sum(x * rows[i] for x, i in zip(p[1:], head.token_ids, strict=True))
         torch.testing.assert_close(embed, expected, atol=1e-5, rtol=1e-4)
