@@ -143,7 +143,7 @@ class SalmonnConfig(PreTrainedConfig):
             )
         if not self.frame_mlp_size or not self.ctc_vocab_size:
             raise ValueError(
-                f"speech_decoder_layers {self.speech_decoder_layers} needs a frame_mlp_size and a ctc_vocab_size; they "
+                f"speech_decoder_layers {self.speech_decoder_layers} needs frame_mlp_size and ctc_vocab_size; they "
                 f"are {self.frame_mlp_size} and {self.ctc_vocab_size}."
             )
         if self.window_stride != self.window_frames or self.queries_per_window != 1 or self.pad_to_30_seconds:
