@@ -167,12 +167,12 @@ def ctc_vocabulary(texts: Iterable[str], tokenizer: Tokenizer) -> list[int]:
     return sorted(found)
 
 
-def frames_and_texts(model, dataset: ClipDataset, clips: int, seed: int = 0) -> list[tuple[torch.Tensor, str]]:
-    """The speech encoder's frames `(frames, d_model)`, float32, and the text of random clips; of whole ones alone."""
+def encoded_examples(model, dataset: ClipDataset, clips: int, seed: int = 0) -> list[tuple[torch.Tensor, dict]]:
+    """The speech encoder's frames `(frames, d_model)` of random clips, with their examples; of whole clips alone."""
     chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:clips].tolist()
     examples = [example for index in chosen if "clip" in (example := dataset[index])]
     return [
-        (encode_clips(model, [example["clip"]], dataset.cache)[0]["audio_frames"].cpu().float(), example["text"])
+        (encode_clips(model, [example["clip"]], dataset.cache)[0]["audio_frames"].cpu(), example)
         for example in examples
     ]
 
@@ -182,7 +182,7 @@ def standardise_frames(model, dataset: ClipDataset, clips: int = 2000, seed: int
     Start the LayerNorm behind the speech encoder so that every feature has mean 0 and variance 1 over `clips` random
     clips: a few of Whisper's features are ten times the others, and would drown them in the Q-Former's first layer.
     """
-    frames = torch.cat([frames for frames, _ in frames_and_texts(model, dataset, clips, seed)])
+    frames = torch.cat([frames for frames, _ in encoded_examples(model, dataset, clips, seed)]).float()
     normed = torch.nn.functional.layer_norm(frames, frames.shape[-1:])
     with torch.no_grad():
         model.audio_norm.weight.copy_(1 / normed.std(0))

@@ -30,7 +30,7 @@ from salmonn_hf.training import (
     ctc_text,
     ctc_tokenizer,
     ctc_vocabulary,
-    frames_and_texts,
+    encoded_examples,
     freeze_base_parts,
     last_checkpoint,
     save_model,
@@ -143,15 +143,15 @@ def main():
     checkpoint = last_checkpoint(training_args.output_dir)
     if checkpoint is None:
         standardise_frames(model, train_dataset)
-    if checkpoint is None and model_args.speech_decoder_layers:
-        model.ctc_head.speech_token_ids.copy_(torch.tensor(speech_ids[0]))
-        model.ctc_head.capital_token_ids.copy_(torch.tensor(speech_ids[1]))
-        clips = frames_and_texts(model, train_dataset, clips=60)
-        read = [
-            (frames, speech_tokenizer(f" {ctc_text(text)}", add_special_tokens=False).input_ids)
-            for frames, text in clips
-        ]
-        start_from_whisper(model, resolve_base_part(model_args.audio_tower), read)
+        if model_args.speech_decoder_layers:
+            model.ctc_head.speech_token_ids.copy_(torch.tensor(speech_ids[0]))
+            model.ctc_head.capital_token_ids.copy_(torch.tensor(speech_ids[1]))
+            spoken = [
+                (frames, speech_tokenizer(f" {ctc_text(example['text'])}", add_special_tokens=False).input_ids)
+                for frames, example in encoded_examples(model, train_dataset, clips=60)
+                if example["text"]  # a sound has none
+            ]
+            start_from_whisper(model, resolve_base_part(model_args.audio_tower), spoken)
     trainer = SalmonnTrainer(
         model=model,
         args=training_args,
