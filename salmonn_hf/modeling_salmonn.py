@@ -23,6 +23,7 @@ from .ctc_head import SalmonnCTCHead, ctc_loss
 from .modeling_beats import BeatsModel
 from .quantization import quantize_parts
 from .speech_decoder import SalmonnSpeechDecoder, SalmonnSpeechTokenHead
+from .windows import frame_mlp, num_windows
 
 
 @dataclass
@@ -97,25 +98,14 @@ class SalmonnWindowQFormer(nn.Module):
         if config.frame_mlp_size:
             # Of a window's own frames, those before the next window's start, each query has its equal share.
             share = config.window_stride // config.queries_per_window
-            self.frame_mlp = nn.Sequential(
-                nn.Dropout(config.qformer_config.hidden_dropout_prob),
-                nn.Linear(share * width, config.frame_mlp_size),
-                nn.GELU(),
-                nn.Dropout(config.qformer_config.hidden_dropout_prob),
-                nn.Linear(config.frame_mlp_size, config.text_config.hidden_size),
-            )
+            self.frame_mlp = frame_mlp(config, share, config.text_config.hidden_size)
         else:
             self.frame_mlp = None
         self.proj_norm = nn.LayerNorm(config.text_config.hidden_size) if config.projector_norm else nn.Identity()
 
     def num_windows(self, num_frames: torch.Tensor) -> torch.Tensor:
-        """
-        Windows that cover `num_frames` encoder frames: ceil(frames / window) where windows do not overlap; with
-        `pad_to_30_seconds` the whole ones alone, floor(frames / window).
-        """
-        steps = torch.clamp(num_frames - self.window_frames, min=0)
-        incomplete = self.window_stride - 1 if self.keep_tail else 0
-        return (steps + incomplete) // self.window_stride + 1
+        """Windows of each clip, see [`windows.num_windows`]; with `pad_to_30_seconds` the whole ones alone."""
+        return num_windows(num_frames, self.window_frames, self.window_stride, self.keep_tail)
 
     def forward(self, frames: torch.Tensor, frame_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         r"""
@@ -127,14 +117,14 @@ class SalmonnWindowQFormer(nn.Module):
             `audio_embeds` of shape `(audio tokens of all clips, language model's hidden size)`, in order, without
             padding, and the number of audio tokens of each clip, of shape `(clips,)`.
         """
-        num_windows = self.num_windows(frame_mask.sum(-1))
-        length = (int(num_windows.max()) - 1) * self.window_stride + self.window_frames
+        windows_of_clips = self.num_windows(frame_mask.sum(-1))
+        length = (int(windows_of_clips.max()) - 1) * self.window_stride + self.window_frames
         frames = nn.functional.pad(frames, (0, 0, 0, length - frames.shape[1]))
         frame_mask = nn.functional.pad(frame_mask, (0, length - frame_mask.shape[1]))
 
         windows = frames.unfold(1, self.window_frames, self.window_stride).transpose(2, 3)
         window_mask = frame_mask.unfold(1, self.window_frames, self.window_stride)
-        own = torch.arange(windows.shape[1], device=frames.device) < num_windows[:, None]
+        own = torch.arange(windows.shape[1], device=frames.device) < windows_of_clips[:, None]
         windows, window_mask = windows[own], window_mask[own]  # the windows of all clips in a row, padding left out
 
         positions = 0 if self.window_positions is None else self.window_positions.to(windows.dtype)
@@ -148,7 +138,7 @@ class SalmonnWindowQFormer(nn.Module):
             own_frames = (windows * window_mask[..., None])[:, : self.window_stride].to(audio_embeds.dtype)
             audio_embeds = audio_embeds + self.frame_mlp(own_frames.reshape(*audio_embeds.shape[:2], -1))
         audio_embeds = self.proj_norm(audio_embeds).flatten(0, 1)
-        return audio_embeds, num_windows * self.query_tokens.shape[1]
+        return audio_embeds, windows_of_clips * self.query_tokens.shape[1]
 
 
 class SalmonnPreTrainedModel(PreTrainedModel):

@@ -3,6 +3,7 @@
 from transformers import BatchFeature, ProcessorMixin
 
 from .audio import load_audio
+from .windows import num_windows
 
 # Puts content lists ({"type": "text"}, {"type": "audio"}) as plain strings before a language model's own chat
 # template, which knows text only.
@@ -71,10 +72,9 @@ class SalmonnProcessor(ProcessorMixin):
         return ["input_ids", "attention_mask", *self.feature_extractor.model_input_names]
 
     def num_audio_tokens(self, num_frames: int) -> int:
-        """Audio tokens for `num_frames` encoder frames (20 ms each); see `SalmonnWindowQFormer.num_windows`."""
-        steps = max(num_frames - self.window_frames, 0)
-        incomplete = 0 if self.feature_extractor.pad_to_30_seconds else self.window_stride - 1
-        return ((steps + incomplete) // self.window_stride + 1) * self.queries_per_window
+        """Audio tokens for `num_frames` encoder frames (20 ms each), see [`windows.num_windows`]."""
+        keep_tail = not self.feature_extractor.pad_to_30_seconds
+        return num_windows(num_frames, self.window_frames, self.window_stride, keep_tail) * self.queries_per_window
 
     def replace_audio_token(self, audio_inputs, audio_idx, **kwargs) -> str:
         mel_frames = int(audio_inputs["input_features_mask"][audio_idx].sum())

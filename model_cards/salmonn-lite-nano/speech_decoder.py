@@ -15,6 +15,7 @@ from transformers.models.whisper.modeling_whisper import WhisperDecoderLayer
 
 from .configuration_salmonn import SalmonnConfig
 from .quantization import embedding_rows
+from .windows import frame_mlp, num_windows
 
 
 class SalmonnSpeechDecoder(nn.Module):
@@ -26,18 +27,11 @@ class SalmonnSpeechDecoder(nn.Module):
     def __init__(self, config: SalmonnConfig):
         super().__init__()
         self.window_frames, self.window_context = config.window_frames, config.window_context
-        width, dropout = config.qformer_config.encoder_hidden_size, config.qformer_config.hidden_dropout_prob
         decoder_config = copy.deepcopy(config.audio_config)
         decoder_config._attn_implementation = "sdpa"  # the attention masks below are additive
-        decoder_config.dropout = dropout
+        decoder_config.dropout = config.qformer_config.hidden_dropout_prob
         self.query = nn.Parameter(torch.zeros(decoder_config.d_model))
-        self.frame_mlp = nn.Sequential(
-            nn.Dropout(dropout),
-            nn.Linear(config.window_frames * width, config.frame_mlp_size),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            nn.Linear(config.frame_mlp_size, decoder_config.d_model),
-        )
+        self.frame_mlp = frame_mlp(config, config.window_frames, decoder_config.d_model)
         first = decoder_config.decoder_layers - config.speech_decoder_layers
         self.layers = nn.ModuleList(
             WhisperDecoderLayer(decoder_config, layer) for layer in range(first, decoder_config.decoder_layers)
@@ -45,8 +39,8 @@ class SalmonnSpeechDecoder(nn.Module):
         self.layer_norm = nn.LayerNorm(decoder_config.d_model)
 
     def num_windows(self, num_frames: torch.Tensor) -> torch.Tensor:
-        """Windows that cover `num_frames` encoder frames: ceil(frames / window), at least one."""
-        return ((num_frames + self.window_frames - 1) // self.window_frames).clamp(min=1)
+        """Windows of each clip, see [`windows.num_windows`]."""
+        return num_windows(num_frames, self.window_frames, self.window_frames)
 
     def forward(
         self, frames: torch.Tensor, frame_mask: torch.Tensor, speech_frames: torch.Tensor
@@ -61,9 +55,9 @@ class SalmonnSpeechDecoder(nn.Module):
             States of shape `(audio tokens of all clips, d_model)`, in order, without padding, and the number of audio
             tokens of each clip, of shape `(clips,)`.
         """
-        num_windows = self.num_windows(frame_mask.sum(-1))
-        count, size = int(num_windows.max()), self.window_frames
-        own = torch.arange(count, device=frames.device) < num_windows[:, None]
+        windows_of_clips = self.num_windows(frame_mask.sum(-1))
+        count, size = int(windows_of_clips.max()), self.window_frames
+        own = torch.arange(count, device=frames.device) < windows_of_clips[:, None]
 
         windows = nn.functional.pad(frames * frame_mask[..., None], (0, 0, 0, count * size - frames.shape[1]))
         states = self.query + self.frame_mlp(windows.reshape(len(frames), count, -1).to(self.query.dtype))
@@ -75,7 +69,7 @@ class SalmonnSpeechDecoder(nn.Module):
         query_bias = additive_mask(own[:, None].expand(-1, count, -1), states.dtype)
         for layer in self.layers:
             states = layer(states, query_bias, speech_frames.to(states.dtype), frame_bias, use_cache=False)
-        return self.layer_norm(states)[own], num_windows
+        return self.layer_norm(states)[own], windows_of_clips
 
 
 def additive_mask(seen: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor:
@@ -166,6 +160,5 @@ def start_from_whisper(model, directory, examples: list[tuple[torch.Tensor, list
     nn.init.zeros_(connector.frame_mlp[-1].weight)
     nn.init.zeros_(connector.frame_mlp[-1].bias)
     nn.init.constant_(model.ctc_head.blank.bias, 10.0)  # about what Whisper's best tokens score
-    model.ctc_head.log_scale.zero_()
     model.ctc_head.proj.bias.copy_(model.get_input_embeddings().weight.float().mean(0))
     nn.init.normal_(model.ctc_head.proj.weight, std=0.002)
