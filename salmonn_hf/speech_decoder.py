@@ -17,6 +17,8 @@ from .configuration_salmonn import SalmonnConfig
 from .quantization import embedding_rows
 from .windows import frame_mlp, num_windows
 
+SAMPLED_TOKENS = 2000  # of those that no training text has, in a training step's softmax
+
 
 class SalmonnSpeechDecoder(nn.Module):
     """
@@ -88,27 +90,44 @@ class SalmonnSpeechTokenHead(nn.Module):
     def __init__(self, config: SalmonnConfig):
         super().__init__()
         width = config.audio_config.d_model
+        self.num_trained = config.ctc_trained_size
         for name in ("token_ids", "speech_token_ids", "capital_token_ids"):
             self.register_buffer(name, torch.zeros(config.ctc_vocab_size, dtype=torch.int64))
         self.blank = nn.Linear(width, 1)
         self.log_scale = nn.Parameter(torch.zeros(()))
         self.proj = nn.Linear(width, config.text_config.hidden_size)
 
-    def forward(self, audio_embeds: torch.Tensor, speech_tokens: nn.Module) -> torch.Tensor:
+    def forward(
+        self, audio_embeds: torch.Tensor, speech_tokens: nn.Module, classes: torch.LongTensor | None = None
+    ) -> torch.Tensor:
         r"""
         Args:
             audio_embeds (`torch.Tensor` of shape `(..., d_model)`): states of [`SalmonnSpeechDecoder`].
             speech_tokens (`nn.Module`): Whisper's token embeddings.
+            classes (`torch.LongTensor` of shape `(classes,)`, *optional*): indices into `token_ids`; default: all.
 
         Returns:
-            float32 log-probabilities of shape `(..., 1 + ctc_vocab_size)`: the blank, then `token_ids`.
+            float32 log-probabilities of shape `(..., 1 + classes)`: the blank, then the tokens.
         """
         states = audio_embeds.flatten(0, -2)  # as a plain matrix product, see SalmonnCTCHead
-        spellings = (embedding_rows(speech_tokens, ids) for ids in (self.speech_token_ids, self.capital_token_ids))
+        spellings = (self.speech_token_ids, self.capital_token_ids)
+        if classes is not None:
+            spellings = (ids[classes] for ids in spellings)
+        spellings = (embedding_rows(speech_tokens, ids) for ids in spellings)
         lower, capital = (nn.functional.linear(states, rows.to(states.dtype)) for rows in spellings)
         scores = torch.maximum(lower, capital).float() * self.log_scale.exp()
         log_probs = torch.cat([self.blank(states).float(), scores], dim=-1).log_softmax(-1)
         return log_probs.unflatten(0, audio_embeds.shape[:-1])
+
+    def training_classes(self, labels: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """
+        The tokens that a training step chooses among, and its labels as indices into them: all tokens of the training
+        texts, and a sample of the others, which training can but push away from all that it hears.
+        """
+        others = torch.randperm(len(self.token_ids) - self.num_trained, device=labels.device)[:SAMPLED_TOKENS]
+        trained = torch.arange(self.num_trained, device=labels.device)
+        classes = torch.cat([trained, self.num_trained + others, labels[labels != -100]]).unique()
+        return classes, torch.where(labels == -100, labels, torch.searchsorted(classes, labels))
 
     def embed(self, audio_embeds: torch.Tensor, speech_tokens: nn.Module, embedding: nn.Module) -> torch.Tensor:
         """States `(audio tokens, d_model)` to the language model's space, `(audio tokens, hidden size)`."""

@@ -219,6 +219,12 @@ class SalmonnTrainingArguments(TrainingArguments):
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many evaluations without a lower word error rate."}
     )
+    frame_noise: float = field(
+        default=0.0, metadata={"help": "Noise on the speech encoder's frames, as a share of their deviation."}
+    )
+    speech_decoder_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the layers taken from Whisper's decoder; default: learning_rate."}
+    )
 
     def __post_init__(self):
         if self.early_stopping_patience is not None:
@@ -326,6 +332,9 @@ class SalmonnTrainer(Trainer):
                 masked = clip["masked_frames"][:, None].to(encoded["audio_frames"].device)
                 mean = encoded["audio_frames"].mean(0)
                 encoded["audio_frames"] = torch.where(masked, mean, encoded["audio_frames"])
+            if self.args.frame_noise:
+                clean = encoded["audio_frames"]
+                encoded["audio_frames"] = clean + self.args.frame_noise * clean.std() * torch.randn_like(clean)
         return batch | pad_clips(frames)
 
     def flush_cache(self):
@@ -343,11 +352,15 @@ class SalmonnTrainer(Trainer):
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-            lora_rate = self.lora_learning_rate or self.args.learning_rate
+            rates = {
+                "lora": self.lora_learning_rate or self.args.learning_rate,
+                "speech decoder": self.args.speech_decoder_learning_rate or self.args.learning_rate,
+                "other": self.args.learning_rate,
+            }
             groups = []
-            for is_lora, rate in ((False, self.args.learning_rate), (True, lora_rate)):
+            for kind, rate in rates.items():
                 for decays in (True, False):  # none on norms, biases and learned vectors
-                    parameters = [p for n, p in named if (".lora_" in n) == is_lora and (p.ndim >= 2) == decays]
+                    parameters = [p for n, p in named if parameter_kind(n) == kind and (p.ndim >= 2) == decays]
                     if parameters:
                         decay = self.args.weight_decay if decays else 0.0
                         groups.append({"params": parameters, "lr": rate, "weight_decay": decay})
@@ -460,6 +473,15 @@ class SalmonnTrainer(Trainer):
         model.train(was_training)
         self.flush_cache()
         return [result for result in results if result is not None]
+
+
+def parameter_kind(name: str) -> str:
+    """Which learning rate a trained parameter has."""
+    if ".lora_" in name:
+        return "lora"
+    # The connector's own names for what `start_from_whisper` fills.
+    from_whisper = name == "connector.query" or name.startswith(("connector.layers.", "connector.layer_norm."))
+    return "speech decoder" if from_whisper else "other"
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:

@@ -78,6 +78,22 @@ def test_layers_of_whisper_read_as_they_do_in_whisper():
     torch.testing.assert_close(ours, theirs[0], atol=1e-5, rtol=1e-5)
 
 
+def test_training_chooses_among_trained_tokens_labels_and_a_sample(monkeypatch):
+    monkeypatch.setattr("salmonn_hf.speech_decoder.SAMPLED_TOKENS", 1)
+    head, tokens = decoder_model().ctc_head, decoder_model().speech_tokens
+    head.num_trained = 3
+    states = torch.randn(5, head.blank.in_features)
+    labels = torch.tensor([[6, 0], [2, -100]])
+    for seed in range(8):
+        torch.manual_seed(seed)
+        classes, places = head.training_classes(labels)
+        assert {0, 1, 2, 6} <= set(classes.tolist()) and len(classes) in (4, 5)
+        assert places[1, 1] == -100 and classes[places[labels >= 0]].tolist() == [6, 0, 2]
+        chosen = torch.cat([torch.zeros(1, dtype=torch.int64), classes + 1])
+        expected = head(states, tokens)[:, chosen].log_softmax(-1)
+        torch.testing.assert_close(head(states, tokens, classes), expected)
+
+
 def test_embeds_are_the_mean_of_token_embeddings():
     model = decoder_model()
     head, states = model.ctc_head, torch.randn(3, model.config.audio_config.d_model)

@@ -25,6 +25,7 @@ from salmonn_hf.feature_cache import encode_clips, pad_clips
 from salmonn_hf.training import (
     ClipCollator,
     SalmonnTrainer,
+    SalmonnTrainingArguments,
     ctc_text,
     ctc_tokenizer,
     ctc_vocabulary,
@@ -162,21 +163,41 @@ def test_a_run_without_checkpoints_fills_the_cache(parts, tmp_path, monkeypatch)
 
 
 def test_the_cache_changes_nothing_but_the_time(parts, tmp_path, monkeypatch):
-    """With both encoders, tasks, weights and masks: the same losses without a cache, filling one, and from it."""
+    """Encoders, tasks, weights, masks, noise: the same losses without a cache, filling one, and from it."""
     sources = [
         {"path": str(parts / "train.parquet"), "task": "asr", "weight": 0.5},
         {"path": str(parts / "train.parquet"), "task": "audiocaption", "weight": 0.5},
     ]
     changes = {"sound_tower": str(parts / "beats"), "sources": sources, "masked_frames": 0.2, "max_steps": 7}
-    runs = {}
-    for name, cache in (("none", ""), ("filling", str(tmp_path / "cache")), ("filled", str(tmp_path / "cache"))):
-        recipe = stage1_recipe(parts, tmp_path / name, feature_cache=cache, **changes)
+    runs, filled = {}, str(tmp_path / "cache")
+    settings = {"quiet": ("", 0.0), "none": ("", 0.5), "filling": (filled, 0.5), "filled": (filled, 0.5)}
+    for name, (cache, frame_noise) in settings.items():
+        recipe = stage1_recipe(parts, tmp_path / name, feature_cache=cache, frame_noise=frame_noise, **changes)
         recipe = {key: value for key, value in recipe.items() if key not in ("train_files", "joined_clips")}
         run("run_stage1.py", recipe, tmp_path, monkeypatch)
         runs[name] = [entry["loss"] for entry in history(tmp_path / name) if "loss" in entry]
         if name == "filling":
             monkeypatch.setattr(BeatsModel, "forward", None)  # from here on nothing may be encoded
     assert len(runs["none"]) == 7 and runs["none"] == runs["filling"] == runs["filled"]
+    assert runs["none"] != runs["quiet"]
+
+
+def test_both_stages_with_a_connector_from_whispers_decoder(parts, tmp_path, monkeypatch):
+    whisper, config = tmp_path / "whisper", tiny_config().audio_config
+    config.vocab_size = len(tiny_tokenizer())
+    WhisperForConditionalGeneration(config).save_pretrained(whisper)
+    tiny_tokenizer().save_pretrained(whisper)
+    connector = {"speech_decoder_layers": 1, "window_frames": 4, "window_stride": 4, "queries_per_window": 1}
+    recipe = stage1_recipe(parts, tmp_path / "one", frame_mlp_size=8, window_context=2, **connector)
+    run("run_stage1.py", recipe | {"audio_tower": str(whisper)}, tmp_path, monkeypatch)
+    first = SalmonnForConditionalGeneration.from_pretrained(tmp_path / "one")
+    assert 0 < first.config.ctc_trained_size <= first.config.ctc_vocab_size
+    recipe = stage2_recipe(parts, tmp_path / "two", tmp_path / "one", ctc_loss_weight=0.5)
+    run("run_stage2.py", recipe, tmp_path, monkeypatch)
+    assert all(np.isfinite(entry["loss"]) for entry in history(tmp_path / "two") if "loss" in entry)
+    second = SalmonnForConditionalGeneration.from_pretrained(tmp_path / "two")
+    assert second.config.ctc_trained_size == first.config.ctc_trained_size
+    assert not torch.equal(first.connector.layers[0].fc1.weight, second.connector.layers[0].fc1.weight)
 
 
 def test_gradients_of_accumulated_batches_are_those_of_one(parts, tmp_path, monkeypatch):
@@ -342,6 +363,27 @@ def test_only_salmonns_own_parts_train():
         assert parameter.dtype == (torch.float32 if trained else torch.bfloat16), name
     freeze_base_parts(model, alignment_only=True)
     assert not any(p.requires_grad for n, p in model.named_parameters() if ".lora_" in n)
+
+
+def test_what_comes_from_whisper_and_lora_have_learning_rates_of_their_own(tmp_path):
+    windows = {"window_frames": 4, "window_stride": 4, "queries_per_window": 1, "frame_mlp_size": 8}
+    model = tiny_model(tiny_config(ctc_vocab_size=3, speech_decoder_layers=1, **windows))
+    model.add_lora({"r": 2, "target_modules": ["q_proj"]})
+    freeze_base_parts(model)
+    arguments = SalmonnTrainingArguments(
+        output_dir=str(tmp_path), learning_rate=1e-3, speech_decoder_learning_rate=1e-4, use_cpu=True
+    )
+    trainer = SalmonnTrainer(model=model, args=arguments, lora_learning_rate=1e-2)
+    rates = {id(p): group["lr"] for group in trainer.create_optimizer().param_groups for p in group["params"]}
+    expected = {"connector.query": 1e-4, "connector.layers": 1e-4, "connector.layer_norm": 1e-4}
+    expected |= {"connector.frame_mlp": 1e-3, "audio_norm": 1e-3, "ctc_head": 1e-3, "language_model": 1e-2}
+    seen = set()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (kind,) = (kind for kind in expected if name.startswith(f"{kind}.") or name == kind)
+            assert rates[id(parameter)] == expected[kind], name
+            seen.add(kind)
+    assert seen == set(expected)
 
 
 def test_ctc_tokenizer_stops_after_the_first_merges():

@@ -81,12 +81,15 @@ def main():
         tokenizer.chat_template = Path(model_args.chat_template).read_text()
     skipped = SkippedClips(Path(training_args.output_dir, "skipped.tsv") if training_args.should_save else None)
     train, evaluation = data_args.load(skipped)
+    texts = (text for table in train for text in table.texts())
+    ctc_token_ids = ctc_vocabulary(texts, ctc_tokenizer(tokenizer, model_args.ctc_merges))
+    ctc_trained_size = 0
     if model_args.speech_decoder_layers:
         speech_tokenizer = AutoTokenizer.from_pretrained(resolve_base_part(model_args.audio_tower))
-        ctc_token_ids, *speech_ids = map(list, zip(*shared_tokens(tokenizer, speech_tokenizer), strict=True))
-    else:
-        texts = (text for table in train for text in table.texts())
-        ctc_token_ids = ctc_vocabulary(texts, ctc_tokenizer(tokenizer, model_args.ctc_merges))
+        shared, trained = shared_tokens(tokenizer, speech_tokenizer), set(ctc_token_ids)
+        shared.sort(key=lambda ids: ids[0] not in trained)  # those of the training texts first
+        ctc_trained_size = sum(ids[0] in trained for ids in shared)
+        ctc_token_ids, *speech_ids = map(list, zip(*shared, strict=True))
 
     windows = {
         "window_frames": model_args.window_frames,
@@ -105,6 +108,7 @@ def main():
         window_context=model_args.window_context,
         projector_norm=True,
         ctc_vocab_size=len(ctc_token_ids),
+        ctc_trained_size=ctc_trained_size,
         ctc_merges=model_args.ctc_merges,
         qformer_config={
             "hidden_size": model_args.qformer_hidden_size,

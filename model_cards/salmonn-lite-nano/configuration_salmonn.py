@@ -49,6 +49,7 @@ class SalmonnConfig(PreTrainedConfig):
         projector_norm (`bool`): LayerNorm after the projection into the language model. SALMONN has none.
         ctc_vocab_size (`int`): tokens of the CTC alignment head over the language model's own embeddings; 0 for no
             head.
+        ctc_trained_size (`int`): with `speech_decoder_layers`, the first so many of them occur in training texts.
         ctc_merges (`int`, *optional*): the head's tokens are those of the language model's tokenizer stopped after so
             many byte-pair merges (see `training.ctc_tokenizer`); `None` for all.
         ctc_loss_weight (`float`): weight of the CTC loss beside the next-token loss when `ctc_labels` are given.
@@ -88,6 +89,7 @@ class SalmonnConfig(PreTrainedConfig):
     window_context: int = 0
     projector_norm: bool = False
     ctc_vocab_size: int = 0
+    ctc_trained_size: int = 0
     ctc_merges: int | None = None
     ctc_loss_weight: float | int = 0.0
     lora: dict | None = None

@@ -489,7 +489,11 @@ class SalmonnForConditionalGeneration(SalmonnModel, DraftedGenerationMixin):
         aligned = None
         if ctc_labels is not None:
             clips = nn.utils.rnn.pad_sequence(audio_embeds.split(num_tokens.tolist()))
-            log_probs = self.ctc_head(clips, self.ctc_embedding())
+            if self.config.speech_decoder_layers and self.training:
+                classes, ctc_labels = self.ctc_head.training_classes(ctc_labels)
+                log_probs = self.ctc_head(clips, self.ctc_embedding(), classes)
+            else:
+                log_probs = self.ctc_head(clips, self.ctc_embedding())
             aligned = ctc_loss(log_probs, num_tokens, ctc_labels, num_ctc_labels)
             if inputs_embeds is None:
                 return SalmonnOutput(loss=aligned, ctc_loss=aligned, audio_embeds=audio_embeds)
