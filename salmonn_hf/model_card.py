@@ -46,10 +46,19 @@ def count_parts(config: SalmonnConfig) -> dict[str, int]:
         part = name.split(".")[0]
         if ".lora_" in name:
             part = "LoRA"
+        elif part == "speech_tokens":  # comes with Whisper, as the encoder does
+            part = "audio_tower"
         elif part not in ("audio_tower", "sound_tower", "language_model"):
             part = "connector"
         counts[part] += parameter.numel()
     return counts
+
+
+def connector_name(config: SalmonnConfig) -> str:
+    """What joins the encoders and the language model."""
+    if config.speech_decoder_layers:
+        return f"the last {config.speech_decoder_layers} layers of Whisper's decoder over windows"
+    return f"a {config.qformer_config.num_hidden_layers}-layer window Q-Former"
 
 
 def parts_table(config: SalmonnConfig, licence: str) -> str:
@@ -61,7 +70,7 @@ def parts_table(config: SalmonnConfig, licence: str) -> str:
             origin = bases.get(part, "in this checkpoint")
             terms = licence_of(origin) if part in bases else licence
             rows.append([kind, origin, f"{counts[part] / 1e6:.1f} M", terms])
-    connector = f"LayerNorms, {config.qformer_config.num_hidden_layers}-layer window Q-Former, projection"
+    connector = f"LayerNorms, {connector_name(config)}, projection"
     connector += ", CTC head" if config.ctc_vocab_size else ""
     rows.append([connector, "trained", f"{counts['connector'] / 1e6:.1f} M", licence])
     if counts["LoRA"]:
@@ -246,7 +255,7 @@ def make_card(
     encoders = [bases.get("audio_tower", "a Whisper encoder")]
     encoders += [bases.get("sound_tower", "a sound encoder")] if config.sound_config is not None else []
     summary = (
-        f"A language model that hears: {' and '.join(encoders)}, a window-level Q-Former and "
+        f"A language model that hears: {' and '.join(encoders)}, {connector_name(config)} and "
         f"{bases.get('language_model', config.text_config.model_type)}{' with LoRA' if config.lora else ''}."
     )
     return ModelCard.from_template(

@@ -14,7 +14,7 @@ from test_evaluation import Listener, clips_of
 
 from salmonn_hf.evaluation import finish, predict
 from salmonn_hf.files import write_whole
-from salmonn_hf.model_card import count_parts, licence_of, make_card, training_state
+from salmonn_hf.model_card import count_parts, licence_of, make_card, parts_table, training_state
 from salmonn_hf.scoring import score_transcripts
 
 CARDS = Path(__file__).resolve().parents[1] / "model_cards"
@@ -103,6 +103,16 @@ def test_parts_are_all_the_model(made):
     assert sum(counts.values()) == sum(parameter.numel() for parameter in model.parameters())
     assert counts["LoRA"] == sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name) > 0
     assert counts["audio_tower"] == sum(p.numel() for p in model.audio_tower.parameters())
+
+
+def test_a_connector_from_whispers_decoder_is_called_so():
+    windows = {"window_frames": 4, "window_stride": 4, "queries_per_window": 1, "frame_mlp_size": 8}
+    config = tiny_config(ctc_vocab_size=10, speech_decoder_layers=1, **windows)
+    model = tiny_model(config)
+    parts = (model.audio_tower, model.speech_tokens)
+    assert count_parts(config)["audio_tower"] == sum(p.numel() for part in parts for p in part.parameters())
+    table = parts_table(config, "mit")
+    assert "layers of Whisper's decoder" in table and "Q-Former" not in table
 
 
 def test_licences():
