@@ -19,7 +19,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, WhisperForConditionalGeneration
 
-from salmonn_hf import BeatsConfig, BeatsModel, SalmonnForConditionalGeneration, tasks
+from salmonn_hf import BeatsConfig, BeatsModel, SalmonnForConditionalGeneration, speech_decoder, tasks
 from salmonn_hf.clip_dataset import num_frames
 from salmonn_hf.feature_cache import encode_clips, pad_clips
 from salmonn_hf.training import (
@@ -189,7 +189,11 @@ def test_both_stages_with_a_connector_from_whispers_decoder(parts, tmp_path, mon
     tiny_tokenizer().save_pretrained(whisper)
     connector = {"speech_decoder_layers": 1, "window_frames": 4, "window_stride": 4, "queries_per_window": 1}
     recipe = stage1_recipe(parts, tmp_path / "one", frame_mlp_size=8, window_context=2, **connector)
+    read, start = [], speech_decoder.start_from_whisper
+    monkeypatch.setattr(speech_decoder, "start_from_whisper", lambda *args: (read.extend(args[2]), start(*args)))
     run("run_stage1.py", recipe | {"audio_tower": str(whisper)}, tmp_path, monkeypatch)
+    texts = [tiny_tokenizer().decode(token_ids) for _, token_ids in read]
+    assert texts and all(text == f" {text.strip()}" for text in texts)  # as Whisper spells them: one space before
     first = SalmonnForConditionalGeneration.from_pretrained(tmp_path / "one")
     assert 0 < first.config.ctc_trained_size <= first.config.ctc_vocab_size
     recipe = stage2_recipe(parts, tmp_path / "two", tmp_path / "one", ctc_loss_weight=0.5)

@@ -151,7 +151,7 @@ def main():
             model.ctc_head.speech_token_ids.copy_(torch.tensor(speech_ids[0]))
             model.ctc_head.capital_token_ids.copy_(torch.tensor(speech_ids[1]))
             spoken = [
-                (frames, speech_tokenizer(f" {ctc_text(example['text'])}", add_special_tokens=False).input_ids)
+                (frames, speech_tokenizer(ctc_text(example["text"]), add_special_tokens=False).input_ids)
                 for frames, example in encoded_examples(model, train_dataset, clips=60)
                 if example["text"]  # a sound has none
             ]
