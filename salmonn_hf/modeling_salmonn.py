@@ -435,6 +435,23 @@ class SalmonnForConditionalGeneration(SalmonnModel, DraftedGenerationMixin):
     def get_output_embeddings(self):
         return self.language_model.get_output_embeddings()
 
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+        """As in transformers, but the clips of a prompt stay together: for its beams a b a b, not a a b b."""
+        mask = kwargs.get("input_features_mask", kwargs.get("audio_frames_mask"))
+        clips = {}
+        if expand_size > 1 and input_ids is not None and mask is not None:
+            num_frames = mask[:, :: 2 if "input_features_mask" in kwargs else 1].sum(-1)
+            num_tokens = self.connector.num_windows(num_frames) * self.config.queries_per_window
+            tokens_up_to_row = (input_ids == self.config.audio_token_id).sum(-1).cumsum(0)
+            row_of_clip = torch.searchsorted(tokens_up_to_row, num_tokens.cumsum(0))
+            order = [(row_of_clip == row).nonzero()[:, 0].repeat(expand_size) for row in range(len(input_ids))]
+            names = [
+                name for name in kwargs if name.startswith(("input_features", "input_values", "audio_", "sound_"))
+            ]
+            clips = {name: kwargs.pop(name)[torch.cat(order)] for name in names if kwargs[name] is not None}
+        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return input_ids, kwargs | clips
+
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

@@ -191,6 +191,18 @@ def test_generation_modes(kwargs):
     assert output.shape == (2 * kwargs.get("num_return_sequences", 1), inputs["input_ids"].shape[1] + 4)
 
 
+def test_beams_keep_the_clips_of_a_prompt_together():
+    """Each beam of a prompt must hear the prompt's own clips, as greedy search does."""
+    model, processor = tiny_model(), tiny_processor()
+    prompts = ["<|audio|> and <|audio|>?", "none?", "<|audio|>"]
+    inputs = processor(text=prompts, audio=[noise(1.0, 1), noise(2.5, 2), noise(0.7, 3)])
+    options = {"max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
+    greedy = model.generate(**inputs, **options).scores[0].log_softmax(-1)
+    beams = model.generate(**inputs, **options, num_beams=2).scores[0].log_softmax(-1).view(len(prompts), 2, -1)
+    for beam in beams.unbind(1):
+        torch.testing.assert_close(beam, greedy, atol=1e-4, rtol=1e-4)
+
+
 def test_the_audio_token_is_never_generated():
     """Were it, the next step would look for audio embeddings that nobody gave."""
     model, processor = tiny_model(), tiny_processor()
