@@ -8,6 +8,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from .audio import load_audio
 from .processing_salmonn import SalmonnProcessor
+from .repetition import RepetitionGuard, cut_repetition, strip_end
 from .segmentation import is_silent, split_at_pauses
 
 TASK = "automatic-speech-recognition"
@@ -153,6 +154,7 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
                 prepared["tokenizer"] = self.tokenizer
             else:
                 prepared["speculation_type"] = None  # drafts are for one clip at a time; a batch has the same texts
+        prepared["stopping_criteria"] = [*prepared.get("stopping_criteria", []), RepetitionGuard()]
         output = self.model.generate(**inputs, **prepared)
         sequences = getattr(output, "sequences", output)  # an object with return_dict_in_generate
         if len(sequences) != len(waveforms):
@@ -160,7 +162,9 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
                 f"generate gave {len(sequences)} texts for {len(waveforms)} segments; leave num_return_sequences at 1."
             )
         answers = sequences[:, inputs["input_ids"].shape[1] :].tolist()
-        answers = [answer[:limit] for answer, limit in zip(answers, limits, strict=True)]
+        ends = {self.tokenizer.pad_token_id, self.tokenizer.eos_token_id}
+        answers = [strip_end(answer[:limit], ends) for answer, limit in zip(answers, limits, strict=True)]
+        answers = [cut_repetition(answer) for answer in answers]
         return self.processor.batch_decode(answers, skip_special_tokens=True)
 
     def postprocess(self, model_outputs, return_timestamps=False) -> dict:

@@ -313,18 +313,39 @@ def test_decoding_is_greedy_and_long_enough_unless_told_otherwise(transcriber, m
     assert "max_new_tokens" not in seen[-1]
 
 
-def test_endless_repetition_is_cut_by_each_clips_own_length(transcriber, monkeypatch):
+def test_endless_text_is_cut_by_each_clips_own_length(transcriber, monkeypatch):
     """As one clip of the batch would be alone; a limit that the caller gives is the caller's."""
 
-    def repeat(input_ids, max_new_tokens, **kwargs):
-        letter = transcriber.tokenizer("a", add_special_tokens=False)["input_ids"][0]
-        return torch.cat([input_ids, torch.full((len(input_ids), max_new_tokens), letter)], dim=1)
+    def babble(input_ids, max_new_tokens, **kwargs):
+        letters = transcriber.tokenizer("abcdefghijklmnopqrstuvwxyz" * 9, add_special_tokens=False)["input_ids"]
+        return torch.cat([input_ids, torch.tensor([letters[:max_new_tokens]] * len(input_ids))], dim=1)
 
-    monkeypatch.setattr(transcriber.model, "generate", repeat)
+    monkeypatch.setattr(transcriber.model, "generate", babble)
     clips = [noise(1), noise(4), noise(0.5)]
     lengths = [len(result["text"]) for result in transcriber(clips, batch_size=3)]
     assert lengths == [31, 76, 23] == [len(transcriber(clip)["text"]) for clip in clips]
     assert len(transcriber(clips[0], max_new_tokens=100)["text"]) == 100
+
+
+def test_a_phrase_repeated_without_end_is_written_once(transcriber, monkeypatch):
+    """`generate` is stopped at the eighth time, whatever the other clips of the batch say."""
+    texts = ["no, " * 20, "go on, go on, go on"]
+    rows = [transcriber.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    stopped = []
+
+    def repeat(input_ids, stopping_criteria, **kwargs):
+        (guard,) = stopping_criteria
+        tokens = torch.full((2, len(rows[0])), transcriber.tokenizer.pad_token_id)
+        for row, ids in enumerate(rows):
+            tokens[row, : len(ids)] = torch.tensor(ids)
+        sequences = torch.cat([input_ids, tokens], dim=1)
+        stopped.append(guard(sequences[:, : input_ids.shape[1] + 4 * 8], None).tolist())
+        return sequences[:, : input_ids.shape[1] + 4 * 8]
+
+    monkeypatch.setattr(transcriber.model, "generate", repeat)
+    results = transcriber([noise(3), noise(3)], batch_size=2)
+    assert [result["text"] for result in results] == ["no,", "go on, go on, go on"]
+    assert stopped == [[True, True]]  # the second by its padding
 
 
 def test_what_it_refuses(transcriber, tmp_path):
