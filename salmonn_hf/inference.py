@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModel, AutoProcessor, pipeline
 
 from .base_parts import REGISTRY_COPIES, resolve_base_part
-from .repetition import RepetitionGuard, cut_repetition, strip_end
+from .repetition import RepetitionGuard, clean_answer
 
 
 class Transcriber:
@@ -81,6 +81,5 @@ class Answerer:
             stopping_criteria=[RepetitionGuard()],
         )
         answers = output[:, inputs["input_ids"].shape[1] :].tolist()
-        ends = {self.processor.tokenizer.pad_token_id, self.processor.tokenizer.eos_token_id}
-        answers = [cut_repetition(strip_end(answer, ends)) for answer in answers]
+        answers = [clean_answer(answer, self.processor.tokenizer) for answer in answers]
         return [text.strip() for text in self.processor.batch_decode(answers, skip_special_tokens=True)]

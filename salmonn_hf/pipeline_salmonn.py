@@ -8,7 +8,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from .audio import load_audio
 from .processing_salmonn import SalmonnProcessor
-from .repetition import RepetitionGuard, cut_repetition, strip_end
+from .repetition import RepetitionGuard, clean_answer
 from .segmentation import is_silent, split_at_pauses
 
 TASK = "automatic-speech-recognition"
@@ -162,9 +162,7 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
                 f"generate gave {len(sequences)} texts for {len(waveforms)} segments; leave num_return_sequences at 1."
             )
         answers = sequences[:, inputs["input_ids"].shape[1] :].tolist()
-        ends = {self.tokenizer.pad_token_id, self.tokenizer.eos_token_id}
-        answers = [strip_end(answer[:limit], ends) for answer, limit in zip(answers, limits, strict=True)]
-        answers = [cut_repetition(answer) for answer in answers]
+        answers = [clean_answer(answer[:limit], self.tokenizer) for answer, limit in zip(answers, limits, strict=True)]
         return self.processor.batch_decode(answers, skip_special_tokens=True)
 
     def postprocess(self, model_outputs, return_timestamps=False) -> dict:
