@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from .audio import SAMPLING_RATE, AudioError, load_audio
 from .files import write_whole
-from .segmentation import is_silent, split_at_pauses
+from .segmentation import TARGET_SECONDS, is_silent, split_at_pauses
 from .tasks import TEST_PROMPTS
 
 SUFFIXES = {"plain": ".txt", "json": ".json", "srt": ".srt"}
@@ -75,7 +75,7 @@ def segments(waveform: np.ndarray, target_seconds: float) -> Iterator[tuple[floa
 def answer_file(model, waveform: np.ndarray, prompt: str, arguments, progress) -> list[dict]:
     """What is answered to each segment: `[{"start", "end", "text"}, ...]`, seconds."""
     # A transcript of short segments has the better times; a caption or an answer should be of the whole.
-    target_seconds = 12.0 if arguments.task == "transcribe" else 30.0
+    target_seconds = TARGET_SECONDS if arguments.task == "transcribe" else 30.0
     heard = list(segments(waveform, target_seconds))
     progress.reset(total=len(heard))
     chunks = []

@@ -9,7 +9,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from .audio import load_audio
 from .processing_salmonn import SalmonnProcessor
 from .repetition import RepetitionGuard, clean_answer
-from .segmentation import is_silent, split_at_pauses
+from .segmentation import TARGET_SECONDS, is_silent, split_at_pauses
 
 TASK = "automatic-speech-recognition"
 
@@ -108,7 +108,7 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
             for params in (preprocess, forward, postprocess)
         )
 
-    def preprocess(self, inputs, chunk_length_s=None, target_length_s=12.0) -> Iterator[dict]:
+    def preprocess(self, inputs, chunk_length_s=None, target_length_s=TARGET_SECONDS) -> Iterator[dict]:
         """The segments of one input, as waveforms; features are made of them batch by batch."""
         sampling_rate = self.feature_extractor.sampling_rate
         waveform = load_audio(inputs, sampling_rate)

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+TARGET_SECONDS = 6.0  # a small language model reads short segments best: docs/nano.md
 HOP_SECONDS = 0.01
 SMOOTHING_HOPS = 5  # bridges the gaps between the pulses of a low voice
 FORCED_CUT_HOPS = 20  # where there is no pause, the cut goes to the quietest 0.2 s
@@ -14,7 +15,7 @@ def split_at_pauses(
     waveform: np.ndarray,
     sampling_rate: int = 16_000,
     max_seconds: float = 30.0,
-    target_seconds: float = 12.0,
+    target_seconds: float = TARGET_SECONDS,
     min_pause_seconds: float = 0.3,
     min_segment_seconds: float = 0.5,
 ) -> list[tuple[int, int]]:

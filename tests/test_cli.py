@@ -29,6 +29,7 @@ def asked(monkeypatch):
             return [f" {len(waveform)}\n samples" for waveform in waveforms]
 
     monkeypatch.setattr(inference, "Answerer", Model)
+    monkeypatch.setattr(cli, "TARGET_SECONDS", 12.0)  # as long as the phrases below
     return requests
 
 

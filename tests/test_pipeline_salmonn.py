@@ -26,6 +26,7 @@ from transformers import (
 from transformers.pipelines.pt_utils import KeyDataset
 
 from salmonn_hf.pipeline_salmonn import SalmonnAutomaticSpeechRecognitionPipeline
+from salmonn_hf.segmentation import split_at_pauses
 
 TASK = "automatic-speech-recognition"
 RATE = 16_000
@@ -53,7 +54,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def transcriber(checkpoint):
-    return pipeline(TASK, model=str(checkpoint), device="cpu")
+    return pipeline(TASK, model=str(checkpoint), device="cpu", target_length_s=12)  # as long as the phrases below
 
 
 @pytest.fixture
@@ -266,6 +267,15 @@ def test_segment_lengths_can_be_chosen(transcriber, asked):
     transcriber(with_pauses(3, 3, 3))
     transcriber(with_pauses(3, 3, 3), target_length_s=4)
     assert len(asked) == 1 + 3
+
+
+def test_segments_are_short_unless_asked_otherwise(checkpoint, monkeypatch):
+    transcriber, heard = pipeline(TASK, model=str(checkpoint), device="cpu"), []
+    monkeypatch.setattr(transcriber, "_transcribe", lambda waveforms, *_: heard.extend(waveforms) or [""])
+    waveform = with_pauses(4, 4, 4)
+    transcriber(waveform)
+    assert list(map(len, heard)) == [end - start for start, end in split_at_pauses(waveform, target_seconds=6.0)]
+    assert len(heard) > 1
 
 
 def test_silence_is_not_shown_to_the_model(transcriber, asked):

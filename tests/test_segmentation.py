@@ -72,7 +72,7 @@ def test_other_rates(rate):
 @pytest.mark.parametrize("offset", [0.0, 0.3], ids=["centred", "with DC"])
 def test_every_cut_is_in_the_middle_of_a_pause(background, offset):
     waveform, pauses = talk_with_pauses(np.random.default_rng(1), 60, background)
-    segments = split_at_pauses(waveform + np.float32(offset), RATE)
+    segments = split_at_pauses(waveform + np.float32(offset), RATE, target_seconds=12)
     assert_tiles(segments, len(waveform), 12 * RATE)  # pauses are never 4 s apart, so the target is always met
     assert len(segments) < 2 * len(waveform) / (12 * RATE) + 2
     for start, _ in segments[1:]:
@@ -97,7 +97,7 @@ def test_the_longest_pause_is_preferred():
     for lengths, middle in (((0.5, 1.0), 10.0), ((1.0, 0.5), 5.5)):
         first, second = (silence[: int(length * RATE)] for length in lengths)
         waveform = np.concatenate([talk(5, rng), first, talk(4, rng), second, talk(6, rng)])
-        assert split_at_pauses(waveform, RATE)[0][1] == pytest.approx(middle * RATE, abs=RATE // 20)
+        assert split_at_pauses(waveform, RATE, target_seconds=12)[0][1] == pytest.approx(middle * RATE, abs=RATE // 20)
 
 
 def test_digital_silence_somewhere_does_not_hide_the_pauses_in_room_noise():
@@ -125,7 +125,7 @@ def test_a_pause_beyond_the_target_is_better_than_none():
 def test_what_stays_whole():
     rng = np.random.default_rng(6)
     short, _ = talk_with_pauses(rng, 3)
-    assert split_at_pauses(short[: 12 * RATE], RATE) == [(0, min(len(short), 12 * RATE))]
+    assert split_at_pauses(short[: 12 * RATE], RATE, target_seconds=12) == [(0, min(len(short), 12 * RATE))]
     no_pause = talk(29, rng)
     assert split_at_pauses(no_pause, RATE) == [(0, len(no_pause))]
     # Silence around speech is no pause between words, and a word at the end is not left alone with less than 0.5 s.
@@ -134,7 +134,7 @@ def test_what_stays_whole():
         np.concatenate([silence, talk(12, rng), silence]),
         np.concatenate([talk(12, rng), silence[: RATE // 2], talk(0.2, rng)]),
     ):
-        assert split_at_pauses(waveform, RATE) == [(0, len(waveform))]
+        assert split_at_pauses(waveform, RATE, target_seconds=12) == [(0, len(waveform))]
 
 
 def test_edges():
