@@ -26,6 +26,7 @@ from .clip_dataset import ClipDataset, MixtureSampler, StreamedClips, num_frames
 from .ctc_draft import merge_repeats
 from .feature_cache import encode_clips, pad_clips
 from .metrics import word_error_rate
+from .push import push_to_hub
 from .sources import SkippedClips, parquet_rows
 
 logger = logging.getLogger(__name__)
@@ -213,6 +214,10 @@ class SalmonnTrainingArguments(TrainingArguments):
     """
 
     remove_unused_columns: bool = False
+    hub_strategy: str = field(
+        default="end",
+        metadata={"help": "What --push_to_hub pushes: the final model; 'every_save': each checkpoint too."},
+    )
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "Or 'random': clips of any length in a batch."}
     )
@@ -529,8 +534,8 @@ def save_model(trainer: SalmonnTrainer, processor):
             os.replace(file, output_dir / file.name)
         partial.rmdir()
         if trainer.args.push_to_hub:
-            model.push_to_hub(trainer.hub_model_id)
-            processor.push_to_hub(trainer.hub_model_id)
+            args = trainer.args
+            push_to_hub(output_dir, trainer.hub_model_id, private=args.hub_private_repo, token=args.hub_token)
 
 
 def ctc_transcripts(model, processor, audio_embeds, num_tokens) -> list[str]:

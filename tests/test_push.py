@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import tiny_config, tiny_model, tiny_processor, tiny_text_config, tiny_tokenizer
 from hub_server import Hub, sha256
 from huggingface_hub import HfApi, constants
@@ -326,3 +327,36 @@ def test_base_parts_come_from_the_hub_cache_that_there_is(hub, command, base_par
     result = command("-m", "salmonn_hf.push", tmp_path / "adapter", "alice/adapter", **nothing)
     assert result.returncode == 0, result.stderr
     assert set(hub.files("alice/adapter")) == {file.name for file in (tmp_path / "adapter").iterdir()}
+
+
+# The scripts
+
+
+@pytest.mark.slow
+def test_training_pushes_what_it_ends_with(hub, command, base_parts, tmp_path):
+    from test_training import stage1_recipe, write_parquet
+
+    for name, seed in (("train", 0), ("eval", 100)):
+        write_parquet(tmp_path / f"{name}.parquet", 8, seed)
+    recipe = stage1_recipe(tmp_path, tmp_path / "run") | {"audio_tower": "tiny/whisper", "language_model": "tiny/llm"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    pushing = ["--push_to_hub", "true", "--hub_model_id", "alice/trained", "--hub_private_repo", "true"]
+    script = ROOT / "training" / "run_stage1.py"
+    result = command(script, tmp_path / "recipe.yaml", *pushing, SALMONN_CACHE=str(base_parts))
+    assert result.returncode == 0, result.stderr
+    assert list((tmp_path / "run").glob("checkpoint-*"))
+    pushed = hub.files("alice/trained")
+    assert len(hub.commits["alice/trained"]) == 2 and hub.private == {"alice/trained"}
+    assert {"config.json", "model.safetensors", "processor_config.json", "modeling_salmonn.py"} <= set(pushed)
+    assert not [name for name in pushed if "/" in name or name in ("training_args.bin", "skipped.tsv")]
+    assert all(data == (tmp_path / "run" / name).read_bytes() for name, data in pushed.items())
+
+
+@pytest.mark.slow
+def test_quantisation_pushes_its_result(hub, command, checkpoint, tmp_path):
+    script, bits = ROOT / "training" / "quantize.py", ["--language_model_bits", "8", "--method", "nearest"]
+    paths = ["--model_name_or_path", checkpoint, "--output_dir", tmp_path / "small"]
+    result = command(script, *paths, *bits, "--hub_model_id", "alice/small")
+    assert result.returncode == 0, result.stderr
+    assert "Quantised SALMONN" in hub.files("alice/small")["README.md"].decode()
+    assert set(hub.files("alice/small")) == {file.name for file in (tmp_path / "small").iterdir()}

@@ -19,6 +19,7 @@ import torch
 
 from salmonn_hf import SalmonnForConditionalGeneration, SalmonnProcessor, load_audio
 from salmonn_hf.gptq import quantize_layers
+from salmonn_hf.push import push_to_hub
 from salmonn_hf.quantization import quantize_parts
 from salmonn_hf.recipe import parse_recipe
 from salmonn_hf.training import load_speech
@@ -57,6 +58,7 @@ class QuantizeArguments:
     calibration_clips: int = field(default=64, metadata={"help": "Clips, drawn at random, in equal parts of files."})
     merge_lora: bool = field(default=True, metadata={"help": "Fold LoRA in first; otherwise it stays, unquantised."})
     seed: int = field(default=0)
+    hub_model_id: str | None = field(default=None, metadata={"help": "Push the result there, e.g. user/name."})
 
     def __post_init__(self):
         if self.method not in ("gptq", "nearest"):
@@ -140,6 +142,8 @@ def main():
     save(model, processor, args.output_dir)
     size = sum(file.stat().st_size for file in Path(args.output_dir).rglob("*") if file.is_file())
     logging.info("%s: %.1f MB", args.output_dir, size / 1e6)
+    if args.hub_model_id:
+        push_to_hub(args.output_dir, args.hub_model_id)
 
 
 if __name__ == "__main__":
