@@ -227,9 +227,6 @@ class SalmonnTrainingArguments(TrainingArguments):
     frame_noise: float = field(
         default=0.0, metadata={"help": "Noise on the speech encoder's frames, as a share of their deviation."}
     )
-    answer_noise: float = field(
-        default=0.0, metadata={"help": "Share of an answer's tokens that are read wrongly; predicted as they are."}
-    )
     speech_decoder_learning_rate: float | None = field(
         default=None, metadata={"help": "Of the layers taken from Whisper's decoder; default: learning_rate."}
     )
@@ -328,10 +325,7 @@ class SalmonnTrainer(Trainer):
         return batches, num_items if num_items is None else num_items.clamp(min=1)
 
     def _prepare_inputs(self, inputs):
-        batch = self.encode(super()._prepare_inputs(inputs))
-        if self.args.answer_noise:
-            batch["input_ids"] = noisy_answers(batch["input_ids"], batch["labels"], self.args.answer_noise)
-        return batch
+        return self.encode(super()._prepare_inputs(inputs))
 
     def encode(self, batch: dict) -> dict[str, torch.Tensor]:
         """A collated batch with its clips as encoder frames; those that are new go to the cache."""
@@ -484,20 +478,6 @@ class SalmonnTrainer(Trainer):
         model.train(was_training)
         self.flush_cache()
         return [result for result in results if result is not None]
-
-
-def noisy_answers(input_ids: torch.LongTensor, labels: torch.LongTensor, share: float) -> torch.LongTensor:
-    """
-    `input_ids` with a random `share` of the answers' tokens (those with labels) replaced by random ones of all answers
-    in the batch. What comes next can then not be told from the words before alone, as Bowman et al. (Generating
-    sentences from a continuous space, 2016) hide words from a decoder: a model that has read its few hours of
-    transcripts several times would else recite them rather than listen.
-    """
-    chosen = (labels != -100) & (torch.rand(labels.shape, device=labels.device) < share)
-    answers = labels[labels != -100]
-    noisy = input_ids.clone()
-    noisy[chosen] = answers[torch.randint(max(len(answers), 1), (int(chosen.sum()),), device=labels.device)]
-    return noisy
 
 
 def parameter_kind(name: str) -> str:
