@@ -27,6 +27,7 @@ from .ctc_draft import merge_repeats
 from .feature_cache import encode_clips, pad_clips
 from .metrics import word_error_rate
 from .push import push_to_hub
+from .quantization import widen_linears
 from .sources import SkippedClips, parquet_rows
 
 logger = logging.getLogger(__name__)
@@ -193,8 +194,12 @@ def standardise_frames(model, dataset: ClipDataset, clips: int = 2000, seed: int
 def freeze_base_parts(model, alignment_only: bool = False):
     """
     Leave only what SALMONN trains with gradients: LayerNorms, Q-Former, projection, CTC head and LoRA, in float32; the
-    encoders and the language model keep their precision. `alignment_only`: LoRA stays frozen as well.
+    encoders and the language model keep their precision. `alignment_only`: LoRA stays frozen as well. A connector that
+    was quantised is widened first: its 8 bits could not be trained.
     """
+    if "connector" in (model.config.quantization or {}):
+        widen_linears(model.connector)
+        model.config.quantization = {k: v for k, v in model.config.quantization.items() if k != "connector"}
     model.requires_grad_(False)
     for name, parameter in model.named_parameters():
         is_lora = ".lora_" in name

@@ -11,8 +11,15 @@ from conftest import LANGUAGE_MODELS, noise, tiny_config, tiny_model, tiny_proce
 from safetensors.torch import load, load_file, save_file
 from transformers import AutoModel, pipeline
 
-import salmonn_hf
-from salmonn_hf.quantization import QuantizedEmbedding, QuantizedLinear, QuantizedMatrix, quantize_parts
+from salmonn_hf.quantization import (
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedMatrix,
+    linears,
+    quantize_parts,
+    widen_linears,
+)
+from salmonn_hf.training import freeze_base_parts
 
 QUANTIZATION = {
     "audio_tower": {"bits": 8},
@@ -99,20 +106,142 @@ def test_gradient_after_an_evaluation_pass():
     assert torch.nn.functional.cosine_similarity(x.grad.float().flatten(), expected.flatten(), dim=0) > 0.9999
 
 
-def test_lora_trains_on_a_quantised_language_model():
-    lora = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
-    model = salmonn_hf.SalmonnForConditionalGeneration(tiny_config(quantization=QUANTIZATION, lora=lora))
-    inputs = tiny_processor().apply_transcription_request([noise(1.0)])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_the_backward_pass_keeps_no_widened_weights(bits, evaluated):
+    layer, x, kept = linear(bits=bits), torch.randn(200, 64).bfloat16().requires_grad_(), []
+    if evaluated:
+        with torch.no_grad():
+            layer(x[:4])
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        product = layer(x)
+    assert sum(kept) < layer.rows * layer.columns
+    (gradient,) = torch.autograd.grad(product, x, torch.ones_like(product))
+    expected = layer.dequantize(torch.float32).sum(0).expand(200, -1)
+    assert cosine(gradient, expected) > 0.9999
+
+
+def test_loading_after_a_forward_keeps_the_values():
+    """As the best checkpoint is loaded at the end of training, into weights that evaluation has packed."""
+    layer, x = linear(), torch.randn(3, 64).bfloat16()
+    state = {key: value.clone() for key, value in layer.state_dict().items()}
+    with torch.no_grad():
+        expected = layer(x)
+        assert layer.packed_scales is not None
+        layer.load_state_dict(state)
+        assert torch.equal(layer(x), expected)
+
+
+def cosine(one, other):
+    return torch.nn.functional.cosine_similarity(one.float().flatten(), other.float().flatten(), dim=0)
+
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+QLORA = {"language_model": {"bits": 4, "group_size": 32}, "embedding": {"bits": 8}}
+
+
+def qlora_model(dtype=torch.bfloat16, quantization=QLORA):
+    """A model as run_stage2.py trains it, of sizes that torch's 4-bit kernel takes, with LoRA that does something."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_key_value_heads": 4}
+    model = tiny_model(tiny_config(text_config=tiny_text_config(tie_word_embeddings=True, **sizes)))
+    in_precision(model, dtype)
+    quantize_parts(model, quantization)
+    model.config.quantization = quantization
+    model.add_lora(LORA)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    freeze_base_parts(model)
+    return model
+
+
+def in_precision(model, dtype):
+    """As `from_pretrained` does it: `model.to` would round the frequencies of the position embeddings, too."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def gradients(model, inputs, autocast):
+    """Of a training step; its dropout is the same each time."""
+    torch.manual_seed(2)
+    model.train()
+    model.zero_grad()
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == 3, -100)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = model(**inputs, labels=labels).loss
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("then", ["nothing", "a forward", "generate"])
+def test_gradients_are_those_of_the_widened_weights(dtype, then):
+    """Of LoRA, connector and norms, before and after evaluation, which packs the weights for torch's kernel."""
+    model, wide = qlora_model(dtype), qlora_model(dtype)
+    widen_linears(wide.language_model)
+    freeze_base_parts(wide)
+    inputs = tiny_processor().apply_transcription_request([noise(1.0), noise(0.4)])
     model.eval()
     with torch.no_grad():
-        model(**inputs)
-    model.train()
-    model(**inputs, labels=labels).loss.backward()
-    gradients = [p.grad for name, p in model.named_parameters() if "lora_B" in name]
-    assert len(gradients) == 4 and all(g.abs().sum() > 0 for g in gradients)
+        if then == "a forward":
+            model(**inputs)
+        elif then == "generate":
+            model.generate(**inputs, max_new_tokens=3)
+    layers = linears(model.language_model).values()
+    assert all(isinstance(layer, QuantizedLinear) for layer in layers) and len(layers) == 14
+    packed = dtype == torch.bfloat16 and then != "nothing"
+    assert all((layer.packed_scales is not None) == packed for layer in layers)
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    autocast = dtype == torch.bfloat16
+    ours, theirs = gradients(model, inputs, autocast), gradients(wide, inputs, autocast)
+    assert ours.keys() == theirs.keys() and sum(".lora_" in name for name in ours) == 12
+    flat = [torch.cat([g.float().flatten() for g in found.values()]) for found in (ours, theirs)]
+    assert flat[1].norm() > 0 and (flat[0] - flat[1]).norm() < 1e-3 * flat[1].norm()
+    for name in ours:
+        assert cosine(ours[name], theirs[name]) > 0.999 or theirs[name].norm() < 1e-5 * flat[1].norm(), name
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, weights[key]), key
+
+
+def test_training_leaves_quantised_weights_as_they_are_and_the_checkpoint_reloads(tmp_path):
+    model = qlora_model()
+    inputs = tiny_processor().apply_transcription_request([noise(1.0), noise(0.4)])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(2):
+        gradients(model, inputs, True)
+        optimizer.step()
+        model.eval()
+        with torch.no_grad():
+            model.generate(**inputs, max_new_tokens=2)
+    after = in_precision(model, torch.bfloat16).state_dict()
+    quantised = [key for key in after if key.endswith(".scales")]
+    assert len(quantised) == 15
+    for key in [*quantised, *(key.removesuffix("scales") + "weight" for key in quantised)]:
+        assert torch.equal(before[key], after[key]), key
+    key = "language_model.model.layers.1.mlp.down_proj.lora_B.default.weight"
+    assert not torch.equal(before[key].bfloat16(), after[key])
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        model.save_pretrained(tmp_path)
+        assert torch.equal(AutoModel.from_pretrained(tmp_path)(**inputs).logits, expected)
     with pytest.raises(ValueError, match="before quantising"):
         model.merge_lora()
+
+
+def test_a_quantised_connector_is_widened_to_be_trained(tmp_path):
+    model = qlora_model(quantization=QLORA | {"connector": {"bits": 8}})
+    assert model.config.quantization == QLORA
+    inputs = tiny_processor().apply_transcription_request([noise(1.0)])
+    found = gradients(model, inputs, True)
+    assert {name for name in found if name.startswith("connector")} == {
+        name for name, _ in tiny_model().named_parameters() if name.startswith("connector")
+    }
+    assert found["connector.proj.weight"].abs().sum() > 0
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    assert AutoModel.from_pretrained(tmp_path).connector.proj.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("model_type", LANGUAGE_MODELS)

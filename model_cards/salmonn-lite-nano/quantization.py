@@ -99,6 +99,13 @@ class QuantizedMatrix(nn.Module):
         self.packed_scales = torch.stack([scales, torch.zeros_like(scales)], -1).contiguous()
         self.scales = self.packed_scales[..., 0].T  # a view: the scales are kept once
 
+    def unpack(self):
+        """The inverse of `pack`: the layout on disk, in tensors of their own."""
+        if self.packed_scales is not None:
+            self.weight = two_per_byte(self.nibbles())
+            self.scales = self.scales.clone(memory_format=torch.contiguous_format)
+            self.packed_scales = None
+
     def nibbles(self) -> torch.Tensor:
         """The 4-bit values, 0 to 15, one a byte: uint8 of shape `(rows, columns)`."""
         weight = self.weight
@@ -149,6 +156,8 @@ class QuantizedMatrix(nn.Module):
             if self.packed_scales is None:
                 self.pack()
             product = torch._weight_int4pack_mm_for_cpu(flat, self.weight, self.group_size, self.packed_scales)
+        elif trained:
+            product = WidenedProduct.apply(flat, self)
         elif self.bits == 8:
             product = F.linear(flat, self.weight.to(x.dtype)) * self.scales.to(x.dtype)
         else:
@@ -161,12 +170,29 @@ class QuantizedMatrix(nn.Module):
             destination[prefix + "weight"] = two_per_byte(self.nibbles())
             destination[prefix + "scales"] = self.scales.contiguous()
 
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.unpack()  # what comes has the layout on disk, and is copied into these tensors
+        super()._load_from_state_dict(*args, **kwargs)
+
     def _apply(self, fn, recurse=True):
-        if self.packed_scales is not None:  # another device or precision has another layout
-            self.weight = two_per_byte(self.nibbles())
-            self.scales = self.scales.contiguous()
-            self.packed_scales = None
+        self.unpack()  # another device or precision has another layout
         return super()._apply(fn, recurse)
+
+
+class WidenedProduct(torch.autograd.Function):
+    """
+    x Wᵀ for a `QuantizedMatrix` W. The backward pass widens the weights anew: those of all layers, kept from the
+    forward pass, would take the memory that few bits save.
+    """
+
+    @staticmethod
+    def forward(ctx, x, matrix):
+        ctx.matrix, ctx.dtype = matrix, x.dtype
+        return F.linear(x, matrix.dequantize(x.dtype))
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return (upstream @ ctx.matrix.dequantize(upstream.dtype)).to(ctx.dtype), None
 
 
 class QuantizedLinear(QuantizedMatrix, nn.Linear):
@@ -243,6 +269,15 @@ def quantize_linears(part: nn.Module, bits: int, group_size: int = 64):
                 replace_module(part, name, quantized_linear(linear, bits, group_size))
             except ValueError as error:
                 raise ValueError(f"{type(part).__name__}.{name} cannot be quantised: {error}") from error
+
+
+def widen_linears(part: nn.Module):
+    """Replace the quantised Linears of a part, in place, by ordinary ones of the same values, which can be trained."""
+    for name, linear in linears(part).items():
+        if isinstance(linear, QuantizedLinear):
+            wide = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+            wide.weight, wide.bias = nn.Parameter(linear.dequantize()), linear.bias
+            replace_module(part, name, wide)
 
 
 def quantize_embedding(language_model: nn.Module, bits: int, group_size: int = 64):
