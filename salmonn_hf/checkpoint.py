@@ -10,6 +10,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import cached_file
 
 from .base_parts import resolve_base_part
+from .quantization import QuantizedMatrix
 
 # Where checkpoints keep the encoder, with and without a head.
 ENCODER_PREFIXES = {
@@ -88,7 +89,8 @@ def part_keys(part: str, state_dict: dict) -> dict[str, torch.Tensor]:
 
 def base_state_dict(config) -> dict[str, torch.Tensor]:
     """
-    The tensors of `config.base_parts`, under the keys of `SalmonnModel`.
+    The tensors of `config.base_parts`, under the keys of `SalmonnModel`; matrices of `config.quantization` rounded to
+    their nearest values, the same whenever they are loaded.
 
     Raises:
         BasePartNotFoundError: if a part cannot be had.
@@ -97,19 +99,26 @@ def base_state_dict(config) -> dict[str, torch.Tensor]:
     from .modeling_salmonn import SalmonnForConditionalGeneration
 
     with torch.device("meta"):
-        expected = SalmonnForConditionalGeneration(config).state_dict()
+        model = SalmonnForConditionalGeneration(config)
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    matrices = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, QuantizedMatrix)}
+    shapes |= {key: (matrix.rows, matrix.columns) for key, matrix in matrices.items()}
     # LoRA moves a Linear's weight to `base_layer`.
-    renamed = {key.replace(".base_layer.", "."): key for key in expected}
+    renamed = {key.replace(".base_layer.", "."): key for key in shapes}
     state_dict = {}
     for part, name in config.base_parts.items():
         for key, value in part_keys(part, read_weights(resolve_base_part(name))).items():
             key = renamed.get(key, key)
-            if key in expected and expected[key].shape != value.shape:
+            if key in shapes and shapes[key] != tuple(value.shape):
                 raise ValueError(
                     f"Base part '{name}' does not fit: its {key} has shape {tuple(value.shape)}, the checkpoint was "
-                    f"made with {tuple(expected[key].shape)}."
+                    f"made with {shapes[key]}."
                 )
-            state_dict[key] = value
+            if key in matrices:
+                rounded = QuantizedMatrix(*shapes[key], matrices[key].bits, matrices[key].group_size).quantize(value)
+                state_dict |= rounded.state_dict(prefix=key.removesuffix("weight"))
+            else:
+                state_dict[key] = value
     return state_dict
 
 

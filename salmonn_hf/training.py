@@ -507,7 +507,9 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 
 def save_model(trainer: SalmonnTrainer, processor):
     """The final model in its output directory, in bfloat16, with its processor; pushed to the hub if asked for."""
-    model = trainer.accelerator.unwrap_model(trainer.model).to(torch.bfloat16)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    for parameter in model.parameters():  # not model.to, which rounds the frequencies of the position embeddings, too
+        parameter.data = parameter.data.to(torch.bfloat16)
     model.config.use_cache = True  # Trainer switches it off for itself
     if trainer.is_world_process_zero():
         output_dir = Path(trainer.args.output_dir)

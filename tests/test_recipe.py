@@ -79,7 +79,7 @@ def test_recipes_of_the_repository_are_valid(path, tmp_path):
         arguments = runpy.run_path(str(ROOT / "training" / "quantize.py"))["QuantizeArguments"]
         assert parse_recipe((arguments,), [str(path), "--output_dir", str(tmp_path)])[0].train_files
         return
-    script = "run_stage2" if path.stem == "finetune" else f"run_{path.stem}"
+    script = "run_stage2" if path.stem == "finetune" else f"run_{path.stem.split('_')[0]}"
     model_arguments = runpy.run_path(str(ROOT / "training" / f"{script}.py"))["ModelArguments"]
     given = ["--output_dir", str(tmp_path)]
     if path.stem == "finetune":

@@ -4,6 +4,7 @@ loss on the answer only and the alignment loss of stage 1 kept on with a small w
 
     accelerate launch training/run_stage2.py training/recipes/nano/stage2.yaml
     accelerate launch training/run_stage2.py training/recipes/nano/stage2.yaml --learning_rate 1e-4
+    accelerate launch training/run_stage2.py training/recipes/small/stage2_qlora.yaml   # language model in 4 bits
 
 Start from a stage 1 checkpoint, or from any SALMONN checkpoint to fine-tune it on your own audio
 (`model_name_or_path`). The same command goes on from the last checkpoint in `output_dir`.
@@ -15,9 +16,10 @@ from pathlib import Path
 
 import torch
 
-from salmonn_hf import SalmonnForConditionalGeneration, SalmonnProcessor
+from salmonn_hf import SalmonnConfig, SalmonnForConditionalGeneration, SalmonnProcessor
 from salmonn_hf.augmentation import Augmentation
 from salmonn_hf.data_arguments import DataArguments
+from salmonn_hf.quantization import quantize_parts
 from salmonn_hf.recipe import parse_recipe
 from salmonn_hf.sources import SkippedClips
 from salmonn_hf.training import (
@@ -38,10 +40,47 @@ class ModelArguments:
     lora_dropout: float = field(default=0.1)
     lora_target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
     lora_learning_rate: float | None = field(default=None, metadata={"help": "Default: that of everything else."})
+    language_model_bits: int = field(
+        default=0,
+        metadata={"help": "QLoRA: keep the frozen language model in 4 or 8 bits; 0: as the checkpoint has it."},
+    )
+    group_size: int = field(default=64, metadata={"help": "Columns that share a scale in 4 bits."})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Of the language model; on a CPU 'eager' trains short clips fastest."}
     )
     ctc_loss_weight: float = field(default=0.1, metadata={"help": "Weight of the alignment loss; 0 for none."})
+
+
+def load_model(args: ModelArguments) -> SalmonnForConditionalGeneration:
+    """
+    The checkpoint, its frozen parts in bfloat16, with its language model in `language_model_bits`.
+
+    Raises:
+        ValueError: if it is quantised already, in another way.
+    """
+    config = SalmonnConfig.from_pretrained(args.model_name_or_path)
+    stored, rounded = config.quantization or {}, {}
+    if args.language_model_bits:
+        four = {"group_size": args.group_size} if args.language_model_bits == 4 else {}
+        rounded = {"language_model": {"bits": args.language_model_bits, **four}}
+        if "language_model" in stored and not rounded.items() <= stored.items():
+            raise ValueError(
+                f"{args.model_name_or_path} has its language model in {stored['language_model']} already; leave out "
+                "language_model_bits, or start from the checkpoint before it was quantised."
+            )
+    in_base_part = "language_model" in (config.base_parts or {})
+    if in_base_part:
+        config.quantization = stored | rounded or None  # rounded while it is loaded
+    model = SalmonnForConditionalGeneration.from_pretrained(
+        args.model_name_or_path,
+        config=config,
+        dtype=torch.bfloat16,
+        attn_implementation={"text_config": args.attn_implementation},
+    )
+    if not in_base_part:
+        quantize_parts(model, rounded)  # what is quantised already stays
+        model.config.quantization = stored | rounded or None
+    return model
 
 
 def main():
@@ -53,11 +92,7 @@ def main():
     torch.manual_seed(training_args.seed)
 
     processor = SalmonnProcessor.from_pretrained(model_args.model_name_or_path)
-    model = SalmonnForConditionalGeneration.from_pretrained(
-        model_args.model_name_or_path,
-        dtype=torch.bfloat16,
-        attn_implementation={"text_config": model_args.attn_implementation},
-    )
+    model = load_model(model_args)
     model.config.ctc_loss_weight = model_args.ctc_loss_weight
     if model.config.lora is None:
         model.add_lora(

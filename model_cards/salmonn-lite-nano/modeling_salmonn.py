@@ -258,7 +258,10 @@ class SalmonnModel(SalmonnPreTrainedModel):
             ValueError: if the language model is quantised.
         """
         if "language_model" in (self.config.quantization or {}):
-            raise ValueError("LoRA cannot be merged into 4 or 8 bits; merge it into the model before quantising that.")
+            raise ValueError(
+                "LoRA cannot be merged into 4 or 8 bits; merge it into the model before quantising that. An adapter "
+                "checkpoint loads without: config.quantization = None, then from_pretrained(..., config=config)."
+            )
         from peft.tuners.lora import LoraLayer
 
         for module in list(self.language_model.modules()):
