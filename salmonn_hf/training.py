@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch.nn.utils.rnn import pad_sequence
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import rotate_checkpoints
 
 from .checkpoint import is_base_key
@@ -28,6 +29,13 @@ from .feature_cache import encode_clips, pad_clips
 from .metrics import word_error_rate
 from .push import push_to_hub
 from .quantization import widen_linears
+from .sharding import (
+    choose_what_is_sharded,
+    name_as_unsharded,
+    shaped_as_unsharded,
+    shard_on_cpus,
+    whole_parameters,
+)
 from .sources import SkippedClips, parquet_rows
 
 logger = logging.getLogger(__name__)
@@ -215,7 +223,7 @@ class SalmonnTrainingArguments(TrainingArguments):
     `TrainingArguments` with what [`SalmonnTrainer`] needs as defaults.
 
     Raises:
-        ValueError: if it should stop early but never evaluates.
+        ValueError: if it should stop early but never evaluates, or runs under DeepSpeed ZeRO-3.
     """
 
     remove_unused_columns: bool = False
@@ -248,6 +256,11 @@ class SalmonnTrainingArguments(TrainingArguments):
         if self.greater_is_better is None and self.metric_for_best_model in ("wer", "eval_wer"):
             self.greater_is_better = False
         super().__post_init__()
+        if is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "DeepSpeed ZeRO-3 cannot put a model together from its base parts. FSDP2 shards as much: use "
+                "training/accelerate_configs/fsdp2.yaml."
+            )
 
 
 class SalmonnTrainer(Trainer):
@@ -278,6 +291,13 @@ class SalmonnTrainer(Trainer):
             for module in self.model.modules():
                 if isinstance(module, LoraLayer):
                     module.cast_input_dtype_enabled = False
+        if self.is_fsdp_enabled:
+            choose_what_is_sharded(self.accelerator, self.model)
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        shard_on_cpus(self.accelerator, self.args.fsdp_plugin_args)
+        self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
 
     # Data
 
@@ -354,6 +374,16 @@ class SalmonnTrainer(Trainer):
 
     # Optimization
 
+    def _prepare_for_training(self, *args):
+        prepared = super()._prepare_for_training(*args)
+        if self.is_fsdp_enabled:
+            name_as_unsharded(self.model)
+        return prepared
+
+    def autocast_smart_context_manager(self, cache_enabled=True):
+        # Of a model that FSDP2 shards, accelerate leaves `forward` as it is; others it wraps in autocast itself.
+        return self.accelerator.autocast() if self.is_fsdp_enabled else super().autocast_smart_context_manager()
+
     def _issue_warnings_after_load(self, load_result):
         # A checkpoint leaves the frozen base parts out: only what else is missing is worth a warning.
         missing = [key for key in load_result.missing_keys if not is_base_key(key, self.model.config)]
@@ -390,6 +420,9 @@ class SalmonnTrainer(Trainer):
         super().log(logs, start_time)
 
     # Checkpoints
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict and shaped_as_unsharded(state_dict))
 
     def _get_output_dir(self, trial):
         return self.staging or super()._get_output_dir(trial)
@@ -432,7 +465,8 @@ class SalmonnTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         started = time.perf_counter()
-        examples = self.transcribe(eval_dataset if eval_dataset is not None else self.eval_dataset)
+        with whole_parameters(self.accelerator, self.model):
+            examples = self.transcribe(eval_dataset if eval_dataset is not None else self.eval_dataset)
         metrics = {"epoch": self.state.epoch}
         spoken = [(reference, text) for task, reference, text in examples if task.startswith("asr")]
         if spoken:
@@ -508,14 +542,19 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 def save_model(trainer: SalmonnTrainer, processor):
     """The final model in its output directory, in bfloat16, with its processor; pushed to the hub if asked for."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    for parameter in model.parameters():  # not model.to, which rounds the frequencies of the position embeddings, too
-        parameter.data = parameter.data.to(torch.bfloat16)
+    state_dict = None
+    if trainer.is_fsdp_enabled:  # which keeps the precision that it started with, and on each process a part
+        state_dict = shaped_as_unsharded(trainer.accelerator.get_state_dict(trainer.model_wrapped))
+        state_dict = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in state_dict.items()}
+    else:
+        for parameter in model.parameters():  # not model.to: it rounds the frequencies of the position embeddings, too
+            parameter.data = parameter.data.to(torch.bfloat16)
     model.config.use_cache = True  # Trainer switches it off for itself
     if trainer.is_world_process_zero():
         output_dir = Path(trainer.args.output_dir)
         partial = output_dir / ".partial"
         shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial)
+        model.save_pretrained(partial, state_dict=state_dict)
         processor.save_pretrained(partial)
         for file in sorted(partial.iterdir()):
             os.replace(file, output_dir / file.name)

@@ -1,0 +1,88 @@
+"""FSDP2 for SALMONN: what is sharded, on GPUs and CPUs, and what stays whole on every process."""
+
+import os
+from contextlib import contextmanager
+
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+
+def shard_on_cpus(accelerator: Accelerator, plugin_args: dict | None = None):
+    """
+    Where FSDP is asked for on CPUs, switch it on: accelerate, which shards on GPUs and their like alone, would train
+    with DDP and say nothing.
+    """
+    state = accelerator.state
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asked and state.distributed_type == DistributedType.MULTI_CPU:
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**plugin_args or {})
+        state.distributed_type = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
+def choose_what_is_sharded(accelerator: Accelerator, model):
+    """
+    Shard the language model's layers one by one, and the rest of what is trained together.
+
+    Encoders and token embeddings, which are frozen, stay whole: each process encodes other clips, and not those that
+    the cache holds, so they cannot wait for one another there; and the CTC head reads rows of the embeddings.
+    Parameters are gathered in their own precision, as autocast wants them on one process too: what is trained is
+    float32, the rest bfloat16.
+
+    Raises:
+        ValueError: if the plugin is of FSDP 1, or would load weights on the first process alone.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise ValueError("FSDP 1 cannot shard frozen and trained parameters together; set fsdp_version: 2.")
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading leaves the encoders, which are not sharded, without weights on all "
+            "processes but the first; set it to false."
+        )
+    if plugin.transformer_cls_names_to_wrap is None:
+        plugin.transformer_cls_names_to_wrap = list(model.language_model._no_split_modules)
+    names = ("audio_tower", "sound_tower", "speech_tokens")
+    whole = [getattr(model, name) for name in names if hasattr(model, name)] + [model.get_input_embeddings()]
+    plugin.ignored_modules = [module.to(accelerator.device) for module in whole]
+    plugin.mixed_precision_policy = None
+    if model.ctc_head is not None:
+        scale = model.ctc_head.log_scale
+        model.ctc_head.log_scale = nn.Parameter(scale.data[None])  # a scalar cannot be sharded
+
+
+def name_as_unsharded(model):
+    """Give a sharded model's class, which torch made, its model's name and module: saving copies the code of both."""
+    unsharded = type(model).__mro__[2]
+    type(model).__name__, type(model).__module__ = unsharded.__name__, unsharded.__module__
+
+
+def shaped_as_unsharded(state_dict: dict) -> dict:
+    """A gathered state dict with the scalar as scalar that was made a vector for sharding."""
+    key = "ctc_head.log_scale"
+    return state_dict | {key: state_dict[key].reshape(())} if key in state_dict else state_dict
+
+
+@contextmanager
+def whole_parameters(accelerator: Accelerator, model):
+    """
+    Every process has all of a sharded model's parameters, for calls of its parts outside `forward` and for generation,
+    which would otherwise gather each layer anew for each token.
+    """
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if not parts:
+        yield
+        return
+    plugin = accelerator.state.fsdp_plugin
+    layers = [part for part in parts if type(part).__mro__[2].__name__ in plugin.transformer_cls_names_to_wrap]
+    for layer in layers:  # which else give their parameters back after each forward
+        layer.set_reshard_after_forward(False, recurse=False)
+    for part in parts:
+        part.unshard()
+    yield
+    for layer in layers:
+        layer.set_reshard_after_forward(plugin.reshard_after_forward, recurse=False)
+    for part in parts:
+        part.reshard()
