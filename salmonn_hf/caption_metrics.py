@@ -57,15 +57,11 @@ def score_captions(
         ValueError: if there are no clips, the lengths differ, or a clip has no reference.
         CaptionMetricsError: without pycocoevalcap or Java.
     """
-    check_pairs(references, hypotheses)
-    if empty := [i for i, texts in enumerate(references) if isinstance(texts, str) or not any(map(str.strip, texts))]:
-        raise ValueError(f"Clip {empty[0]} has no list of reference captions; give one, or leave the clip out.")
-    require_java()
+    references, hypotheses = tokenised(references, hypotheses)
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
-    references, hypotheses = tokenise(references), tokenise([[text] for text in hypotheses])
     pairs = dict(enumerate(references)), dict(enumerate(hypotheses))
     scores = {}
     for name, metric in (("CIDEr-D", Cider()), ("ROUGE-L", Rouge())):
@@ -82,6 +78,24 @@ def score_captions(
         clips = (clips + scores["CIDEr-D"].clips) / 2
         scores["SPIDEr"] = CaptionScore(float(clips.mean()), *mean_interval(clips), clips)
     return scores
+
+
+def cider_d(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> float:
+    """The corpus CIDEr-D of [`score_captions`] alone, which takes a second or two; arguments and errors are its."""
+    references, hypotheses = tokenised(references, hypotheses)
+    from pycocoevalcap.cider.cider import Cider
+
+    return float(Cider().compute_score(dict(enumerate(references)), dict(enumerate(hypotheses)))[0])
+
+
+def tokenised(
+    references: Sequence[Sequence[str]], hypotheses: Sequence[str]
+) -> tuple[list[list[str]], list[list[str]]]:
+    check_pairs(references, hypotheses)
+    if empty := [i for i, texts in enumerate(references) if isinstance(texts, str) or not any(map(str.strip, texts))]:
+        raise ValueError(f"Clip {empty[0]} has no list of reference captions; give one, or leave the clip out.")
+    require_java()
+    return tokenise(references), tokenise([[text] for text in hypotheses])
 
 
 def require_java():

@@ -21,10 +21,11 @@ class ClipDataset(torch.utils.data.Dataset):
     augmentation drawn by `seed`, `pass` and `index` alone, so that every process, and a run that is resumed, draws
     the same.
 
-    An example is `{"clip", "messages", "task", "text", "path", "seconds"}`. `clip` holds the encoders' frames from the
-    cache, or their inputs (see `encode_clips`), and `masked_frames`, bool `(frames,)`, where some are to be masked;
-    `messages` is `None` where the processor's own request for a transcript is meant. Of a clip that cannot be decoded
-    it is `{"path", "skipped": reason}`.
+    An example is `{"clip", "messages", "task", "text", "texts", "path", "seconds"}`. `clip` holds the encoders' frames
+    from the cache, or their inputs (see `encode_clips`), and `masked_frames`, bool `(frames,)`, where some are to be
+    masked; `messages` is `None` where the processor's own request for a transcript is meant; `texts` are all that the
+    clip has, and `text` is the one drawn, or the first. Of a clip that cannot be decoded it is
+    `{"path", "skipped": reason}`.
 
     Args:
         tables (`list[ClipTable]`).
@@ -93,6 +94,7 @@ class ClipDataset(torch.utils.data.Dataset):
             "messages": messages,
             "task": task or "asr",
             "text": texts[chosen],
+            "texts": texts,
             "path": path,
             "seconds": seconds,
         }
@@ -143,6 +145,10 @@ class ClipDataset(torch.utils.data.Dataset):
     def lengths(self) -> np.ndarray:
         """Seconds of each example, the measure of its cost."""
         return np.concatenate([table.seconds for table in self.tables])
+
+    def tasks(self) -> set[str]:
+        """The tasks of all examples."""
+        return set().union(*(table.tasks() for table in self.tables))
 
     def texts(self):
         """The texts of all examples, one after another; of a clip with several, all."""

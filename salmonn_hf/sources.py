@@ -260,6 +260,12 @@ class ClipTable:
     def __getitem__(self, index: int) -> dict:
         return self.rows[int(self.kept[index])]
 
+    def tasks(self) -> set[str]:
+        """The tasks of the usable clips; "asr" where none is named."""
+        if self.source.task or "task" not in self.rows.column_names:
+            return {self.source.task or "asr"}
+        return {task or "asr" for task in self.rows.select_columns("task").select(self.kept)["task"]}
+
     def texts(self):
         """The texts of all usable clips, one after another; of a clip with several, all."""
         kept = np.zeros(len(self.rows), dtype=bool)

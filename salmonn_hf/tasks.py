@@ -150,6 +150,10 @@ TEST_PROMPTS: dict[str, str] = {
     "speaker_diarization_asr": "Transcribe with speaker labels, in the order of the turns.",
 }
 
+# Of which answers are captions, as CIDEr-D measures them, or short enough that one is right or wrong.
+CAPTION_TASKS = ("audiocaption", "audiocaption_v2", "music_description")
+QUESTION_TASKS = ("QA", "gender_QA", "emotion_recognition", "speaker_verification")
+
 SYSTEM_PROMPT = (
     "You are given a recording and a request about it. Words that sound alike are told apart by their context: write "
     "the one that makes sense in the sentence. A transcript holds the spoken words and nothing else. A caption says "
@@ -216,6 +220,15 @@ def messages(
         {"role": "system", "content": [{"type": "text", "text": system}]},
         {"role": "user", "content": content},
     ]
+
+
+def training_metric(task: str) -> str | None:
+    """What a model is measured by on a task while it trains: "wer", "cider" or "accuracy"; `None`: by nothing."""
+    if task.startswith("asr"):
+        return "wer"
+    if task in CAPTION_TASKS:
+        return "cider"
+    return "accuracy" if task in QUESTION_TASKS else None
 
 
 def _look_up(task: str, prompts: dict, kind: str):

@@ -1,4 +1,4 @@
-"""What the training scripts share: collation, what is trained, the trainer, evaluation by word error rate."""
+"""What the training scripts share: collation, what is trained, the trainer, evaluation by what the model answers."""
 
 import json
 import logging
@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -22,6 +23,8 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import rotate_checkpoints
 
+from .answer_metrics import correct_answers
+from .caption_metrics import CaptionMetricsError, cider_d, require_java
 from .checkpoint import is_base_key
 from .clip_dataset import ClipDataset, MixtureSampler, StreamedClips, num_frames
 from .ctc_draft import merge_repeats
@@ -37,8 +40,11 @@ from .sharding import (
     whole_parameters,
 )
 from .sources import SkippedClips, parquet_rows
+from .tasks import training_metric
 
 logger = logging.getLogger(__name__)
+
+ANSWER_TOKENS = 96  # of an answer that is no transcript, however short its clip
 
 
 def ctc_text(text: str) -> str:
@@ -220,7 +226,8 @@ def freeze_base_parts(model, alignment_only: bool = False):
 @dataclass
 class SalmonnTrainingArguments(TrainingArguments):
     """
-    `TrainingArguments` with what [`SalmonnTrainer`] needs as defaults.
+    `TrainingArguments` with what [`SalmonnTrainer`] needs as defaults. `metric_for_best_model`, by which it stops
+    early and chooses the best checkpoint, is "wer" (the default), "cider" or "accuracy", or the same behind "eval_".
 
     Raises:
         ValueError: if it should stop early but never evaluates, or runs under DeepSpeed ZeRO-3.
@@ -235,7 +242,7 @@ class SalmonnTrainingArguments(TrainingArguments):
         default="group_by_length", metadata={"help": "Or 'random': clips of any length in a batch."}
     )
     early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without a lower word error rate."}
+        default=None, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."}
     )
     frame_noise: float = field(
         default=0.0, metadata={"help": "Noise on the speech encoder's frames, as a share of their deviation."}
@@ -266,11 +273,17 @@ class SalmonnTrainingArguments(TrainingArguments):
 class SalmonnTrainer(Trainer):
     """
     `Trainer` with the mixture of sources, frozen encoders that run once per clip, a learning rate of its own for LoRA,
-    checkpoints that are whole or not there, and word error rate on the evaluation set: of greedy transcripts, or of
-    the CTC head's where only that is trained.
+    checkpoints that are whole or not there, and evaluation by greedy answers to the evaluation set, some of which are
+    printed: `eval_wer` of transcripts, `eval_cider` (CIDEr-D) of captions and `eval_accuracy` of short answers,
+    whichever tasks it has (see `tasks.training_metric`). Where only the alignment is trained, `eval_wer` of the CTC
+    head's transcripts.
 
     Logged beside the loss: `tokens_per_second` (of the language model's rows; of targets where it is not run) and
     `audio_seconds_per_second`, over all processes, without evaluation.
+
+    Raises:
+        ValueError: if the evaluation set does not give `metric_for_best_model`.
+        CaptionMetricsError: if it has captions, and what scores them, Java among it, is not installed.
     """
 
     def __init__(self, *args, lora_learning_rate: float | None = None, skipped: SkippedClips | None = None, **kwargs):
@@ -280,6 +293,8 @@ class SalmonnTrainer(Trainer):
         self.amounts = {"tokens": 0.0, "audio_seconds": 0.0}
         self.counted_since = None
         self.staging = None
+        if self.eval_dataset is not None:
+            self.check_metrics()
         patience = getattr(self.args, "early_stopping_patience", None)
         if patience is not None:
             self.add_callback(EarlyStoppingCallback(patience))
@@ -463,16 +478,46 @@ class SalmonnTrainer(Trainer):
 
     # Evaluation
 
+    def metric_of(self, task: str) -> str | None:
+        metric = training_metric(task)
+        # The CTC head only transcribes.
+        return None if self.data_collator.alignment_only and metric != "wer" else metric
+
+    def check_metrics(self):
+        """What would otherwise be found out at the first evaluation only."""
+        metrics = {self.metric_of(task) for task in self.eval_dataset.tasks()} - {None}
+        best = (self.args.metric_for_best_model or "").removeprefix("eval_")
+        if best and best not in metrics:
+            raise ValueError(
+                f"metric_for_best_model is {best!r}, but the evaluation set, of the tasks "
+                f"{', '.join(sorted(self.eval_dataset.tasks()))}, gives {', '.join(sorted(metrics)) or 'no metric'}."
+            )
+        if "cider" in metrics:
+            try:
+                require_java()
+            except CaptionMetricsError as error:
+                raise CaptionMetricsError(f"The evaluation set has captions. {error}") from error
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         started = time.perf_counter()
         with whole_parameters(self.accelerator, self.model):
-            examples = self.transcribe(eval_dataset if eval_dataset is not None else self.eval_dataset)
+            examples = self.answers(eval_dataset if eval_dataset is not None else self.eval_dataset)
+        answers = defaultdict(list)
+        for task, references, answer in examples:
+            answers[self.metric_of(task)].append((references, answer))
         metrics = {"epoch": self.state.epoch}
-        spoken = [(reference, text) for task, reference, text in examples if task.startswith("asr")]
-        if spoken:
-            metrics[f"{metric_key_prefix}_wer"] = word_error_rate(*zip(*spoken, strict=True)).wer
-        for _, reference, hypothesis in examples[:3]:
-            self.log_sample(reference, hypothesis)
+        for metric, pairs in answers.items():
+            references, texts = zip(*pairs, strict=True)
+            for several, text in pairs[:3]:
+                self.log_sample(several[0], text)
+            if metric == "wer":
+                value = word_error_rate([several[0] for several in references], texts).wer
+            elif metric == "cider":
+                value = cider_d(references, texts)
+            elif metric == "accuracy":
+                value = float(correct_answers(references, texts).mean())
+            if metric is not None:
+                metrics[f"{metric_key_prefix}_{metric}"] = value
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if self.counted_since is not None:
@@ -482,11 +527,11 @@ class SalmonnTrainer(Trainer):
     def log_sample(self, reference: str, hypothesis: str):
         from tqdm import tqdm
 
-        tqdm.write(f"  reference  {reference}\n  transcript {hypothesis}")
+        tqdm.write(f"  reference  {reference}\n  answer     {hypothesis}")
 
     @torch.no_grad()
-    def transcribe(self, dataset: ClipDataset) -> list[tuple[str, str, str]]:
-        """Task, text and greedy answer of each clip, in the dataset's order; batched by length."""
+    def answers(self, dataset: ClipDataset) -> list[tuple[str, list[str], str]]:
+        """Task, references and greedy answer of each clip, in the dataset's order; batched by length."""
         model, collator = self.accelerator.unwrap_model(self.model), self.data_collator
         was_training = model.training
         model.eval()
@@ -511,9 +556,11 @@ class SalmonnTrainer(Trainer):
                     ]
                     # A runaway transcript shows after two tokens per audio token; speech has less than one.
                     limit = int(batch["audio_frames_mask"].sum(-1).max()) // 4 + 8
+                    if any(not example["task"].startswith("asr") for _, example in examples):
+                        limit = max(limit, ANSWER_TOKENS)
                     decoded = generate_answers(model, collator.processor, prompts, audio_embeds, limit)
             for (item, example), text in zip(examples, decoded, strict=True):
-                results[item] = (example["task"], example["text"], text)
+                results[item] = (example["task"], example["texts"], text)
         model.train(was_training)
         self.flush_cache()
         return [result for result in results if result is not None]

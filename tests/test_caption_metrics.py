@@ -59,6 +59,7 @@ CLIPS = {
 
 def test_equals_stored_values_of_pycocoevalcap():
     scores = score_captions(REFERENCES, HYPOTHESES)
+    assert caption_metrics.cider_d(REFERENCES, HYPOTHESES) == scores["CIDEr-D"].value
     assert {name: score.value for name, score in scores.items()} == pytest.approx(CORPUS, abs=1e-6)
     for name, clips in CLIPS.items():
         np.testing.assert_allclose(scores[name].clips, clips, atol=1e-6)
