@@ -31,6 +31,7 @@ SHAPES = {"seed": "seed", "baseline": "nota", "small": "nlp-07", "salmonn-7b": "
 PARTS = ("features", "whisper", "sound encoder", "q-former", "prefill")
 # Geometry and precision of the published systems.
 REFERENCE = {"pad_to_30_seconds": True, "window_frames": 17, "window_stride": 17, "queries_per_window": 1}
+REFERENCE |= {"speech_decoder_layers": 0, "frame_mlp_size": 0, "ctc_vocab_size": 0}  # a Q-Former, and that alone
 
 
 def parse_arguments() -> argparse.Namespace:
