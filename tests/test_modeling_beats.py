@@ -138,7 +138,8 @@ def test_hidden_states_and_attentions():
 @torch.no_grad()
 def test_bfloat16():
     inputs = padded([noise(1.0), noise(2.5, 1)])
-    model = tiny_beats()
+    # BEATs' convolution has 48 channels in a group; with 4, torch 2.13's in bfloat16 is wrong on CPUs with AMX.
+    model = tiny_beats(num_conv_pos_embedding_groups=1)
     exact = model(*inputs).last_hidden_state
     half = model.to(torch.bfloat16)(*inputs).last_hidden_state
     assert half.dtype == torch.bfloat16
