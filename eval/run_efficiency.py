@@ -30,8 +30,16 @@ NANO = Path(__file__).resolve().parents[1] / "model_cards" / "salmonn-lite-nano"
 SHAPES = {"seed": "seed", "baseline": "nota", "small": "nlp-07", "salmonn-7b": "salmonn-7b"}
 PARTS = ("features", "whisper", "sound encoder", "q-former", "prefill")
 # Geometry and precision of the published systems.
-REFERENCE = {"pad_to_30_seconds": True, "window_frames": 17, "window_stride": 17, "queries_per_window": 1}
-REFERENCE |= {"speech_decoder_layers": 0, "frame_mlp_size": 0, "ctc_vocab_size": 0}  # a Q-Former, and that alone
+REFERENCE = {
+    "pad_to_30_seconds": True,
+    "window_frames": 17,
+    "window_stride": 17,
+    "queries_per_window": 1,
+    # A Q-Former, and that alone.
+    "speech_decoder_layers": 0,
+    "frame_mlp_size": 0,
+    "ctc_vocab_size": 0,
+}
 
 
 def parse_arguments() -> argparse.Namespace:

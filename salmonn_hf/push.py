@@ -29,12 +29,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import sha_fileobj
 
-from .base_parts import is_complete, resolve_base_part
+from .base_parts import is_complete, is_hub_id, resolve_base_part
 from .checkpoint import check_weight_files
 
 logger = logging.getLogger(__name__)
@@ -170,14 +170,6 @@ def local_paths(value, key: str = "") -> Iterator[tuple[str, str]]:
             is_local = Path(value).expanduser().is_dir() or not is_hub_id(value)
         if is_local:
             yield key, value
-
-
-def is_hub_id(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 def pushed_files(directory: Path) -> list[str]:

