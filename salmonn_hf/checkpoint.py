@@ -169,6 +169,8 @@ def config_from_base_parts(audio_tower: str, language_model: str, sound_tower: s
         sound_config = AutoConfig.from_pretrained(resolve_base_part(sound_tower))
         width += sound_config.hidden_size
         base_parts["sound_tower"] = sound_tower
+    elif kwargs.get("sound_layers") is not None:
+        width += audio_config.d_model
     if kwargs.get("speech_decoder_layers"):
         base_parts["speech_tokens"] = audio_tower
     qformer_config = {"num_hidden_layers": 2, "cross_attention_frequency": 1, "encoder_hidden_size": width}

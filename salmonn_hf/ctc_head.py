@@ -1,10 +1,12 @@
-"""CTC (Graves et al., 2006) between audio embeddings and the tokens of the language model."""
+"""What aligns audio embeddings with the language model's tokens: CTC for speech, a bag of words for sounds."""
 
 import torch
 from torch import nn
 
 from .configuration_salmonn import SalmonnConfig
 from .quantization import embedding_rows
+
+CAPTION_SCALE = 20.0  # times cosines; the CTC head begins with the same
 
 
 class SalmonnCTCHead(nn.Module):
@@ -67,7 +69,6 @@ def ctc_loss(
     log_probs: torch.Tensor,
     lengths: torch.Tensor,
     labels: torch.Tensor,
-    num_labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""
     Args:
@@ -75,11 +76,9 @@ def ctc_loss(
         lengths (`torch.LongTensor` of shape `(clips,)`): audio tokens of each clip.
         labels (`torch.LongTensor` of shape `(clips, tokens)`): indices into `token_ids`, padded with -100. A clip
             with no label at all (no speech) takes no part.
-        num_labels (`torch.Tensor`, *optional*): target tokens of all batches of an optimizer step, for the share
-            of their common mean; by default this batch's own.
 
     Returns:
-        Scalar, nats per target token.
+        Scalar, nats, summed over all labels.
     """
     label_lengths = (labels != -100).sum(-1)
     losses = nn.functional.ctc_loss(
@@ -90,6 +89,31 @@ def ctc_loss(
         reduction="none",
         zero_infinity=True,  # a transcript longer than its audio has tokens has no path
     )
-    if num_labels is None:
-        num_labels = label_lengths.sum().clamp(min=1)
-    return losses[label_lengths > 0].sum() / num_labels
+    return losses[label_lengths > 0].sum()
+
+
+def caption_loss(
+    audio_embeds: torch.Tensor, lengths: torch.Tensor, labels: torch.LongTensor, embedding: nn.Module
+) -> torch.Tensor:
+    r"""
+    What CTC is for speech, for clips that no transcript spells out: the mean of a clip's audio embeddings is to lie
+    where the tokens of its caption lie. Each of them is predicted from the cosines of that mean with the language
+    model's token embeddings, as a bag of words, their order being of no account.
+
+    Args:
+        audio_embeds (`torch.Tensor` of shape `(audio tokens, hidden size)`): of all clips, as the model reads them.
+        lengths (`torch.LongTensor` of shape `(clips,)`): audio tokens of each clip.
+        labels (`torch.LongTensor` of shape `(clips, tokens)`): token ids, padded with -100.
+        embedding (`nn.Module`): the language model's input embeddings.
+
+    Returns:
+        Scalar, nats, summed over all labels.
+    """
+    means = torch.stack([clip.float().mean(0) for clip in audio_embeds.split(lengths.tolist())])
+    with torch.no_grad():
+        rows = embedding_rows(embedding, torch.arange(embedding.num_embeddings, device=labels.device)).float()
+        center = rows.mean(0)  # see SalmonnCTCHead.directions
+        rows = nn.functional.normalize(rows - center, dim=-1)
+    means = nn.functional.normalize(means - center, dim=-1)
+    log_probs = (CAPTION_SCALE * nn.functional.linear(means, rows)).log_softmax(-1)
+    return -(log_probs.gather(1, labels.clamp(min=0)) * (labels != -100)).sum()

@@ -11,13 +11,13 @@ from .joined_clips import join_clips
 from .sources import ClipTable, SkippedClips, Source
 from .tasks import SYSTEM_PROMPT
 
-SHORT_FORM = ("train_files", "joined_clips", "speeds", "speed_files")
+SHORT_FORM = ("joined_clips", "speeds", "speed_files")
 
 
 @dataclass
 class DataArguments:
     """
-    `sources` and `eval_sources`, see [`Source`]; or, as a short form of them for transcription, `train_files` and
+    `sources` and `eval_sources`, see [`Source`]; or beside them, as a short form for transcription, `train_files` and
     `eval_file`: Parquet files with `audio` and `text` columns.
 
     Raises:
@@ -48,10 +48,8 @@ class DataArguments:
 
     def __post_init__(self):
         given = [key for key in SHORT_FORM if getattr(self, key)]
-        if self.sources and given:
-            raise ValueError(f"The recipe has both sources and {', '.join(given)}, its short form; keep one of them.")
-        if self.eval_sources and self.eval_file:
-            raise ValueError("The recipe has both eval_sources and eval_file, its short form; keep one of them.")
+        if given and not self.train_files:
+            raise ValueError(f"{', '.join(given)}: of train_files alone, of which the recipe has none; name some.")
         if not self.sources and not self.train_files:
             raise ValueError("The recipe has neither sources nor train_files; name what is to be trained on.")
         if not 0 <= self.min_seconds < self.max_seconds <= 30:
@@ -63,18 +61,16 @@ class DataArguments:
             raise ValueError(f"masked_frames is {self.masked_frames}; give a share from 0 to below 1.")
 
     def training_sources(self) -> list[Source]:
-        """`sources`; or a source for each training file, and one for each of its other speeds."""
-        if self.sources:
-            return [Source.parse(settings) for settings in self.sources]
+        """A source for each training file, and one for each of its other speeds; then `sources`."""
         columns = {"text": self.text_column}
         copies = [(file, speed) for file in self.speed_files or self.train_files for speed in self.speeds]
         files = [(file, 1.0) for file in self.train_files]
-        return [Source(path=file, columns=columns, speed=speed) for file, speed in files + copies]
+        short = [Source(path=file, columns=columns, speed=speed) for file, speed in files + copies]
+        return short + [Source.parse(settings) for settings in self.sources]
 
     def evaluation_sources(self) -> list[Source]:
-        if self.eval_file:
-            return [Source(path=self.eval_file, columns={"text": self.text_column})]
-        return [Source.parse(settings) for settings in self.eval_sources]
+        short = [Source(path=self.eval_file, columns={"text": self.text_column})] if self.eval_file else []
+        return short + [Source.parse(settings) for settings in self.eval_sources]
 
     def load(self, skipped: SkippedClips | None = None) -> tuple[list[ClipTable] | list[Source], list[ClipTable]]:
         """

@@ -29,6 +29,7 @@ OPEN_SHARDS = 64  # memory-mapped at a time
 def encoder_identity(model, feature_extractor) -> str:
     """Names the features of these encoders: other weights, precision or feature settings, another name."""
     settings = {name: getattr(feature_extractor, name) for name in FEATURE_SETTINGS}
+    settings["sound_layers"] = model.config.sound_layers
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if name.startswith(("audio_tower.", "sound_tower.")):

@@ -25,7 +25,7 @@ import soundfile
 from . import corpora
 from .audio import UNKNOWN_FRAMES, AudioError, load_audio
 from .corpora import UnusableClip, read_clip
-from .tasks import TRAIN_PROMPTS
+from .tasks import TRAIN_PROMPTS, is_transcript
 
 logger = logging.getLogger(__name__)
 
@@ -268,13 +268,25 @@ class ClipTable:
 
     def texts(self):
         """The texts of all usable clips, one after another; of a clip with several, all."""
+        for _, texts in self._texts():
+            yield from texts
+
+    def transcripts(self):
+        """As `texts`, of the clips whose task is to transcribe them."""
+        for task, texts in self._texts():
+            if is_transcript(task):
+                yield from texts
+
+    def _texts(self):
         kept = np.zeros(len(self.rows), dtype=bool)
         kept[self.kept] = True
         start = 0
-        for batch in self.rows.select_columns("text").iter(SCANNED_ROWS):
-            for is_kept, text in zip(kept[start:], batch["text"], strict=False):
+        columns = ["text"] + ["task"] * (not self.source.task and "task" in self.rows.column_names)
+        for batch in self.rows.select_columns(columns).iter(SCANNED_ROWS):
+            tasks = batch.get("task") or [self.source.task] * len(batch["text"])
+            for is_kept, task, text in zip(kept[start:], tasks, batch["text"], strict=False):
                 if is_kept:
-                    yield from [text] if isinstance(text, str) else text
+                    yield task or "asr", [text] if isinstance(text, str) else text
             start += len(batch["text"])
 
 

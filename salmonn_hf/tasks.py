@@ -224,11 +224,16 @@ def messages(
 
 def training_metric(task: str) -> str | None:
     """What a model is measured by on a task while it trains: "wer", "cider" or "accuracy"; `None`: by nothing."""
-    if task.startswith("asr"):
+    if is_transcript(task):
         return "wer"
     if task in CAPTION_TASKS:
         return "cider"
     return "accuracy" if task in QUESTION_TASKS else None
+
+
+def is_transcript(task: str) -> bool:
+    """Whether the answer to a task is what is said, word for word: what the CTC head can spell."""
+    return task.startswith("asr")
 
 
 def _look_up(task: str, prompts: dict, kind: str):

@@ -40,7 +40,7 @@ from .sharding import (
     whole_parameters,
 )
 from .sources import SkippedClips, parquet_rows
-from .tasks import training_metric
+from .tasks import CAPTION_TASKS, is_transcript, training_metric
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class ClipCollator:
     def silence(self) -> dict:
         features = self.processor.feature_extractor([np.zeros(1600, np.float32)], return_tensors="pt")
         clip = {name: features[name][0] for name in ("input_features", "input_values") if name in features}
-        return {"clip": clip, "messages": None, "text": None, "seconds": 0.0}
+        return {"clip": clip, "messages": None, "task": "asr", "text": None, "seconds": 0.0}
 
     def __call__(self, examples: list) -> dict:
         examples = [self.clips.example(*item) if isinstance(item, tuple) else item for item in examples]
@@ -112,8 +112,13 @@ class ClipCollator:
         }
         if self.ctc_token_ids:
             batch["ctc_labels"] = pad_sequence(
-                [self.ctc_labels(example["text"]) for example in examples], batch_first=True, padding_value=-100
+                [self.ctc_labels(example["text"] if is_transcript(example["task"]) else None) for example in examples],
+                batch_first=True,
+                padding_value=-100,
             )
+            described = [self.caption_labels(example) for example in examples]
+            if any(len(labels) for labels in described):
+                batch["caption_labels"] = pad_sequence(described, batch_first=True, padding_value=-100)
         if self.alignment_only:
             return batch
 
@@ -159,6 +164,13 @@ class ClipCollator:
         labels = [self.ctc_index[token] for token in tokens if token in self.ctc_index]
         return torch.tensor(labels, dtype=torch.int64)
 
+    def caption_labels(self, example: dict) -> torch.Tensor:
+        """The tokens of a caption, as it is spelt within a sentence; none of any other answer."""
+        if example["task"] not in CAPTION_TASKS:
+            return torch.zeros(0, dtype=torch.int64)
+        text = " " + example["text"].strip().lower()
+        return torch.tensor(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+
 
 def ctc_tokenizer(tokenizer, merges: int | None = None) -> Tokenizer:
     """
@@ -183,26 +195,27 @@ def ctc_vocabulary(texts: Iterable[str], tokenizer: Tokenizer) -> list[int]:
     return sorted(found)
 
 
-def encoded_examples(model, dataset: ClipDataset, clips: int, seed: int = 0) -> list[tuple[torch.Tensor, dict]]:
-    """The speech encoder's frames `(frames, d_model)` of random clips, with their examples; of whole clips alone."""
+def encoded_examples(model, dataset: ClipDataset, clips: int, seed: int = 0) -> list[tuple[dict, dict]]:
+    """The encoders' frames of random clips, see `encode_clips`, with their examples; of whole clips alone."""
     chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:clips].tolist()
     examples = [example for index in chosen if "clip" in (example := dataset[index])]
-    return [
-        (encode_clips(model, [example["clip"]], dataset.cache)[0]["audio_frames"].cpu(), example)
-        for example in examples
-    ]
+    return [(encode_clips(model, [example["clip"]], dataset.cache)[0], example) for example in examples]
 
 
 def standardise_frames(model, dataset: ClipDataset, clips: int = 2000, seed: int = 0):
     """
-    Start the LayerNorm behind the speech encoder so that every feature has mean 0 and variance 1 over `clips` random
+    Start the LayerNorms behind the encoders so that every feature has mean 0 and variance 1 over `clips` random
     clips: a few of Whisper's features are ten times the others, and would drown them in the Q-Former's first layer.
     """
-    frames = torch.cat([frames for frames, _ in encoded_examples(model, dataset, clips, seed)]).float()
-    normed = torch.nn.functional.layer_norm(frames, frames.shape[-1:])
-    with torch.no_grad():
-        model.audio_norm.weight.copy_(1 / normed.std(0))
-        model.audio_norm.bias.copy_(-normed.mean(0) / normed.std(0))
+    encoded = [frames for frames, _ in encoded_examples(model, dataset, clips, seed)]
+    for kind in ("audio", "sound"):
+        if f"{kind}_frames" in encoded[0]:
+            frames = torch.cat([frames[f"{kind}_frames"].cpu() for frames in encoded]).float()
+            normed = torch.nn.functional.layer_norm(frames, frames.shape[-1:])
+            norm = getattr(model, f"{kind}_norm")
+            with torch.no_grad():
+                norm.weight.copy_(1 / normed.std(0))
+                norm.bias.copy_(-normed.mean(0) / normed.std(0))
 
 
 def freeze_base_parts(model, alignment_only: bool = False):
@@ -354,7 +367,8 @@ class SalmonnTrainer(Trainer):
             self.amounts["tokens"] += float(rows.sum())
             self.amounts["audio_seconds"] += batch["seconds"]
         if batches and "ctc_labels" in batches[0]:
-            count = sum((batch["ctc_labels"] != -100).sum() for batch in batches).to(device)
+            targets = [batch[name] for batch in batches for name in ("ctc_labels", "caption_labels") if name in batch]
+            count = sum((labels != -100).sum() for labels in targets).to(device)
             if self.args.world_size > 1:
                 count = self.accelerator.gather(count).sum()
             count = count.clamp(min=1)
@@ -371,15 +385,17 @@ class SalmonnTrainer(Trainer):
         """A collated batch with its clips as encoder frames; those that are new go to the cache."""
         batch = {name: value for name, value in batch.items() if name not in ("seconds", "skipped")}
         clips = batch.pop("clips")
-        frames = encode_clips(self.accelerator.unwrap_model(self.model), clips, self.cache)
+        model = self.accelerator.unwrap_model(self.model)
+        frames = encode_clips(model, clips, self.cache)
+        speech_frames = ["audio_frames"] + ["sound_frames"] * (model.config.sound_layers is not None)
         for clip, encoded in zip(clips, frames, strict=True):
-            if "masked_frames" in clip:
-                masked = clip["masked_frames"][:, None].to(encoded["audio_frames"].device)
-                mean = encoded["audio_frames"].mean(0)
-                encoded["audio_frames"] = torch.where(masked, mean, encoded["audio_frames"])
-            if self.args.frame_noise:
-                clean = encoded["audio_frames"]
-                encoded["audio_frames"] = clean + self.args.frame_noise * clean.std() * torch.randn_like(clean)
+            for name in speech_frames:
+                if "masked_frames" in clip:
+                    masked = clip["masked_frames"][:, None].to(encoded[name].device)
+                    encoded[name] = torch.where(masked, encoded[name].mean(0), encoded[name])
+                if self.args.frame_noise:
+                    clean = encoded[name]
+                    encoded[name] = clean + self.args.frame_noise * clean.std() * torch.randn_like(clean)
         return batch | pad_clips(frames)
 
     def flush_cache(self):

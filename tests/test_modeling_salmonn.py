@@ -278,6 +278,32 @@ def test_ctc_loss_is_torchs_own():
     torch.testing.assert_close(output.loss, total / 6)
 
 
+def test_caption_loss_predicts_the_bag_of_words():
+    """Against torch's cross-entropy of the mean embedding's cosines with the tokens' directions, clip by clip."""
+    model = tiny_model(tiny_config(ctc_vocab_size=5))
+    frames, mask = torch.randn(3, 60, 16), torch.ones(3, 60, dtype=torch.bool)
+    mask[1, 33:] = False
+    ctc_labels = torch.tensor([[0, 1], [-100, -100], [-100, -100]])
+    caption_labels = torch.tensor([[-100, -100, -100], [7, 9, 7], [40, -100, -100]])
+    inputs = {"audio_frames": frames, "audio_frames_mask": mask, "ctc_labels": ctc_labels}
+    spoken = model(**inputs).loss
+    both = model(**inputs, caption_labels=caption_labels).loss
+
+    rows = model.get_input_embeddings().weight
+    means = torch.stack([clip.mean(0) for clip in torch.split(*map_tokens(model.connect_audio(frames, mask)))])
+    cosines = torch.nn.functional.cosine_similarity((means - rows.mean(0))[:, None], rows - rows.mean(0), dim=-1)
+    repeated, targets = 20 * cosines[[1, 1, 1, 2]], torch.tensor([7, 9, 7, 40])
+    described = torch.nn.functional.cross_entropy(repeated, targets, reduction="sum")
+    torch.testing.assert_close(both, (2 * spoken + described) / 6)
+    shared = model(**inputs, caption_labels=caption_labels, num_ctc_labels=torch.tensor(12)).loss
+    torch.testing.assert_close(shared, both / 2)
+
+
+def map_tokens(connected):
+    embeds, lengths = connected
+    return embeds, lengths.tolist()
+
+
 def test_ctc_loss_shares_in_accumulated_batches():
     """With twice the items in the accumulated batch, this one brings half of its loss, alignment included."""
     config = without_dropout()
@@ -386,6 +412,41 @@ def test_beats_joins_in(pad_to_30_seconds):
         for row, clip in enumerate(clips):
             alone = model(**processor.apply_transcription_request(clip)).logits[0, -1]
             torch.testing.assert_close(batch[row], alone, atol=1e-4, rtol=1e-4)
+
+
+def hearing_with_layers(layers):
+    qformer_config = tiny_config().qformer_config.to_dict() | {"encoder_hidden_size": 32}
+    return tiny_config(qformer_config=qformer_config, sound_layers=layers)
+
+
+def test_layers_of_the_speech_encoder_hear_sounds():
+    """Sound frames are the mean of those layers' outputs in transformers' own encoder, and reach the answer."""
+    model, processor = tiny_model(hearing_with_layers([1, 2])), tiny_processor()
+    whisper = WhisperEncoder(model.config.audio_config).eval()
+    whisper.load_state_dict(model.audio_tower.state_dict())
+    features, mask = torch.randn(1, 80, 3000), torch.ones(1, 3000)
+    encoded = model.encode_audio(features, mask)
+    layers = whisper(features, output_hidden_states=True).hidden_states[1:]
+    torch.testing.assert_close(encoded["sound_frames"], sum(layers) / 2, atol=1e-5, rtol=0)
+    assert encoded["sound_frames_mask"].equal(encoded["audio_frames_mask"])
+
+    inputs = processor.apply_transcription_request([noise(1.0, 1), noise(3.1, 2)])
+    alone = processor.apply_transcription_request(noise(1.0, 1))
+    torch.testing.assert_close(model(**inputs).logits[0, -1], model(**alone).logits[0, -1], atol=1e-4, rtol=1e-4)
+    frames = model.encode_audio(inputs.pop("input_features"), inputs.pop("input_features_mask"))
+    silenced = frames | {"sound_frames": torch.randn_like(frames["sound_frames"])}
+    assert not torch.allclose(model(**inputs, **frames).logits, model(**inputs, **silenced).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("layers", [[], [0], [1, 3]])
+def test_layers_that_the_speech_encoder_lacks_are_refused(layers):
+    with pytest.raises(ValueError, match="layers, from 1 to 2"):
+        hearing_with_layers(layers)
+
+
+def test_layers_and_a_sound_encoder_are_one_too_many():
+    with pytest.raises(ValueError, match="leave out these or sound_config"):
+        tiny_config(sound_layers=[1], sound_config=BeatsConfig())
 
 
 def test_placeholder_mismatch_is_named():

@@ -163,15 +163,24 @@ def test_short_form_is_a_source_for_each_file_and_speed():
     ]
     arguments.speed_files = None
     assert len(arguments.training_sources()) == 6
+    arguments.sources, arguments.eval_sources = ['{"path": "c.parquet"}'], ['{"path": "d.parquet"}']
+    assert arguments.training_sources()[6:] == [Source("c.parquet")]
+    arguments.eval_file = "e.parquet"
+    assert [source.path for source in arguments.evaluation_sources()] == ["e.parquet", "d.parquet"]
+
+
+def test_transcripts_are_the_texts_of_their_task(tmp_path):
+    rows = [embedded(flac(0.5), str(i), text=f"{task} text", task=task) for i, task in enumerate(("asr", "QA", None))]
+    path = write(tmp_path / "a.parquet", rows)
+    assert list(ClipTable(Source(path)).transcripts()) == ["asr text", "None text"]
+    assert list(ClipTable(Source(path, task="audiocaption")).transcripts()) == []
 
 
 @pytest.mark.parametrize(
     "settings, message",
     [
         ({}, "neither sources nor train_files"),
-        ({"sources": ["{}"], "train_files": ["a"]}, "both sources and train_files"),
-        ({"sources": ["{}"], "joined_clips": 3}, "both sources and joined_clips"),
-        ({"train_files": ["a"], "eval_file": "b", "eval_sources": ["{}"]}, "both eval_sources and eval_file"),
+        ({"sources": ["{}"], "joined_clips": 3}, "joined_clips: of train_files alone"),
         ({"train_files": ["a"], "max_seconds": 60.0}, "30 s that the encoder hears"),
         ({"train_files": ["a"], "masked_frames": 1.0}, "share from 0 to below 1"),
     ],

@@ -589,6 +589,21 @@ def test_clips_that_cannot_be_decoded_are_left_out_of_the_batch():
     assert output.loss == 0 and not any(p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
+def test_only_transcripts_are_spelt_and_only_captions_are_bags_of_words():
+    """What the CTC head learns of a sound must not be its caption: the clip says none of its words."""
+    processor = tiny_processor()
+    tokens = [processor.tokenizer(letter, add_special_tokens=False).input_ids[0] for letter in "abc"]
+    collator = ClipCollator(processor, tokens)
+    examples = [
+        example(0.4, text) | {"task": task} for task, text in (("asr", "ab"), ("audiocaption", "C"), ("QA", "b"))
+    ]
+    batch = collator(examples)
+    assert [[label for label in row if label != -100] for row in batch["ctc_labels"].tolist()] == [[0, 1], [], []]
+    captions = [[label for label in row if label != -100] for row in batch["caption_labels"].tolist()]
+    assert captions == [[], processor.tokenizer(" c", add_special_tokens=False).input_ids, []]
+    assert "caption_labels" not in collator(examples[::2])
+
+
 def test_a_missing_column_is_named(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", 1, text_column="sentence")
     with pytest.raises(ValueError, match="no column 'text'"):
@@ -668,7 +683,11 @@ def test_standardised_frames_have_mean_0_and_variance_1():
     class Clips(list):
         cache = None
 
-    standardise_frames(model, Clips({"clip": {"audio_frames": clip}} for clip in frames))
+    model.sound_norm = torch.nn.LayerNorm(16)
+    examples = [{"clip": {"audio_frames": clip, "sound_frames": 3 * clip.roll(5, 1)}} for clip in frames]
+    standardise_frames(model, Clips(examples))
+    sound = model.sound_norm(torch.cat([example["clip"]["sound_frames"] for example in examples]))
+    torch.testing.assert_close(sound.std(0), torch.ones(16), atol=1e-3, rtol=0)
     normed = model.audio_norm(torch.cat(frames))
     torch.testing.assert_close(normed.mean(0), torch.zeros(16), atol=1e-4, rtol=0)
     torch.testing.assert_close(normed.std(0), torch.ones(16), atol=1e-3, rtol=0)

@@ -23,6 +23,7 @@ from salmonn_hf.data_arguments import DataArguments
 from salmonn_hf.recipe import parse_recipe
 from salmonn_hf.sources import SkippedClips
 from salmonn_hf.speech_decoder import shared_tokens, start_from_whisper
+from salmonn_hf.tasks import is_transcript
 from salmonn_hf.training import (
     ClipCollator,
     SalmonnTrainer,
@@ -43,6 +44,9 @@ class ModelArguments:
     audio_tower: str = field(metadata={"help": "Whisper encoder: hub name or directory."})
     language_model: str = field(metadata={"help": "Causal language model: hub name or directory."})
     sound_tower: str | None = field(default=None, metadata={"help": "Sound encoder: directory of a converted BEATs."})
+    sound_layers: list[int] | None = field(
+        default=None, metadata={"help": "Layers of the speech encoder that hear sounds, in place of a sound encoder."}
+    )
     encoder_dtype: str = field(default="bfloat16", metadata={"help": "Precision of the frozen encoders, or float32."})
     pad_to_30_seconds: bool = field(default=False, metadata={"help": "Every clip as 30 s: SALMONN's own geometry."})
     audio_token: str = field(default="<|audio|>", metadata={"help": "Token of its vocabulary that text never uses."})
@@ -81,7 +85,7 @@ def main():
         tokenizer.chat_template = Path(model_args.chat_template).read_text()
     skipped = SkippedClips(Path(training_args.output_dir, "skipped.tsv") if training_args.should_save else None)
     train, evaluation = data_args.load(skipped)
-    texts = (text for table in train for text in table.texts())
+    texts = (text for table in train for text in table.transcripts())
     ctc_token_ids = ctc_vocabulary(texts, ctc_tokenizer(tokenizer, model_args.ctc_merges))
     ctc_trained_size = 0
     if model_args.speech_decoder_layers:
@@ -100,6 +104,7 @@ def main():
         model_args.audio_tower,
         model_args.language_model,
         model_args.sound_tower,
+        sound_layers=model_args.sound_layers,
         pad_to_30_seconds=model_args.pad_to_30_seconds,
         audio_token_id=tokenizer.convert_tokens_to_ids(model_args.audio_token),
         window_position_embeddings=True,
@@ -151,10 +156,11 @@ def main():
             model.ctc_head.speech_token_ids.copy_(torch.tensor(speech_ids[0]))
             model.ctc_head.capital_token_ids.copy_(torch.tensor(speech_ids[1]))
             spoken = [
-                (frames, speech_tokenizer(ctc_text(example["text"]), add_special_tokens=False).input_ids)
+                (frames["audio_frames"].cpu(), ctc_text(example["text"]))
                 for frames, example in encoded_examples(model, train_dataset, clips=60)
-                if example["text"]  # a sound has none
+                if is_transcript(example["task"])
             ]
+            spoken = [(frames, speech_tokenizer(text, add_special_tokens=False).input_ids) for frames, text in spoken]
             start_from_whisper(model, resolve_base_part(model_args.audio_tower), spoken)
     trainer = SalmonnTrainer(
         model=model,

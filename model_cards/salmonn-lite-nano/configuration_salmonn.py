@@ -27,7 +27,11 @@ class SalmonnConfig(PreTrainedConfig):
     Args:
         audio_config (`WhisperConfig` or `dict`): the speech encoder (only the encoder half of Whisper is built).
         sound_config (`PreTrainedConfig` or `dict`, *optional*): a second encoder, for sound and music, that takes raw
-            audio as `input_values` with an `attention_mask`, as BEATs, Wav2Vec2 and HuBERT do. `None`: speech alone.
+            audio as `input_values` with an `attention_mask`, as BEATs, Wav2Vec2 and HuBERT do.
+        sound_layers (`list[int]`, *optional*): in place of a sound encoder, the speech encoder's own layers by number
+            (1 is the first): the mean of their outputs are the sound frames. The last layer keeps the words, those
+            before it know sounds as well (Gong et al., "Whisper-AT", Interspeech 2023). Neither this nor
+            `sound_config`: speech alone.
         qformer_config (`Blip2QFormerConfig` or `dict`): the window Q-Former. Its `encoder_hidden_size` must equal the
             width of the joined encoder features.
         text_config (`PreTrainedConfig` or `dict`): the language model, any that `AutoModelForCausalLM` knows.
@@ -76,6 +80,7 @@ class SalmonnConfig(PreTrainedConfig):
 
     audio_config: dict | PreTrainedConfig | None = None
     sound_config: dict | PreTrainedConfig | None = None
+    sound_layers: list[int] | None = None
     qformer_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     audio_token_id: int = 0
@@ -106,7 +111,9 @@ class SalmonnConfig(PreTrainedConfig):
             raise ValueError(
                 f"audio_config is of type '{self.audio_config.model_type}'; the speech encoder must be a Whisper one."
             )
-        sound_width = self.sound_config.hidden_size if self.sound_config is not None else 0
+        if self.sound_layers is not None:
+            self.check_sound_layers()
+        sound_width = self.sound_width
         width = self.audio_config.d_model + sound_width
         if self.qformer_config.encoder_hidden_size != width:
             raise ValueError(
@@ -135,6 +142,22 @@ class SalmonnConfig(PreTrainedConfig):
             raise ValueError(
                 f"audio_token_id {self.audio_token_id} lies outside the language model's vocabulary of "
                 f"{self.text_config.vocab_size} tokens; name a token that it has and text never uses."
+            )
+
+    @property
+    def sound_width(self) -> int:
+        """Features of a sound frame; 0 where speech alone is heard."""
+        if self.sound_layers is not None:
+            return self.audio_config.d_model
+        return self.sound_config.hidden_size if self.sound_config is not None else 0
+
+    def check_sound_layers(self):
+        if self.sound_config is not None:
+            raise ValueError("sound_layers take the place of a sound encoder; leave out these or sound_config.")
+        layers = self.audio_config.encoder_layers
+        if not self.sound_layers or not all(1 <= layer <= layers for layer in self.sound_layers):
+            raise ValueError(
+                f"sound_layers {self.sound_layers} must be numbers of the speech encoder's layers, from 1 to {layers}."
             )
 
     def check_speech_decoder(self):

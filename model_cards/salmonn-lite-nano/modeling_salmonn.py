@@ -19,7 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_beats import BeatsConfig
 from .configuration_salmonn import SalmonnConfig
 from .ctc_draft import DraftedGenerationMixin
-from .ctc_head import SalmonnCTCHead, ctc_loss
+from .ctc_head import SalmonnCTCHead, caption_loss, ctc_loss
 from .modeling_beats import BeatsModel
 from .quantization import quantize_parts
 from .speech_decoder import SalmonnSpeechDecoder, SalmonnSpeechTokenHead
@@ -228,7 +228,8 @@ class SalmonnModel(SalmonnPreTrainedModel):
         self.audio_norm = nn.LayerNorm(config.audio_config.d_model)
         if config.sound_config is not None:
             self.sound_tower = AutoModel.from_config(config.sound_config)
-            self.sound_norm = nn.LayerNorm(config.sound_config.hidden_size)
+        if config.sound_width:
+            self.sound_norm = nn.LayerNorm(config.sound_width)
         if config.speech_decoder_layers:
             self.connector = SalmonnSpeechDecoder(config)
             self.speech_tokens = nn.Embedding(config.audio_config.vocab_size, config.audio_config.d_model)
@@ -305,7 +306,7 @@ class SalmonnModel(SalmonnPreTrainedModel):
 
         Returns:
             `dict`: `audio_frames` `(clips, frames, d_model)` at 50 Hz and `audio_frames_mask` `(clips, frames)`, bool;
-            with a sound encoder also `sound_frames` and `sound_frames_mask`.
+            with a sound encoder or `config.sound_layers` also `sound_frames` and `sound_frames_mask`.
         """
         encoded = self.encode_speech(input_features, input_features_mask)
         if self.config.sound_config is not None:
@@ -313,9 +314,18 @@ class SalmonnModel(SalmonnPreTrainedModel):
         return encoded
 
     def encode_speech(self, input_features, input_features_mask):
-        input_features = input_features.to(self.audio_tower.dtype)
-        audio_frames = self.audio_tower(input_features, attention_mask=input_features_mask).last_hidden_state
-        return {"audio_frames": audio_frames, "audio_frames_mask": input_features_mask[:, ::2].bool()}
+        layers = self.config.sound_layers
+        encoded = self.audio_tower(
+            input_features.to(self.audio_tower.dtype),
+            attention_mask=input_features_mask,
+            output_hidden_states=layers is not None,
+        )
+        mask = input_features_mask[:, ::2].bool()
+        frames = {"audio_frames": encoded.last_hidden_state, "audio_frames_mask": mask}
+        if layers is not None:
+            sound_frames = torch.stack([encoded.hidden_states[layer] for layer in layers]).mean(0)
+            frames |= {"sound_frames": sound_frames, "sound_frames_mask": mask}
+        return frames
 
     def encode_sound(self, input_values, input_values_mask):
         if self.config.sound_config.model_type != "beats":  # which makes its spectrogram in float32
@@ -472,6 +482,7 @@ class SalmonnForConditionalGeneration(SalmonnModel, DraftedGenerationMixin):
         sound_frames: torch.Tensor | None = None,
         sound_frames_mask: torch.Tensor | None = None,
         ctc_labels: torch.LongTensor | None = None,
+        caption_labels: torch.LongTensor | None = None,
         num_ctc_labels: torch.Tensor | None = None,
         **kwargs,
     ) -> SalmonnOutput:
@@ -490,8 +501,10 @@ class SalmonnForConditionalGeneration(SalmonnModel, DraftedGenerationMixin):
             audio_frames, audio_frames_mask, sound_frames, sound_frames_mask: what `encode_audio` returned, in place of
                 the features; they need not be encoded again.
             ctc_labels (`torch.LongTensor` of shape `(clips, tokens)`): indices into `ctc_head.token_ids`, -100 padded.
-            num_ctc_labels (`torch.Tensor`, *optional*): how many there are in all batches of an optimizer step, as
-                `num_items_in_batch` is for `labels`.
+            caption_labels (`torch.LongTensor` of shape `(clips, tokens)`, *optional*, beside `ctc_labels`): the tokens
+                of what a clip without a transcript is called, in any order, -100 padded; see `caption_loss`.
+            num_ctc_labels (`torch.Tensor`, *optional*): how many of both there are in all batches of an optimizer
+                step, as `num_items_in_batch` is for `labels`.
         """
         inputs_embeds, audio_embeds, num_tokens = self.forward_audio(
             input_ids,
@@ -514,7 +527,15 @@ class SalmonnForConditionalGeneration(SalmonnModel, DraftedGenerationMixin):
                 log_probs = self.ctc_head(clips, self.ctc_embedding(), classes)
             else:
                 log_probs = self.ctc_head(clips, self.ctc_embedding())
-            aligned = ctc_loss(log_probs, num_tokens, ctc_labels, num_ctc_labels)
+            aligned = ctc_loss(log_probs, num_tokens, ctc_labels)
+            if caption_labels is not None:
+                named = (caption_labels != -100).any(-1)
+                states = torch.cat([audio_embeds.split(num_tokens.tolist())[clip] for clip in named.nonzero()[:, 0]])
+                aligned = aligned + caption_loss(
+                    self.embed_audio(states), num_tokens[named], caption_labels[named], self.get_input_embeddings()
+                )
+            own = sum((labels != -100).sum() for labels in (ctc_labels, caption_labels) if labels is not None)
+            aligned = aligned / (own.clamp(min=1) if num_ctc_labels is None else num_ctc_labels)
             if inputs_embeds is None:
                 return SalmonnOutput(loss=aligned, ctc_loss=aligned, audio_embeds=audio_embeds)
 
