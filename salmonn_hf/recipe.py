@@ -9,7 +9,7 @@ import yaml
 from transformers import HfArgumentParser
 
 # Keys of which one makes the other void; on the command line, one may override the other of the recipe.
-CONTRADICTIONS = (("max_steps", "num_train_epochs"), ("bf16", "fp16"), ("train_files", "sources"))
+CONTRADICTIONS = (("max_steps", "num_train_epochs"), ("bf16", "fp16"))
 
 
 class _RecipeLoader(yaml.SafeLoader):

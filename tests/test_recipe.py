@@ -71,6 +71,13 @@ def test_the_command_line_overrides_what_contradicts_it(tmp_path):
     assert (training.max_steps, training.num_train_epochs, training.bf16) == (5, 3.0, True)
 
 
+def test_the_short_form_and_sources_stand_together(tmp_path):
+    recipe = write(tmp_path, "train_files: [a.parquet]\nsources:\n  - {path: b.parquet}\n")
+    kinds = (DataArguments, SalmonnTrainingArguments)
+    data, _ = parse_recipe(kinds, [recipe, "--output_dir", str(tmp_path)])
+    assert [source.path for source in data.training_sources()] == ["a.parquet", "b.parquet"]
+
+
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "training" / "recipes").glob("*/*.yaml")), ids=lambda p: "/".join(p.parts[-2:])
 )
