@@ -3,8 +3,7 @@ Turn the results of evaluations into a Markdown page and a self-contained HTML p
 
     python eval/make_report.py runs/eval/nano runs/eval/whisper runs/eval/captions --output runs/report
 
-Each directory is the `--output` of a finished `run_asr.py`, `run_aac.py` or `run_qa.py`, or holds an
-`efficiency.json`.
+Each directory is the `--output` of a finished `run_asr.py`, `run_aac.py`, `run_qa.py` or `run_efficiency.py`.
 """
 
 import argparse

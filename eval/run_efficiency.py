@@ -9,7 +9,8 @@ The protocol of SALMONN's compression challenge (batch 1, 10 s of noise, a trans
 token), with the device synchronised at every mark, the features timed as well, and the peak of memory reset after
 loading. `--shapes` builds a published system with random weights (LoRA taken as merged), so that it can be measured
 without any download. `--reference` also measures the same parts the way the published systems run them: 30 s of
-padding, 88 audio tokens, float32. Writes `result.json`, `table.md` and `latency.png`.
+padding, 88 audio tokens, float32. Writes `efficiency.json`, which `eval/make_report.py` and `model_cards/make_card.py`
+read, `table.md` and `latency.png`.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 
 from salmonn_hf import SalmonnConfig, SalmonnFeatureExtractor, SalmonnForConditionalGeneration
+from salmonn_hf.files import write_whole
 from salmonn_hf.published_configs import published_config
 from salmonn_hf.quantization import QuantizedMatrix
 
@@ -323,10 +325,10 @@ def main() -> None:
         model = random_model(SalmonnConfig.from_dict(settings), torch.float32, arguments.device)
         results[f"{name}, the published way"] = measure(model, arguments, memory, memory.peak())
     arguments.output.mkdir(parents=True, exist_ok=True)
+    settings = {"model": arguments.model or arguments.shapes, "rounds": arguments.rounds, "warmup": arguments.warmup}
     machine = {"device": arguments.device, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    (arguments.output / "result.json").write_text(
-        json.dumps({"machine": machine, "systems": results}, indent=2) + "\n"
-    )
+    efficiency = {"settings": settings, "machine": machine, "systems": results}
+    write_whole(arguments.output / "efficiency.json", json.dumps(efficiency, indent=2) + "\n")
     (arguments.output / "table.md").write_text(table(results))
     plot(results, arguments.output / "latency.png")
     print(table(results))

@@ -5,8 +5,8 @@ training, and the results of its evaluation. Nothing in a card is written by han
     python model_cards/make_card.py model_cards/salmonn-lite-nano --recipe training/recipes/nano/stage2.yaml \\
         --results runs/eval/nano runs/eval/captions
 
-`--results` are the `--output` directories of `eval/run_asr.py`, `run_aac.py` and `run_qa.py`, and directories with an
-`efficiency.json`. The text around the figures is `template.md`.
+`--results` are the `--output` directories of `eval/run_asr.py`, `run_aac.py`, `run_qa.py` and `run_efficiency.py`. The
+text around the figures is `template.md`.
 """
 
 import argparse

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .configuration_salmonn import SalmonnConfig
 from .files import write_whole
 from .modeling_salmonn import SalmonnForConditionalGeneration
-from .report import Run, markdown_table, metrics_table, read_run, remarks
+from .report import Run, markdown_table, metrics_table, read_run, remarks, timings
 from .tasks import TEST_PROMPTS
 
 # Of the base parts' own pages; the longest name that a part's begins with counts.
@@ -160,10 +160,9 @@ def run_section(run: Run) -> str:
 def efficiency_lines(runs: list[Run]) -> list[str]:
     lines = []
     for run in runs:
-        if run.efficiency is not None:
-            found = run.efficiency
+        for name, found in timings(run).items():
             lines.append(
-                f"{found['memory_gb']:.2f} GB peak memory, {found['ttft_seconds']:.3f} s to the first token, "
+                f"{name}: {found['memory_gb']:.2f} GB peak memory, {found['ttft_seconds']:.3f} s to the first token, "
                 f"{found['tpot_seconds']:.4f} s a token ({found['protocol']})"
             )
         speed = run.directory / "speed.json"

@@ -53,8 +53,7 @@ DIGITS = (4, 4, 2, 3, 3)  # of SPIDEr, WER, GB, s, s
 class Run:
     """
     What one directory holds: a `result.json` of an evaluation with its predictions and scores, or an
-    `efficiency.json`: `{"model", "memory_gb", "ttft_seconds", "tpot_seconds", "parts_seconds": {part: seconds},
-    "protocol"}`.
+    `efficiency.json` of `eval/run_efficiency.py`.
     """
 
     directory: Path
@@ -64,7 +63,7 @@ class Run:
 
     @property
     def model(self) -> str:
-        return self.efficiency["model"] if self.result is None else self.result["settings"]["model"]
+        return (self.efficiency if self.result is None else self.result)["settings"]["model"]
 
     @property
     def task(self) -> str:
@@ -93,6 +92,32 @@ def read_run(directory: Path) -> Run:
     return Run(directory, result, efficiency, clips)
 
 
+def timings(run: Run) -> dict[str, dict]:
+    """
+    What `eval/run_efficiency.py` measured of each system, the run's own model first: gigabytes, median seconds to the
+    first token, by part as well, and per further token, and how they were measured. Empty without such a file.
+    """
+    if run.efficiency is None:
+        return {}
+    settings, machine = run.efficiency["settings"], run.efficiency["machine"]
+    found = {}
+    for name, system in run.efficiency["systems"].items():
+        protocol = system["protocol"]
+        found[name] = {
+            "memory_gb": system["peak_memory"] / 1e9,
+            "ttft_seconds": protocol["ttft"]["p50"],
+            "tpot_seconds": protocol["tpot"]["p50"],
+            "parts_seconds": protocol["ttft_by_part"],
+            "file": f"{run.directory}/efficiency.json",
+            "protocol": (
+                f"batch 1, {protocol['seconds_of_audio']:g} s of noise, {system['audio_tokens']} audio tokens, "
+                f"{system['dtype'].removeprefix('torch.')}, {machine['device']}, {machine['threads']} threads, median "
+                f"of {settings['rounds']} rounds"
+            ),
+        }
+    return found
+
+
 # Tables
 
 
@@ -107,25 +132,30 @@ def challenge_table(runs: list[Run]) -> tuple[list[list[str]], list[str]]:
         figures = (system.spider, system.wer, system.memory, system.ttft, system.tpot)
         rows.append([system.name, *map(number, figures, DIGITS), "published"])
     origins = [f"published: {PUBLISHED_ORIGIN}"]
+
+    def add(name: str, scores: dict, timing: dict, sources: list[str]):
+        figures = [scores.get("aac"), scores.get("asr")]
+        figures += [timing.get(key) for key in ("memory_gb", "ttft_seconds", "tpot_seconds")]
+        rows.append([name, *map(number, figures, DIGITS), f"measured [{len(origins)}]"])
+        sources = sources + ([f"memory and times: {timing['protocol']} ({timing['file']})"] if timing else [])
+        origins.append(f"measured [{len(origins)}]: " + ("; ".join(sources) or "nothing measured"))
+
     for model in dict.fromkeys(run.model for run in runs):
         own = [run for run in runs if run.model == model]
         evaluations = [run for run in own if run.result is not None and run.task in ("asr", "aac")]
-        efficiency = next((run for run in own if run.efficiency is not None), None)
+        efficiency = next((timings(run) for run in own if run.efficiency is not None), {"": {}})
+        timing, *_ = efficiency.values()
         datasets = dict.fromkeys(tuple(run.result["settings"]["data"]) for run in evaluations if run.task == "asr")
         for data in datasets or [None]:
-            cells, sources = {}, []
+            scores, sources = {}, []
             for run in evaluations:
                 metric = run.result["metrics"].get({"asr": "wer", "aac": "SPIDEr"}[run.task])
                 if run.task == "aac" or tuple(run.result["settings"]["data"]) == data:
-                    cells[run.task] = metric["value"] if metric else None
+                    scores[run.task] = metric["value"] if metric else None
                     sources.append(describe_origin(run))
-            measured = efficiency.efficiency if efficiency else {}
-            if efficiency:
-                sources.append(f"memory and times: {measured['protocol']} ({efficiency.directory}/efficiency.json)")
-            figures = [cells.get("aac"), cells.get("asr")]
-            figures += [measured.get(key) for key in ("memory_gb", "ttft_seconds", "tpot_seconds")]
-            rows.append([Path(model).name, *map(number, figures, DIGITS), f"measured [{len(origins)}]"])
-            origins.append(f"measured [{len(origins)}]: " + ("; ".join(sources) or "nothing measured"))
+            add(Path(model).name, scores, timing, sources)
+        for name, other in list(efficiency.items())[1:]:  # measured beside the model
+            add(name, {}, other, [])
     return rows, origins
 
 
@@ -247,18 +277,15 @@ def plots(runs: list[Run]) -> dict[str, str]:
             which = "" if shown is labels else ", the 20 worst and 20 best"
             pictures[f"CIDEr-D by label (clips){which}: {run.title}"] = figure_svg(figure)
 
-    timed = [run for run in runs if run.efficiency is not None and run.efficiency.get("parts_seconds")]
+    timed = {name: timing["parts_seconds"] for run in runs for name, timing in timings(run).items()}
     if timed:
         figure, axes = plt.subplots(figsize=(7, 0.9 + 0.5 * len(timed)), layout="constrained")
-        for part in dict.fromkeys(part for run in timed for part in run.efficiency["parts_seconds"]):
-            before, widths = [], []
-            for run in timed:
-                parts = run.efficiency["parts_seconds"]
-                names = list(parts)
-                before.append(sum(parts[name] for name in names[: names.index(part)]) if part in parts else 0)
-                widths.append(parts.get(part, 0))
-            names = [Path(run.model).name for run in timed]
-            axes.barh(names, [1000 * w for w in widths], left=[1000 * b for b in before], label=part)
+        left = [0.0] * len(timed)
+        for part in next(iter(timed.values())):
+            widths = [1000 * parts[part] for parts in timed.values()]
+            axes.barh(list(timed), widths, left=left, label=part)
+            left = [before + width for before, width in zip(left, widths, strict=True)]
+        axes.invert_yaxis()
         axes.set(xlabel="ms")
         figure.legend(loc="outside upper left", ncols=3, fontsize=7)
         pictures["Latency by part"] = figure_svg(figure)

@@ -127,6 +127,28 @@ def noise(seconds, seed=0):
     return (rng.standard_normal(samples) * swell).astype(np.float32)
 
 
+def efficiency_result(model, **systems):
+    """An `efficiency.json` with chosen (bytes, TTFT, TPOT) of each system: as much of one as is read of it."""
+    return {
+        "settings": {"model": model, "rounds": 20},
+        "machine": {"device": "cpu", "threads": 2},
+        "systems": {
+            name: {
+                "dtype": "torch.bfloat16",
+                "audio_tokens": 50,
+                "peak_memory": memory,
+                "protocol": {
+                    "seconds_of_audio": 10.0,
+                    "ttft": {"p50": ttft},
+                    "ttft_by_part": {"whisper": ttft / 2, "prefill": ttft / 2},
+                    "tpot": {"p50": tpot},
+                },
+            }
+            for name, (memory, ttft, tpot) in systems.items()
+        },
+    }
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
     """A directory with a tiny random model and its processor, as save_pretrained writes them."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import tiny_config, tiny_model
+from conftest import efficiency_result, tiny_config, tiny_model
 from huggingface_hub import ModelCard
 from test_evaluation import Listener, clips_of
 
@@ -40,8 +40,8 @@ def made(tiny_checkpoint, tmp_path_factory):
     predictions = predict(clips_of([0.5, 1.0, None, 0.3, 1.5, 0.7, 1.8] * 3), Listener, output, settings)
     finish(output, predictions, *score_transcripts(predictions))
     (root / "times").mkdir()
-    efficiency = {"model": str(checkpoint), "memory_gb": 0.51, "ttft_seconds": 0.06, "tpot_seconds": 0.0123}
-    write_whole(root / "times" / "efficiency.json", json.dumps(efficiency | {"protocol": "batch 1"}))
+    efficiency = efficiency_result(str(checkpoint), tiny=(0.51e9, 0.06, 0.0123))
+    write_whole(root / "times" / "efficiency.json", json.dumps(efficiency))
     columns = {
         "seconds": [1800.0, 3600.0],
         "source": ["game", "game"],
@@ -87,7 +87,7 @@ def test_it_says_what_the_files_say(card, made):
         "| train.parquet | 2 | 1.50 | game | CC0, GPL-2 |",
         "| other.parquet | — | — | not at hand when the card was made | — |",
         "learning_rate: 0.0003",
-        "0.51 GB peak memory, 0.060 s to the first token, 0.0123 s a token (batch 1)",
+        "tiny: 0.51 GB peak memory, 0.060 s to the first token, 0.0123 s a token (batch 1, 10 s of noise, 50 audio",
         "Audio captioning was not evaluated.",
         "3 clips could not be read",
         'pipeline("automatic-speech-recognition", model="tiny")',

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import soundfile
-from conftest import noise
+from conftest import efficiency_result, noise
 
 from salmonn_hf.evaluation import finish, parquet_clips, predict
 from salmonn_hf.files import write_whole
@@ -53,9 +53,7 @@ def results(tmp_path_factory):
         predictions = predict(clips, Model, output, settings)
         finish(output, predictions, *score(predictions))
     (root / "times").mkdir()
-    parts = {"Whisper": 0.02, "Q-Former": 0.01, "prefill": 0.03}
-    efficiency = {"model": "models/nano", "memory_gb": 0.51, "ttft_seconds": 0.06, "tpot_seconds": 0.0123}
-    efficiency |= {"parts_seconds": parts, "protocol": "batch 1, 10 s of noise"}
+    efficiency = efficiency_result("models/nano", nano=(0.51e9, 0.06, 0.0123), another=(0.9e9, 0.08, 0.0456))
     write_whole(root / "times" / "efficiency.json", json.dumps(efficiency))
     return root
 
@@ -145,9 +143,10 @@ def test_both_pages_say_the_same(report, results):
 def test_challenge_table(results):
     rows, origins = challenge_table([read_run(results / name) for name in ("asr", "aac", "times")])
     assert rows[2] == ["seed (cv-03)", "0.3049", "0.0642", "5.32", "0.356", "0.107", "published"]
-    name, spider, wer, memory, ttft, tpot, origin = rows[-1]
+    name, spider, wer, memory, ttft, tpot, origin = rows[-2]
     assert (name, spider, memory, ttft, tpot, origin) == ("nano", "—", "0.51", "0.060", "0.012", "measured [1]")
     assert wer == f"{read_run(results / 'asr').result['metrics']['wer']['value']:.4f}"
+    assert rows[-1] == ["another", "—", "—", "0.90", "0.080", "0.046", "measured [2]"]
     assert "no SPIDEr was computed" in origins[1] and "25 clips of test.parquet" in origins[1]
 
 

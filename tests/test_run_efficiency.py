@@ -9,9 +9,12 @@ import pytest
 import torch
 from conftest import noise, tiny_config, tiny_model, tiny_text_config
 
+from salmonn_hf.model_card import make_card
 from salmonn_hf.quantization import quantize_parts
+from salmonn_hf.report import write_report
 
-SCRIPT = runpy.run_path(str(Path(__file__).resolve().parents[1] / "eval" / "run_efficiency.py"))
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = runpy.run_path(str(ROOT / "eval" / "run_efficiency.py"))
 
 
 def test_the_timed_parts_are_the_whole_model():
@@ -46,7 +49,7 @@ def test_the_published_way_of_a_connector_from_whispers_decoder_is_a_qformer(tmp
                  "--batch_sizes", 1, "--decode_steps", 2, "--reference", "--output", tmp_path / "out"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["run_efficiency.py", *map(str, arguments)])
     SCRIPT["main"]()
-    systems = json.loads((tmp_path / "out" / "result.json").read_text())["systems"]
+    systems = json.loads((tmp_path / "out" / "efficiency.json").read_text())["systems"]
     assert systems["tiny, the published way"]["audio_tokens"] == 88
 
 
@@ -60,7 +63,7 @@ def test_command_writes_json_table_and_plot(reference, tmp_path, monkeypatch):
         arguments.append("--reference")
     monkeypatch.setattr(sys, "argv", ["run_efficiency.py", *map(str, arguments)])
     SCRIPT["main"]()
-    systems = json.loads((output / "result.json").read_text())["systems"]
+    systems = json.loads((output / "efficiency.json").read_text())["systems"]
     assert list(systems) == ["tiny", "tiny, the published way"][: 1 + reference]
     for system in systems.values():
         assert system["protocol"]["ttft"]["p50"] <= system["protocol"]["ttft"]["p95"]
@@ -71,6 +74,26 @@ def test_command_writes_json_table_and_plot(reference, tmp_path, monkeypatch):
         assert systems["tiny, the published way"]["dtype"] == "torch.float32"
     assert "| TTFT s of | features |" in (output / "table.md").read_text()
     assert (output / "latency.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_and_the_card_take_what_it_writes(tiny_checkpoint, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    arguments = ["--model", tiny_checkpoint, "--rounds", 1, "--warmup", 1, "--seconds", 1, "--lengths", 0.5, "--dtype",
+                 "float32", "--batch_sizes", 1, "--decode_steps", 2, "--reference", "--output", output]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["run_efficiency.py", *map(str, arguments)])
+    SCRIPT["main"]()
+    write_report([output], tmp_path / "report")
+    report = (tmp_path / "report" / "report.md").read_text()
+    card = str(make_card(tiny_checkpoint, [output], ROOT / "model_cards" / "template.md"))
+    systems = json.loads((output / "efficiency.json").read_text())["systems"]
+    assert len(systems) == 2
+    for name, system in systems.items():
+        memory, ttft = f"{system['peak_memory'] / 1e9:.2f}", f"{system['protocol']['ttft']['p50']:.3f}"
+        tpot = system["protocol"]["tpot"]["p50"]
+        assert f"| {name} | — | — | {memory} | {ttft} | {tpot:.3f} | measured" in report
+        assert f"- {name}: {memory} GB peak memory, {ttft} s to the first token, {tpot:.4f} s a token" in card
+        assert f"{system['audio_tokens']} audio tokens, float32, cpu, {torch.get_num_threads()} threads" in card
+        assert name in (tmp_path / "report" / "plots" / "0.svg").read_text()
 
 
 def test_random_weights_of_quantised_shapes_run():
