@@ -211,37 +211,35 @@ class MixtureSampler(torch.utils.data.Sampler):
         return sum(self.counts)
 
     def __iter__(self):
+        for number, index in zip(*self._epoch(), strict=True):
+            yield int(number), int(index)
+
+    def _epoch(self) -> tuple[np.ndarray, np.ndarray]:
+        """Passes and indices in the epoch's order. Apart from `__iter__`, which would hold all that is drawn here."""
         passes, indices, start = [], [], 0
         for part, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True)):
             if count:
-                places = np.arange(self.epoch * count, (self.epoch + 1) * count)
-                orders = {
-                    number: np.random.default_rng([self.seed, part, int(number)]).permutation(size)
-                    for number in np.unique(places // size)
-                }
-                passes.append(places // size)
-                indices.append(
-                    start
-                    + np.concatenate([orders[number][places[places // size == number] % size] for number in orders])
-                )
+                numbers, places = np.divmod(np.arange(self.epoch * count, (self.epoch + 1) * count), size)
+                for number in np.unique(numbers):
+                    order = np.random.default_rng([self.seed, part, int(number)]).permutation(size)
+                    indices.append(start + order[places[numbers == number]])
+                passes.append(numbers)
             start += size
         passes, indices = np.concatenate(passes), np.concatenate(indices)
         rng = np.random.default_rng([self.seed, self.epoch])
         order = rng.permutation(len(indices))
         if self.group_by_length:
             order = self._grouped(order, self.lengths[indices[order]], rng)
-        for place in order:
-            yield int(passes[place]), int(indices[place])
+        return passes[order], indices[order]
 
     def _grouped(self, order: np.ndarray, lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        grouped = []
+        grouped = np.empty_like(order)
         for start in range(0, len(order), self.step_size * self.STEPS_SORTED):
             part = slice(start, start + self.step_size * self.STEPS_SORTED)
             chunk = order[part][np.argsort(-lengths[part], kind="stable")]
-            whole = len(chunk) // self.step_size * self.step_size
-            grouped.append(rng.permutation(chunk[:whole].reshape(-1, self.step_size)).reshape(-1))
-            grouped.append(chunk[whole:])
-        return np.concatenate(grouped)
+            steps = chunk[: len(chunk) // self.step_size * self.step_size].reshape(-1, self.step_size)
+            grouped[part] = np.concatenate([rng.permutation(steps).reshape(-1), chunk[steps.size :]])
+        return grouped
 
 
 class StreamedClips(torch.utils.data.IterableDataset):

@@ -264,7 +264,7 @@ class ClipTable:
         """The tasks of the usable clips; "asr" where none is named."""
         if self.source.task or "task" not in self.rows.column_names:
             return {self.source.task or "asr"}
-        return {task or "asr" for task in self.rows.select_columns("task").select(self.kept)["task"]}
+        return {task for task, _ in self._texts()}
 
     def texts(self):
         """The texts of all usable clips, one after another; of a clip with several, all."""
