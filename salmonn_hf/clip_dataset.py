@@ -1,6 +1,7 @@
 """Clips of several sources as training examples: which come in an epoch, what each is asked, how it is augmented."""
 
 import hashlib
+import itertools
 
 import numpy as np
 import torch
@@ -244,8 +245,8 @@ class MixtureSampler(torch.utils.data.Sampler):
 
 class StreamedClips(torch.utils.data.IterableDataset):
     """
-    Clips of sources that are read as they come: in each epoch each source to its end, shuffled among `buffer` of its
-    clips and mixed by weight, in an order drawn by seed and epoch. Resuming reads over what was trained on.
+    Clips of sources that are read as they come, pass after pass without end: in each pass each source to its end,
+    shuffled among `buffer` of its clips and mixed by weight, in an order drawn by seed and pass.
 
     What it gives is not yet an example but the arguments of `ClipDataset.example`, which the collator asks for: a
     process need not decode what another trains on.
@@ -255,6 +256,10 @@ class StreamedClips(torch.utils.data.IterableDataset):
         sources (`list[Source]`).
         buffer (`int`): clips.
         min_seconds, max_seconds (`float`): shorter and longer clips are skipped, where a source has their `seconds`.
+
+    Attributes:
+        read_over (`int`): so many clips are given as `None`, which is not decoded: a run that is resumed was trained
+            on them.
     """
 
     def __init__(
@@ -265,20 +270,18 @@ class StreamedClips(torch.utils.data.IterableDataset):
         min_seconds: float = 0.0,
         max_seconds: float = 30.0,
     ):
-        self.clips, self.sources = clips, sources
+        self.clips, self.sources, self.buffer = clips, sources, buffer
         self.min_seconds, self.max_seconds = min_seconds, max_seconds
-        self.streams = [source.open().shuffle(seed=clips.seed, buffer_size=buffer) for source in sources]
-        self.epoch = 0
+        self.streams = [source.open() for source in sources]
+        self.read_over = 0
 
-    def set_epoch(self, epoch: int):
-        self.epoch = epoch
-        for stream in self.streams:
-            stream.set_epoch(epoch)
-
-    def mixed(self):
-        """Sources and rows: the source of each is drawn by weight from those that have not ended."""
-        rng = np.random.default_rng([self.clips.seed, self.epoch])
-        running = list(zip(self.sources, map(iter, self.streams), strict=True))
+    def mixed(self, number: int):
+        """Sources and rows of a pass: the source of each is drawn by weight from those that have not ended."""
+        running = []
+        for part, (source, stream) in enumerate(zip(self.sources, self.streams, strict=True)):
+            rng = np.random.default_rng([self.clips.seed, number, part])
+            running.append((source, iter(stream.shuffle(generator=rng, buffer_size=self.buffer))))
+        rng = np.random.default_rng([self.clips.seed, number])
         while running:
             weights = np.array([source.weight for source, _ in running])
             chosen = rng.choice(len(running), p=weights / weights.sum())
@@ -290,15 +293,23 @@ class StreamedClips(torch.utils.data.IterableDataset):
                 yield source, row
 
     def __iter__(self):
-        for index, (source, row) in enumerate(self.mixed()):
-            seconds = row.get("seconds")
-            texts = row["text"] if isinstance(row["text"], list) else [row["text"]]
-            reason = None
-            if not any(text and text.strip() for text in texts):
-                reason = "no text"
-            elif seconds is not None and not self.min_seconds <= seconds <= self.max_seconds:
-                reason = f"too {'short' if seconds < self.min_seconds else 'long'} ({seconds:.2f} s)"
-            if reason:
-                yield {"path": row["audio"]["path"] or f"clip {index} of {source.path}", "skipped": reason}
-            else:
-                yield row, source, self.epoch, index, seconds or 0.0
+        given = 0
+        for number in itertools.count():
+            before = given
+            for index, (source, row) in enumerate(self.mixed(number)):
+                yield None if given < self.read_over else self.item(source, row, number, index)
+                given += 1
+            if given == before:  # a worker process that has no file of its own
+                return
+
+    def item(self, source: Source, row: dict, number: int, index: int):
+        seconds = row.get("seconds")
+        texts = row["text"] if isinstance(row["text"], list) else [row["text"]]
+        reason = None
+        if not any(text and text.strip() for text in texts):
+            reason = "no text"
+        elif seconds is not None and not self.min_seconds <= seconds <= self.max_seconds:
+            reason = f"too {'short' if seconds < self.min_seconds else 'long'} ({seconds:.2f} s)"
+        if reason:
+            return {"path": row["audio"]["path"] or f"clip {index} of {source.path}", "skipped": reason}
+        return row, source, number, index, seconds or 0.0

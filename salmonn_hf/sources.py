@@ -144,13 +144,13 @@ class Source:
                     f"{self.path} has no column {column!r}; it has {found}.{hint} Map it: columns: {{{ours}: NAME}}."
                 )
         theirs = {ours: column for ours, column in theirs.items() if column in found}
+        if not self.path.endswith(".json"):
+            # Of a stream, `datasets` would encode an Audio column anew, undecoded or not, which needs torchcodec; and
+            # decode it when it renames columns, if it were not cast before.
+            undecoded = {"bytes": Value("binary"), "path": Value("string")} if self.streaming else Audio(decode=False)
+            dataset = dataset.cast_column(theirs["audio"], undecoded)
         dataset = dataset.select_columns(list(theirs.values()))
-        dataset = dataset.rename_columns({column: ours for ours, column in theirs.items() if column != ours})
-        if self.path.endswith(".json"):
-            return dataset
-        # Of a stream, `datasets` would encode an Audio column anew, undecoded or not, which needs torchcodec.
-        undecoded = {"bytes": Value("binary"), "path": Value("string")} if self.streaming else Audio(decode=False)
-        return dataset.cast_column("audio", undecoded)
+        return dataset.rename_columns({column: ours for ours, column in theirs.items() if column != ours})
 
 
 def _audiofolder_metadata(directory: str, split: str) -> Path | None:

@@ -102,6 +102,8 @@ class ClipCollator:
         return {"clip": clip, "messages": None, "task": "asr", "text": None, "seconds": 0.0}
 
     def __call__(self, examples: list) -> dict:
+        if examples[0] is None:  # which StreamedClips reads over
+            return {}
         examples = [self.clips.example(*item) if isinstance(item, tuple) else item for item in examples]
         skipped = [(example["path"], example["skipped"]) for example in examples if "skipped" in example]
         examples = [example for example in examples if "skipped" not in example] or [self.silence()]
@@ -350,10 +352,20 @@ class SalmonnTrainer(Trainer):
         return result
 
     def _run_epoch(self, **kwargs):
-        # accelerate does not reach the sampler of a loader that skips batches, when several processes share it.
-        if not isinstance(self.train_dataset, StreamedClips):
+        if isinstance(self.train_dataset, StreamedClips):
+            # Of a resumed run `Trainer` asks for the batches that it was trained on, and throws them away. A worker
+            # process makes at least its share of them.
+            batches = kwargs["steps_trained_in_current_epoch"] // max(self.args.dataloader_num_workers, 1)
+            self.train_dataset.read_over = batches * self.args.train_batch_size * self.args.world_size
+        else:
+            # accelerate does not reach the sampler of a loader that skips batches, when several processes share it.
             self.train_sampler.set_epoch(kwargs["epoch"])
         super()._run_epoch(**kwargs)
+
+    def set_initial_training_values(self, args, dataloader):
+        epochs, *values = super().set_initial_training_values(args, dataloader)
+        # A stream has no end: its one epoch is the whole run.
+        return 1 if isinstance(self.train_dataset, StreamedClips) else epochs, *values
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         if self.counted_since is None:

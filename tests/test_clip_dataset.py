@@ -1,6 +1,7 @@
 """Examples and their order: weights, prompts, augmentation and masks, all drawn by seed, pass and index alone."""
 
 from collections import Counter
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -203,21 +204,31 @@ def stream(tmp_path, **settings):
     return StreamedClips(ClipDataset([], tiny_processor().feature_extractor, seed=4), sources, **settings)
 
 
-def test_streams_are_mixed_and_shuffled_by_seed_and_epoch(tmp_path):
-    clips, again = stream(tmp_path, buffer=5), stream(tmp_path, buffer=5)
+@pytest.fixture
+def no_sleep(monkeypatch):
+    """`datasets` sleeps for seconds behind each pass."""
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
 
-    def texts(data, epoch):
-        data.set_epoch(epoch)
-        return [item[0]["text"] if isinstance(item, tuple) else item["skipped"] for item in data]
 
-    first = texts(clips, 0)
-    assert set(first) == {f"a {i}" for i in range(8)} | {f"b {i}" for i in range(4)} | {
-        "no text",
-        "too long (31.00 s)",
-    }
-    texts(again, 3)
-    assert texts(again, 1) == texts(clips, 1) != first
-    clips.set_epoch(1)
-    item = next(item for item in clips if isinstance(item, tuple))
-    example = clips.clips.example(*item)
-    assert example["text"] == item[0]["text"] and example["messages"] == tasks.messages("asr", draw=(4, 1, item[3]))
+def test_streams_are_mixed_and_shuffled_by_seed_and_pass(tmp_path, no_sleep):
+    data = stream(tmp_path, buffer=5)
+    items = list(islice(data, 3 * 14))
+    texts = [item[0]["text"] if isinstance(item, tuple) else item["skipped"] for item in items]
+    passes = [texts[start : start + 14] for start in (0, 14, 28)]
+    whole = sorted([f"a {i}" for i in range(8)] + [f"b {i}" for i in range(4)] + ["no text", "too long (31.00 s)"])
+    assert all(sorted(texts) == whole for texts in passes)
+    assert passes[0] != passes[1] != passes[2] != passes[0] != whole
+    row, source, number, index, seconds = item = next(item for item in items[14:] if isinstance(item, tuple))
+    example = data.clips.example(*item)
+    assert example["text"] == row["text"] and example["messages"] == tasks.messages("asr", draw=(4, 1, index))
+
+    again = stream(tmp_path, buffer=5)
+    again.read_over = 17
+    assert list(islice(again, 3 * 14)) == [None] * 17 + items[17:]
+
+
+def test_a_stream_without_rows_ends(tmp_path):
+    """As that of a worker process, where there are more of them than files."""
+    data = stream(tmp_path)
+    data.streams = [rows.take(0) for rows in data.streams]
+    assert list(data) == []

@@ -9,20 +9,22 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from test_training import ROOT, parts, stage1_recipe  # noqa: F401
+from test_training import ROOT, parts, stage1_recipe, stage2_recipe  # noqa: F401
 
 # Processes that have the imports behind them, and never ran anything.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["datasets", "salmonn_hf.data_arguments", "salmonn_hf.training"])
 
 
-def train(recipe, kill_at=None):
-    """Stage 1; killed in the given training step, or at the given call of `torch.save`, half of which is written."""
+def train(recipe, kill_at=None, script="run_stage1.py"):
+    """Killed in the given training step, or at the given call of `torch.save`, half of which is written."""
     torch.set_num_threads(1)
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # seconds behind each pass over a stream
     what, number = kill_at or (None, 0)
     calls = iter(range(1, 10**6))
     if what == "step":
@@ -46,12 +48,12 @@ def train(recipe, kill_at=None):
                 os.kill(os.getpid(), signal.SIGKILL)
 
         torch.save = half
-    sys.argv = ["run_stage1.py", recipe]
-    runpy.run_path(str(ROOT / "training" / "run_stage1.py"), run_name="__main__")
+    sys.argv = [script, recipe]
+    runpy.run_path(str(ROOT / "training" / script), run_name="__main__")
 
 
-def start(recipe, kill_at=None):
-    process = CONTEXT.Process(target=train, args=(recipe, kill_at))
+def start(*arguments):
+    process = CONTEXT.Process(target=train, args=arguments)
     process.start()
     return process
 
@@ -113,6 +115,50 @@ def test_a_run_killed_in_a_step_and_in_a_checkpoint_ends_as_an_unbroken_one(part
         assert f"checkpoint-{last}" in names and len(names) <= 2
         assert max(int(name.split("-")[1]) for name in names) == last
     assert_ends_as(unbroken, output)
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_streamed_run_killed_in_any_pass_ends_as_an_unbroken_one(parts, tmp_path, workers):  # noqa: F811
+    first = tmp_path / "first.yaml"
+    first.write_text(yaml.safe_dump(stage1_recipe(parts, tmp_path / "first", max_steps=1, eval_strategy="no")))
+    process = start(str(first))
+    process.join()
+    assert process.exitcode == 0
+
+    def stage2(name, *kill_at):
+        recipe = stage2_recipe(
+            parts,
+            tmp_path / name,
+            tmp_path / "first",
+            sources=[
+                {"path": str(parts / "train.parquet"), "task": "asr", "streaming": True},
+                {"path": str(parts / "eval.parquet"), "task": "asr", "weight": 0.5, "streaming": True},
+            ],
+            shuffle_buffer=5,
+            masked_frames=0.2,
+            gain_db=[-6.0, 3.0],
+            per_device_train_batch_size=3,
+            gradient_accumulation_steps=2,  # so a step takes 6 of the 16 clips of a pass
+            dataloader_num_workers=workers,
+            max_steps=9,
+            save_steps=2,
+            eval_strategy="no",
+        )
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({k: v for k, v in recipe.items() if k not in ("train_files", "joined_clips")}))
+        process = start(str(path), *kill_at, "run_stage2.py")
+        process.join()
+        assert process.exitcode == (0 if kill_at == (None,) else -signal.SIGKILL)
+        return max((int(path.name.split("-")[1]) for path in (tmp_path / name).glob("checkpoint-*")), default=0)
+
+    assert stage2("unbroken", None) == 9
+    weights = load_file(tmp_path / "unbroken" / "checkpoint-9" / "model.safetensors"), None
+    assert stage2("run", ("step", 7)) == 2  # in the first pass
+    assert stage2("run", ("step", 7)) == 4  # in the second
+    assert stage2("run", ("step", 6)) == 6  # in the third
+    for _ in range(2):  # of a run that has ended the command changes nothing
+        assert stage2("run", None) == 9
+        assert_ends_as(weights, tmp_path / "run")
 
 
 @pytest.mark.slow

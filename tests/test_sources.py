@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 from conftest import noise
+from datasets import Audio, Features, Value
 
 from salmonn_hf.data_arguments import DataArguments
 from salmonn_hf.recipe import parse_recipe
@@ -39,6 +40,16 @@ def test_parquet_with_other_column_names(tmp_path):
     assert (row["text"], row["question"], row["task"]) == (["x", "y"], "why", "QA") and "other" not in row
     assert list(table.texts()) == ["x", "y"]
     np.testing.assert_allclose(row_waveform(row), noise(0.5), atol=1e-4)
+
+
+def test_a_stream_of_audio_is_not_decoded(tmp_path):
+    """What `datasets` wrote as Audio it would decode with torchcodec."""
+    schema = Features({"sound": Audio(), "text": Value("string")}).arrow_schema
+    rows = [{"sound": {"bytes": flac(0.3), "path": "a.flac"}, "text": "red"}]
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "a.parquet")
+    source = Source(str(tmp_path / "a.parquet"), columns={"audio": "sound"}, streaming=True)
+    expected = {"audio": {"bytes": flac(0.3), "path": "a.flac"}, "text": "red"}
+    assert list(source.open().shuffle(seed=0)) == [expected]
 
 
 def test_audiofolder(tmp_path):
