@@ -1,5 +1,6 @@
 """Model cards, made from a checkpoint, its recipe, the state of its training and the results of its evaluation."""
 
+import copy
 import json
 from collections import Counter
 from pathlib import Path
@@ -39,6 +40,8 @@ def licence_of(part: str) -> str:
 
 def count_parts(config: SalmonnConfig) -> dict[str, int]:
     """Parameters of each part of the architecture, without any weight in memory."""
+    config = copy.deepcopy(config)
+    config.quantization = None  # whose codes are no parameters
     with torch.device("meta"):
         model = SalmonnForConditionalGeneration(config)
     counts = Counter()
@@ -61,8 +64,8 @@ def connector_name(config: SalmonnConfig) -> str:
     return f"a {config.qformer_config.num_hidden_layers}-layer window Q-Former"
 
 
-def parts_table(config: SalmonnConfig, licence: str) -> str:
-    counts, bases = count_parts(config), config.base_parts or {}
+def parts_table(config: SalmonnConfig, bases: dict[str, str], licence: str) -> str:
+    counts = count_parts(config)
     rows = [["part", "from", "parameters", "licence"]]
     kinds = {"audio_tower": "speech encoder", "sound_tower": "sound encoder", "language_model": "language model"}
     for part, kind in kinds.items():
@@ -75,7 +78,11 @@ def parts_table(config: SalmonnConfig, licence: str) -> str:
     rows.append([connector, "trained", f"{counts['connector'] / 1e6:.1f} M", licence])
     if counts["LoRA"]:
         rows.append([f"LoRA, rank {config.lora['r']}", "trained", f"{counts['LoRA'] / 1e6:.1f} M", licence])
-    return markdown_table(rows)
+    table = markdown_table(rows)
+    if config.quantization is None:
+        return table
+    bits = ", ".join(f"{part} {settings['bits']}" for part, settings in config.quantization.items())
+    return f"{table}\n\nBits per weight: {bits}. Everything else is in bfloat16."
 
 
 def data_table(files: list[str]) -> str:
@@ -220,6 +227,7 @@ def make_card(
     name: str | None = None,
     licence: str = "apache-2.0",
     languages: tuple[str, ...] = ("en",),
+    merged_parts: dict[str, str] | None = None,
 ) -> ModelCard:
     """
     The card of a checkpoint directory.
@@ -227,7 +235,9 @@ def make_card(
     Args:
         results (`list[Path]`): directories of finished evaluations of this checkpoint, and of an `efficiency.json`.
         template (`Path`): Jinja text of the card, `model_cards/template.md`.
-        recipe (`Path`, *optional*): the YAML that it was trained with; its `train_files` are looked at.
+        recipe (`Path`, *optional*): the YAML that it was trained with; its training files are looked at.
+        merged_parts (`dict`, *optional*): names of the base parts that a full checkpoint was made of, as
+            `config.base_parts` of an adapter checkpoint has them.
 
     Raises:
         ValueError: for results of another model, naming both.
@@ -240,14 +250,15 @@ def make_card(
             raise ValueError(f"{run.directory} holds results of {run.model}, the card is of {checkpoint}.")
     evaluated = [run for run in runs if run.result is not None]
     settings = yaml.safe_load(recipe.read_text()) if recipe else {}
-    bases = config.base_parts or {}
+    files = settings.get("train_files", []) + [source["path"] for source in settings.get("sources", [])]
+    bases = config.base_parts or merged_parts or {}
     data = ModelCardData(
         model_name=name,
         license=licence,
         language=list(languages),
         library_name="transformers",
         pipeline_tag="automatic-speech-recognition",
-        base_model=[part for part in bases.values() if not Path(part).exists()] or None,
+        base_model=[part for part in dict.fromkeys(bases.values()) if not Path(part).exists()] or None,
         tags=["salmonn", "audio-language-model"],
         eval_results=model_index(evaluated) or None,
     )
@@ -264,10 +275,10 @@ def make_card(
         location=name if checkpoint.is_absolute() else str(checkpoint),  # no path of this machine
         summary=summary,
         prompt=TEST_PROMPTS["audiocaption"],
-        base_parts=" and ".join(bases.values()),
+        base_parts=" and ".join(dict.fromkeys((config.base_parts or {}).values())),
         intended_use=intended_use(evaluated, list(languages)),
-        parts=parts_table(config, licence),
-        data=data_table(settings["train_files"]) if settings.get("train_files") else "",
+        parts=parts_table(config, bases, licence),
+        data=data_table(files) if files else "",
         recipe=recipe.read_text().strip() if recipe else "",
         state=training_state(checkpoint),
         runs=[run_section(run) for run in evaluated],

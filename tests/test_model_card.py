@@ -49,7 +49,8 @@ def made(tiny_checkpoint, tmp_path_factory):
         "text": ["a", "b"],
     }
     pyarrow.parquet.write_table(pyarrow.table(columns), root / "train.parquet")
-    recipe = {"learning_rate": 0.0003, "train_files": [str(root / "train.parquet"), "gone/other.parquet"]}
+    recipe = {"learning_rate": 0.0003, "train_files": [str(root / "train.parquet")]}
+    recipe["sources"] = [{"path": "gone/other.parquet", "task": "asr"}]
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return root
 
@@ -111,8 +112,18 @@ def test_a_connector_from_whispers_decoder_is_called_so():
     model = tiny_model(config)
     parts = (model.audio_tower, model.speech_tokens)
     assert count_parts(config)["audio_tower"] == sum(p.numel() for part in parts for p in part.parameters())
-    table = parts_table(config, "mit")
+    table = parts_table(config, {}, "mit")
     assert "layers of Whisper's decoder" in table and "Q-Former" not in table
+
+
+def test_quantisation_is_told_and_parts_keep_their_licences():
+    plain, quantised = tiny_config(), tiny_config(quantization={"language_model": {"bits": 4, "group_size": 16}})
+    assert count_parts(quantised) == count_parts(plain)
+    bases = {"audio_tower": "openai/whisper-tiny", "language_model": "Qwen/Qwen2.5-0.5B"}
+    table = parts_table(quantised, bases, "apache-2.0")
+    assert "Bits per weight: language_model 4. Everything else is in bfloat16." in table
+    assert "| openai/whisper-tiny |" in table and "| MIT |" in table
+    assert parts_table(plain, bases, "apache-2.0") == table.split("\n\n")[0]
 
 
 def test_licences():

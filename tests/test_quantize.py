@@ -49,6 +49,9 @@ def test_command_writes_a_checkpoint_that_the_pipeline_loads(trained, merge_lora
     assert (model.config.lora is None) == (merge_lora == "true")
     assert isinstance(pipeline("automatic-speech-recognition", model=str(output))(noise(0.5))["text"], str)
     assert not (tmp_path / "quantised.unfinished").exists()
+    card = (output / "README.md").read_text()
+    assert "# quantised" in card and "language_model 4" in card.split("Bits per weight: ")[1].split(".")[0]
+    assert "unfinished" not in card and str(tmp_path) not in card
     # No weight of a quantised part is left in floating point.
     sizes = {key: value.numel() for key, value in model.state_dict().items() if value.dtype == torch.bfloat16}
     assert not [key for key in sizes if key.endswith("_proj.weight")]

@@ -19,27 +19,13 @@ import torch
 
 from salmonn_hf import SalmonnForConditionalGeneration, SalmonnProcessor, load_audio
 from salmonn_hf.gptq import quantize_layers
+from salmonn_hf.model_card import make_card, write_card
 from salmonn_hf.push import push_to_hub
 from salmonn_hf.quantization import quantize_parts
 from salmonn_hf.recipe import parse_recipe
 from salmonn_hf.training import load_speech
 
-CARD = """---
-library_name: transformers
-pipeline_tag: automatic-speech-recognition
-tags: [salmonn, quantized]
----
-
-# Quantised SALMONN
-
-Bits per weight: {parts}. Everything else is in bfloat16.
-
-```python
-from transformers import pipeline
-
-transcriber = pipeline("automatic-speech-recognition", model="this directory", trust_remote_code=True)
-```
-"""
+CARD = Path(__file__).resolve().parents[1] / "model_cards" / "template.md"
 
 
 @dataclass
@@ -117,14 +103,14 @@ def quantize(model, processor, args: QuantizeArguments):
     model.config.base_parts = None
 
 
-def save(model, processor, output_dir: str):
-    """Write the checkpoint beside `output_dir` and move it there whole."""
+def save(model, processor, output_dir: str, merged_parts: dict[str, str] | None = None):
+    """Write the checkpoint, with a card that names what was merged, beside `output_dir` and move it there whole."""
     unfinished = Path(f"{output_dir}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.to(torch.bfloat16).save_pretrained(unfinished)
     processor.save_pretrained(unfinished)
-    parts = ", ".join(f"{part} {settings['bits']}" for part, settings in model.config.quantization.items())
-    (unfinished / "README.md").write_text(CARD.format(parts=parts))
+    name = Path(output_dir).resolve().name
+    write_card(make_card(unfinished.resolve(), [], CARD, name=name, merged_parts=merged_parts), unfinished)
     if os.path.isdir(output_dir):
         shutil.rmtree(output_dir)
     os.replace(unfinished, output_dir)
@@ -136,10 +122,11 @@ def main():
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     processor = SalmonnProcessor.from_pretrained(args.model_name_or_path)
     model = SalmonnForConditionalGeneration.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+    merged_parts = model.config.base_parts
     if args.merge_lora:
         model.merge_lora()
     quantize(model.eval(), processor, args)
-    save(model, processor, args.output_dir)
+    save(model, processor, args.output_dir, merged_parts)
     size = sum(file.stat().st_size for file in Path(args.output_dir).rglob("*") if file.is_file())
     logging.info("%s: %.1f MB", args.output_dir, size / 1e6)
     if args.hub_model_id:
