@@ -97,8 +97,8 @@ def test_command(whisper, tmp_path, monkeypatch):
     pq.write_table(pa.table(rows), tmp_path / "clips.parquet")
     pq.write_table(pa.table({"audio": rows["audio"], "text": ["other columns"] * 6}), tmp_path / "more.parquet")
     file = tmp_path / "clips.parquet"
-    arguments = ["--train", file, "--test", file, "--audio", file, tmp_path / "more.parquet", "--whisper", whisper, "--whisper_layers", 1, 2,
-                 "--steps", 2, "--batch_size", 2, "--output", tmp_path / "out"]  # fmt: skip
+    arguments = ["--train", file, "--test", file, "--audio", file, tmp_path / "more.parquet", "--whisper", whisper]
+    arguments += ["--whisper_layers", 1, 2, "--steps", 2, "--batch_size", 2, "--output", tmp_path / "out"]
     monkeypatch.setattr(sys, "argv", ["probe_sound_features.py", *map(str, arguments)])
     SCRIPT["main"]()
     accuracy = json.loads((tmp_path / "out" / "result.json").read_text())["accuracy"]
