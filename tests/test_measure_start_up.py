@@ -21,5 +21,5 @@ def test_rows_are_not_held_in_memory():
     assert max(first, second) < 30 * 100_000 / 1_600_000 + 2
     memory = dict(re.findall(r"^(.+?) +(\d+) MB +\d+ MB$", result.stdout, re.MULTILINE))
     assert tuple(memory) == MOMENTS and int(memory["opened"]) > 0
-    # Less than 100 here; 700 where a list holds the rows as Python objects.
-    assert int(re.search(r"per row (-?\d+) bytes", result.stdout)[1]) < 200
+    # 60 to 230 here, by what the allocators keep; 700 where a list holds the rows as Python objects.
+    assert int(re.search(r"per row (-?\d+) bytes", result.stdout)[1]) < 400
