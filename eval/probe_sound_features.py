@@ -19,12 +19,14 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import WhisperFeatureExtractor, WhisperModel
+from transformers import WhisperConfig, WhisperModel
 
-from salmonn_hf import BeatsConfig, BeatsModel, load_audio
+from salmonn_hf import BeatsConfig, BeatsModel, SalmonnFeatureExtractor, load_audio
+from salmonn_hf.audio import SAMPLING_RATE
 from salmonn_hf.base_parts import resolve_base_part
 from salmonn_hf.files import write_whole
 from salmonn_hf.modeling_beats import BeatsPatchEmbedding
+from salmonn_hf.modeling_salmonn import SalmonnWhisperEncoder
 from salmonn_hf.sources import parquet_rows
 
 SMALL_BEATS = BeatsConfig(
@@ -76,30 +78,48 @@ def crops(clips: list[np.ndarray], batch_size: int, steps: int) -> torch.Tensor:
         yield torch.from_numpy(np.stack(batch))
 
 
-def train_beats(clips: list[np.ndarray], arguments: argparse.Namespace, teacher=None) -> BeatsModel:
-    torch.manual_seed(0)
-    beats = BeatsModel(SMALL_BEATS)
-    if teacher is None:
-        beats.patch_embedding = MaskedPatchEmbedding(SMALL_BEATS)
-        tokenizer, head = RandomTokenizer(SMALL_BEATS), nn.Linear(SMALL_BEATS.hidden_size, 1024)
-    else:
-        head = nn.Linear(SMALL_BEATS.hidden_size, teacher.width)
-    parameters = [*beats.parameters(), *head.parameters()]
+class MaskedPrediction(nn.Module):
+    """BEATs that tells the tokens of the patches that it is not shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.beats = BeatsModel(SMALL_BEATS)
+        self.beats.patch_embedding = MaskedPatchEmbedding(SMALL_BEATS)
+        self.tokenizer, self.head = RandomTokenizer(SMALL_BEATS), nn.Linear(SMALL_BEATS.hidden_size, 1024)
+
+    def forward(self, waveforms: torch.Tensor) -> torch.Tensor:
+        """`(batch, samples)` to the loss."""
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = self.beats(waveforms).last_hidden_state
+            masked = self.beats.patch_embedding.masked
+            tokens = self.tokenizer(self.beats.fbank(waveforms))
+            return functional.cross_entropy(self.head(hidden[masked]).float(), tokens[masked])
+
+
+class Distillation(nn.Module):
+    """BEATs that tells what `whisper` makes of each 160 ms."""
+
+    def __init__(self, whisper: "Whisper"):
+        super().__init__()
+        self.beats, self.whisper = BeatsModel(SMALL_BEATS), whisper
+        self.head = nn.Linear(SMALL_BEATS.hidden_size, whisper.encoder.config.d_model)
+
+    def forward(self, waveforms: torch.Tensor) -> torch.Tensor:
+        """`(batch, samples)` to the loss."""
+        target = self.whisper.at_each_step(waveforms)
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = self.beats(waveforms).last_hidden_state
+            predicted = self.head(hidden.unflatten(1, (-1, 8)).mean(2)).float()
+            return functional.mse_loss(predicted, target[:, : predicted.shape[1]])
+
+
+def train_beats(task: nn.Module, clips: list[np.ndarray], arguments: argparse.Namespace) -> BeatsModel:
+    parameters = list(task.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=5e-4, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-4, total_steps=arguments.steps, pct_start=0.1)
-    beats.train()
+    task.train()
     for step, waveforms in enumerate(crops(clips, arguments.batch_size, arguments.steps)):
-        if teacher is not None:
-            target = teacher.at_each_step(waveforms)
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden = beats(waveforms).last_hidden_state
-            if teacher is None:
-                masked = beats.patch_embedding.masked
-                tokens = tokenizer(beats.fbank(waveforms))
-                loss = functional.cross_entropy(head(hidden[masked]).float(), tokens[masked])
-            else:
-                predicted = head(hidden.unflatten(1, (-1, 8)).mean(2)).float()
-                loss = functional.mse_loss(predicted, target[:, : predicted.shape[1]])
+        loss = task(waveforms)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -107,35 +127,30 @@ def train_beats(clips: list[np.ndarray], arguments: argparse.Namespace, teacher=
         schedule.step()
         if step % 50 == 0 or step == arguments.steps - 1:
             print(f"step {step}: loss {loss.item():.3f}", flush=True)
-    return beats.eval()
+    return task.beats.eval()
 
 
 class Whisper:
-    """Whisper's encoder over a clip's own length, and all of its layers."""
+    """All layers of Whisper's encoder over a clip's own length; what BEATs is distilled from is frozen."""
 
     def __init__(self, name: str, layers: list[int], clips: list[np.ndarray]):
         path = resolve_base_part(name)
-        self.encoder = WhisperModel.from_pretrained(path, dtype=torch.bfloat16).encoder.eval()
-        self.extractor, self.layers = WhisperFeatureExtractor.from_pretrained(path), layers
-        self.width = self.encoder.config.d_model
-        self.positions = self.encoder.embed_positions.weight
+        weights = WhisperModel.from_pretrained(path, dtype=torch.bfloat16).encoder.state_dict()
+        config = WhisperConfig.from_pretrained(path)
+        self.encoder = SalmonnWhisperEncoder(config).to(torch.bfloat16).eval()
+        self.encoder.load_state_dict(weights)
+        self.extractor, self.layers = SalmonnFeatureExtractor(config.num_mel_bins, tail_seconds=0.0), layers
         sample = torch.cat([self.frames(clip)[layers].mean(0) for clip in clips[:: max(len(clips) // 100, 1)]])
         self.mean, self.std = sample.mean(0), sample.std(0)
 
     @torch.inference_mode()
     def hidden_states(self, waveforms: list[np.ndarray]) -> torch.Tensor:
         """Of waveforms of one length: float32 `(layers + 1, batch, frames, width)`, the embedding first."""
-        features = self.extractor(
-            waveforms, sampling_rate=16000, padding="longest", truncation=False, return_tensors="pt"
-        ).input_features.bfloat16()
-        features = functional.pad(features, (0, features.shape[-1] % 2))
-        encoder = self.encoder
-        hidden = functional.gelu(encoder.conv2(functional.gelu(encoder.conv1(features)))).transpose(1, 2)
-        states = [hidden + self.positions[: hidden.shape[1]]]
-        for layer in encoder.layers:
-            states.append(layer(states[-1], None))
-        states[-1] = encoder.layer_norm(states[-1])
-        return torch.stack(states).float()
+        features = self.extractor(waveforms, return_tensors="pt")
+        encoded = self.encoder(
+            features["input_features"].bfloat16(), features["input_features_mask"], output_hidden_states=True
+        )
+        return torch.stack(encoded.hidden_states).float()
 
     def frames(self, waveform: np.ndarray) -> torch.Tensor:
         return self.hidden_states([waveform])[:, 0]
@@ -174,9 +189,12 @@ def probe(train: torch.Tensor, test: torch.Tensor, y: torch.Tensor, truth: torch
     }
 
 
-def waveforms(files: list[str]) -> list[np.ndarray]:
+def read_clips(files: list[str], *columns: str) -> tuple[list[np.ndarray], ...]:
+    """Waveforms of 30 s at most, and what the columns hold, each as one list."""
     # One by one: files of different columns make no one dataset.
-    return [load_audio(row["audio"])[: 30 * 16000] for file in files for row in parquet_rows([file])]
+    tables = [parquet_rows([file], *columns) for file in files]
+    waveforms = [load_audio(row["audio"])[: 30 * SAMPLING_RATE] for table in tables for row in table]
+    return waveforms, *([value for table in tables for value in table[column]] for column in columns)
 
 
 def main() -> None:
@@ -191,24 +209,24 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path)
     arguments = parser.parse_args()
 
-    train, test = waveforms(arguments.train), waveforms(arguments.test)
-    names = [row["label"] for row in parquet_rows(arguments.train, "label")]
+    (train, names), (test, test_names) = read_clips(arguments.train, "label"), read_clips(arguments.test, "label")
     labels = {label: number for number, label in enumerate(sorted(set(names)))}
     y = torch.tensor([labels[name] for name in names])
     # A label that no training clip has is never told.
-    truth = torch.tensor([labels.get(row["label"], -1) for row in parquet_rows(arguments.test, "label")])
+    truth = torch.tensor([labels.get(name, -1) for name in test_names])
 
     whisper = Whisper(arguments.whisper, arguments.whisper_layers, train)
     means = [torch.stack([whisper.frames(clip).mean(1) for clip in clips]) for clips in (train, test)]
     features = {f"Whisper, layer {layer}": [part[:, layer] for part in means] for layer in range(means[0].shape[1])}
     chosen = ", ".join(map(str, arguments.whisper_layers))
     features[f"Whisper, mean of layers {chosen}"] = [part[:, arguments.whisper_layers].mean(1) for part in means]
-    audio = train + waveforms(arguments.audio)
-    hours = sum(map(len, audio)) / 16000 / 3600
+    audio = train + read_clips(arguments.audio)[0]
+    hours = sum(map(len, audio)) / SAMPLING_RATE / 3600
+    torch.manual_seed(0)
     for name, beats in (
         ("BEATs, not trained", BeatsModel(SMALL_BEATS).eval()),
-        (f"BEATs, masked patches, {hours:.1f} h", train_beats(audio, arguments)),
-        (f"BEATs, distilled from Whisper, {hours:.1f} h", train_beats(audio, arguments, whisper)),
+        (f"BEATs, masked patches, {hours:.1f} h", train_beats(MaskedPrediction(), audio, arguments)),
+        (f"BEATs, distilled from Whisper, {hours:.1f} h", train_beats(Distillation(whisper), audio, arguments)),
     ):
         features[name] = [torch.stack([beats_features(beats, clip) for clip in clips]) for clips in (train, test)]
 

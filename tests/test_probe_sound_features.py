@@ -6,12 +6,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import noise
-from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
+from conftest import noise, tiny_config
+from test_sources import embedded, flac, write
+from transformers import WhisperFeatureExtractor, WhisperModel
 
 from salmonn_hf import BeatsConfig, BeatsModel
 
@@ -22,21 +21,8 @@ SCRIPT = runpy.run_path(str(Path(__file__).resolve().parents[1] / "eval" / "prob
 def whisper(tmp_path_factory):
     path = tmp_path_factory.mktemp("whisper")
     torch.manual_seed(0)
-    config = WhisperConfig(
-        d_model=32,
-        encoder_layers=3,
-        encoder_attention_heads=2,
-        encoder_ffn_dim=64,
-        decoder_layers=1,
-        num_mel_bins=80,
-        decoder_attention_heads=2,
-        decoder_ffn_dim=64,
-        vocab_size=100,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=1,
-    )
+    config = tiny_config().audio_config
+    config.encoder_layers = 3
     WhisperModel(config).save_pretrained(path)
     WhisperFeatureExtractor(feature_size=80).save_pretrained(path)
     return path
@@ -84,20 +70,10 @@ def test_a_probe_finds_what_features_tell_and_nothing_else():
 
 
 def test_command(whisper, tmp_path, monkeypatch):
-    import io
-
-    import soundfile
-
-    def clip(seconds, seed):
-        buffer = io.BytesIO()
-        soundfile.write(buffer, noise(seconds, seed), 16000, format="FLAC")
-        return {"bytes": buffer.getvalue(), "path": None}
-
-    rows = {"audio": [clip(0.1 + 0.3 * i, i) for i in range(6)], "label": ["a", "b", "c"] * 2}
-    pq.write_table(pa.table(rows), tmp_path / "clips.parquet")
-    pq.write_table(pa.table({"audio": rows["audio"], "text": ["other columns"] * 6}), tmp_path / "more.parquet")
-    file = tmp_path / "clips.parquet"
-    arguments = ["--train", file, "--test", file, "--audio", file, tmp_path / "more.parquet", "--whisper", whisper]
+    clips = [embedded(flac(0.1 + 0.3 * i, i), None, label="abcabc"[i]) for i in range(6)]
+    file = write(tmp_path / "clips.parquet", clips)
+    more = write(tmp_path / "more.parquet", [{"audio": clip["audio"], "text": "other columns"} for clip in clips])
+    arguments = ["--train", file, "--test", file, "--audio", file, more, "--whisper", whisper]
     arguments += ["--whisper_layers", 1, 2, "--steps", 2, "--batch_size", 2, "--output", tmp_path / "out"]
     monkeypatch.setattr(sys, "argv", ["probe_sound_features.py", *map(str, arguments)])
     SCRIPT["main"]()
