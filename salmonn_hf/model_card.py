@@ -94,6 +94,9 @@ def data_table(files: list[str]) -> str:
         if not file.exists():
             rows.append([file.name, "—", "—", "not at hand when the card was made", "—"])
             continue
+        if file.suffix != ".parquet":  # a directory of audio, or an annotation: what is in it is not counted
+            rows.append([file.name, "—", "—", "—", "—"])
+            continue
         names = pyarrow.parquet.read_schema(file).names
         columns = [name for name in ("seconds", "source", "license") if name in names]
         table = pyarrow.parquet.read_table(file, columns=columns)
@@ -251,6 +254,7 @@ def make_card(
     evaluated = [run for run in runs if run.result is not None]
     settings = yaml.safe_load(recipe.read_text()) if recipe else {}
     files = settings.get("train_files", []) + [source["path"] for source in settings.get("sources", [])]
+    files = list(dict.fromkeys(files))  # a file at several speeds is as many sources
     bases = config.base_parts or merged_parts or {}
     data = ModelCardData(
         model_name=name,

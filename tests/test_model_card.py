@@ -50,7 +50,9 @@ def made(tiny_checkpoint, tmp_path_factory):
     }
     pyarrow.parquet.write_table(pyarrow.table(columns), root / "train.parquet")
     recipe = {"learning_rate": 0.0003, "train_files": [str(root / "train.parquet")]}
-    recipe["sources"] = [{"path": "gone/other.parquet", "task": "asr"}]
+    (root / "folder").mkdir()
+    sources = ["gone/other.parquet", str(root / "train.parquet"), str(root / "folder")]
+    recipe["sources"] = [{"path": path, "task": "asr", "speed": 0.9} for path in sources]
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return root
 
@@ -87,6 +89,7 @@ def test_it_says_what_the_files_say(card, made):
         "held-out clips while training: 50.0 % at step 20",
         "| train.parquet | 2 | 1.50 | game | CC0, GPL-2 |",
         "| other.parquet | — | — | not at hand when the card was made | — |",
+        "| folder | — | — | — | — |",
         "learning_rate: 0.0003",
         "tiny: 0.51 GB peak memory, 0.060 s to the first token, 0.0123 s a token (batch 1, 10 s of noise, 50 audio",
         "Audio captioning was not evaluated.",
@@ -94,7 +97,10 @@ def test_it_says_what_the_files_say(card, made):
         'pipeline("automatic-speech-recognition", model="tiny")',
     ):
         assert part in text, part
-    assert str(made) not in text.replace(str(made / "train.parquet"), "")  # which the recipe names
+    assert text.count("| train.parquet |") == 1
+    for file in ("train.parquet", "folder"):  # which the recipe names
+        text = text.replace(str(made / file), "")
+    assert str(made) not in text
 
 
 def test_parts_are_all_the_model(made):
