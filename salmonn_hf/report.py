@@ -143,8 +143,8 @@ def challenge_table(runs: list[Run]) -> tuple[list[list[str]], list[str]]:
     for model in dict.fromkeys(run.model for run in runs):
         own = [run for run in runs if run.model == model]
         evaluations = [run for run in own if run.result is not None and run.task in ("asr", "aac")]
-        efficiency = next((timings(run) for run in own if run.efficiency is not None), {"": {}})
-        timing, *_ = efficiency.values()
+        systems = next((list(timings(run).items()) for run in own if run.efficiency is not None), [])
+        timing = systems[0][1] if systems else {}
         datasets = dict.fromkeys(tuple(run.result["settings"]["data"]) for run in evaluations if run.task == "asr")
         for data in datasets or [None]:
             scores, sources = {}, []
@@ -154,7 +154,7 @@ def challenge_table(runs: list[Run]) -> tuple[list[list[str]], list[str]]:
                     scores[run.task] = metric["value"] if metric else None
                     sources.append(describe_origin(run))
             add(Path(model).name, scores, timing, sources)
-        for name, other in list(efficiency.items())[1:]:  # measured beside the model
+        for name, other in systems[1:]:  # measured beside the model
             add(name, {}, other, [])
     return rows, origins
 
