@@ -167,9 +167,9 @@ def config_from_base_parts(audio_tower: str, language_model: str, sound_tower: s
     width, sound_config = audio_config.d_model, None
     if sound_tower is not None:
         sound_config = AutoConfig.from_pretrained(resolve_base_part(sound_tower))
-        width += sound_config.hidden_size
+        width += sound_config.hidden_size * (not kwargs.get("speech_decoder_layers"))
         base_parts["sound_tower"] = sound_tower
-    elif kwargs.get("sound_layers") is not None:
+    elif kwargs.get("sound_layers") is not None and not kwargs.get("speech_decoder_layers"):
         width += audio_config.d_model
     if kwargs.get("speech_decoder_layers"):
         base_parts["speech_tokens"] = audio_tower

@@ -49,6 +49,8 @@ class SalmonnConfig(PreTrainedConfig):
             several times faster. Needs a stride that is a multiple of `queries_per_window`.
         speech_decoder_layers (`int`): so many of the last layers of Whisper's own decoder in place of the Q-Former,
             see [`SalmonnSpeechDecoder`]; 0 for a Q-Former. Of `qformer_config` its dropout alone then counts.
+        sound_summary_size (`int`): with `speech_decoder_layers` and sound frames, hidden size of the MLP that makes
+            one vector of all of a clip's sound frames, see [`SalmonnSoundSummary`].
         window_context (`int`): frames on either side of a window that such a decoder's queries see as well.
         projector_norm (`bool`): LayerNorm after the projection into the language model. SALMONN has none.
         ctc_vocab_size (`int`): tokens of the CTC alignment head over the language model's own embeddings; 0 for no
@@ -92,6 +94,7 @@ class SalmonnConfig(PreTrainedConfig):
     frame_mlp_size: int = 0
     speech_decoder_layers: int = 0
     window_context: int = 0
+    sound_summary_size: int = 0
     projector_norm: bool = False
     ctc_vocab_size: int = 0
     ctc_trained_size: int = 0
@@ -113,7 +116,14 @@ class SalmonnConfig(PreTrainedConfig):
             )
         if self.sound_layers is not None:
             self.check_sound_layers()
-        sound_width = self.sound_width
+        if bool(self.sound_summary_size) != bool(self.speech_decoder_layers and self.sound_width):
+            raise ValueError(
+                f"sound_summary_size is {self.sound_summary_size}, sound frames have {self.sound_width} features and "
+                f"speech_decoder_layers is {self.speech_decoder_layers}; with such layers sounds need a summary, and "
+                "without one of both there is none."
+            )
+        # Layers of Whisper's decoder read words alone; what sounds otherwise goes past them, in the summary.
+        sound_width = 0 if self.speech_decoder_layers else self.sound_width
         width = self.audio_config.d_model + sound_width
         if self.qformer_config.encoder_hidden_size != width:
             raise ValueError(

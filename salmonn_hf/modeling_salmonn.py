@@ -19,9 +19,10 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_beats import BeatsConfig
 from .configuration_salmonn import SalmonnConfig
 from .ctc_draft import DraftedGenerationMixin
-from .ctc_head import SalmonnCTCHead, caption_loss, ctc_loss
+from .ctc_head import SalmonnCTCHead, caption_loss, ctc_loss, token_directions
 from .modeling_beats import BeatsModel
 from .quantization import quantize_parts
+from .sound_summary import SalmonnSoundSummary
 from .speech_decoder import SalmonnSpeechDecoder, SalmonnSpeechTokenHead
 from .windows import frame_mlp, num_windows
 
@@ -228,7 +229,9 @@ class SalmonnModel(SalmonnPreTrainedModel):
         self.audio_norm = nn.LayerNorm(config.audio_config.d_model)
         if config.sound_config is not None:
             self.sound_tower = AutoModel.from_config(config.sound_config)
-        if config.sound_width:
+        if config.sound_summary_size:
+            self.sound_summary = SalmonnSoundSummary(config)
+        elif config.sound_width:
             self.sound_norm = nn.LayerNorm(config.sound_width)
         if config.speech_decoder_layers:
             self.connector = SalmonnSpeechDecoder(config)
@@ -250,6 +253,12 @@ class SalmonnModel(SalmonnPreTrainedModel):
 
         self.config.lora = lora
         inject_adapter_in_model(LoraConfig(**lora), self.language_model)
+
+    def add_sound_summary(self, sound_layers: list[int], size: int):
+        """Let a model whose speech decoder hears words alone hear sounds as well, see [`SalmonnSoundSummary`]."""
+        self.config.sound_layers, self.config.sound_summary_size = sound_layers, size
+        self.config.check_sound_layers()
+        self.sound_summary = SalmonnSoundSummary(self.config)
 
     def merge_lora(self):
         """
@@ -338,6 +347,12 @@ class SalmonnModel(SalmonnPreTrainedModel):
     def connect_audio(self, audio_frames, audio_frames_mask, sound_frames=None, sound_frames_mask=None):
         """Encoder frames (see `encode_audio`) to audio embeddings, and their number per clip."""
         frames = self.audio_norm(audio_frames)
+        if self.config.speech_decoder_layers:
+            states, num_tokens = self.connector(frames, audio_frames_mask, audio_frames)
+            if sound_frames is not None:
+                summary = self.sound_summary(sound_frames, sound_frames_mask).to(states.dtype)
+                states = torch.cat([states, summary.repeat_interleave(num_tokens, dim=0)], dim=-1)
+            return states, num_tokens
         if sound_frames is not None:
             # The shorter stream is zero-padded, after its LayerNorm, to the length of the longer. Where a clip costs
             # what it lasts, that is the speech encoder's: pad also cuts where `missing` is negative.
@@ -348,8 +363,6 @@ class SalmonnModel(SalmonnPreTrainedModel):
                 audio_frames_mask = nn.functional.pad(audio_frames_mask, (0, -missing), value=True)
                 missing = 0
             frames = torch.cat([frames, nn.functional.pad(sound_frames, (0, 0, 0, missing))], dim=-1)
-        if self.config.speech_decoder_layers:
-            return self.connector(frames, audio_frames_mask, audio_frames)
         return self.connector(frames, audio_frames_mask)
 
     def ctc_embedding(self) -> nn.Module:
@@ -374,6 +387,25 @@ class SalmonnModel(SalmonnPreTrainedModel):
         return BaseModelOutputWithPooling(
             last_hidden_state=encoded["audio_frames"], pooler_output=self.embed_audio(self.connect_audio(**encoded)[0])
         )
+
+    @torch.no_grad()
+    def wordless_strength(self, audio_frames, audio_frames_mask, **sound_frames) -> float:
+        """How far from the mean of all token embeddings, on average, a clip's windows lie that carry no word."""
+        states, _ = self.connect_audio(audio_frames, audio_frames_mask)
+        center, _ = token_directions(self.get_input_embeddings())
+        return float((self.ctc_head.proj(states).float() - center).norm(dim=-1).mean())
+
+    def caption_loss(self, audio_embeds, num_tokens, caption_labels):
+        """See [`caption_loss`]: of the clips' summaries, or without any of the mean of their audio embeddings."""
+        named = (caption_labels != -100).any(-1)
+        clips = audio_embeds.split(num_tokens.tolist())
+        clips = [clips[clip] for clip in named.nonzero()[:, 0]]
+        if self.config.sound_summary_size:
+            clips = torch.stack([clip[0, self.config.audio_config.d_model :] for clip in clips])
+        else:
+            center, _ = token_directions(self.get_input_embeddings())
+            clips = torch.stack([self.embed_audio(clip).float().mean(0) for clip in clips]) - center
+        return caption_loss(clips, caption_labels[named], self.get_input_embeddings())
 
     def merge_audio(self, input_ids: torch.LongTensor, audio_embeds: torch.Tensor | None) -> torch.Tensor:
         r"""
@@ -529,11 +561,7 @@ class SalmonnForConditionalGeneration(SalmonnModel, DraftedGenerationMixin):
                 log_probs = self.ctc_head(clips, self.ctc_embedding())
             aligned = ctc_loss(log_probs, num_tokens, ctc_labels)
             if caption_labels is not None:
-                named = (caption_labels != -100).any(-1)
-                states = torch.cat([audio_embeds.split(num_tokens.tolist())[clip] for clip in named.nonzero()[:, 0]])
-                aligned = aligned + caption_loss(
-                    self.embed_audio(states), num_tokens[named], caption_labels[named], self.get_input_embeddings()
-                )
+                aligned = aligned + self.caption_loss(audio_embeds, num_tokens, caption_labels)
             own = sum((labels != -100).sum() for labels in (ctc_labels, caption_labels) if labels is not None)
             aligned = aligned / (own.clamp(min=1) if num_ctc_labels is None else num_ctc_labels)
             if inputs_embeds is None:

@@ -1,4 +1,4 @@
-"""FSDP2 for SALMONN: what is sharded, on GPUs and CPUs, and what stays whole on every process."""
+"""FSDP2 and DeepSpeed ZeRO-3 for SALMONN: what is sharded, and what stays whole on every process."""
 
 import os
 from contextlib import contextmanager
@@ -7,6 +7,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+
+SCALARS = ("ctc_head.log_scale", "sound_summary.log_scale")
 
 
 def shard_on_cpus(accelerator: Accelerator, plugin_args: dict | None = None):
@@ -44,13 +46,21 @@ def choose_what_is_sharded(accelerator: Accelerator, model):
         )
     if plugin.transformer_cls_names_to_wrap is None:
         plugin.transformer_cls_names_to_wrap = list(model.language_model._no_split_modules)
-    names = ("audio_tower", "sound_tower", "speech_tokens")
-    whole = [getattr(model, name) for name in names if hasattr(model, name)] + [model.get_input_embeddings()]
-    plugin.ignored_modules = [module.to(accelerator.device) for module in whole]
+    plugin.ignored_modules = [module.to(accelerator.device) for module in whole_parts(model)]
     plugin.mixed_precision_policy = None
-    if model.ctc_head is not None:
-        scale = model.ctc_head.log_scale
-        model.ctc_head.log_scale = nn.Parameter(scale.data[None])  # a scalar cannot be sharded
+    shape_for_sharding(model)
+
+
+def whole_parts(model) -> list[nn.Module]:
+    names = ("audio_tower", "sound_tower", "speech_tokens")
+    return [getattr(model, name) for name in names if hasattr(model, name)] + [model.get_input_embeddings()]
+
+
+def shape_for_sharding(model):
+    for name in SCALARS:
+        part = getattr(model, name.split(".")[0], None)
+        if part is not None:
+            part.log_scale.data = part.log_scale.data[None]  # a scalar cannot be sharded
 
 
 def name_as_unsharded(model):
@@ -60,9 +70,8 @@ def name_as_unsharded(model):
 
 
 def shaped_as_unsharded(state_dict: dict) -> dict:
-    """A gathered state dict with the scalar as scalar that was made a vector for sharding."""
-    key = "ctc_head.log_scale"
-    return state_dict | {key: state_dict[key].reshape(())} if key in state_dict else state_dict
+    """A gathered state dict with the scalars as scalars that were made vectors for sharding."""
+    return state_dict | {key: state_dict[key].reshape(()) for key in SCALARS if key in state_dict}
 
 
 @contextmanager
@@ -86,3 +95,37 @@ def whole_parameters(accelerator: Accelerator, model):
         layer.set_reshard_after_forward(plugin.reshard_after_forward, recurse=False)
     for part in parts:
         part.reshard()
+
+
+def hide_whole_parts(accelerator: Accelerator, model):
+    """
+    DeepSpeed shares out, and asks after, every module of a model. What stays whole, and an LM head tied to the
+    embeddings, are from here on attributes of their places that are no modules of these.
+    """
+    shape_for_sharding(model)
+    whole = whole_parts(model)
+    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+        whole.append(model.get_output_embeddings())
+    model.hidden = [
+        (parent, name, part)
+        for parent in model.modules()
+        for name, part in parent.named_children()
+        if any(part is kept for kept in whole)
+    ]
+    for parent, name, part in model.hidden:
+        delattr(parent, name)
+        parent.__dict__[name] = part.to(accelerator.device)
+
+
+def gathered_state_dict(model) -> dict:
+    """The whole state dict, on every process, of a model whose parameters DeepSpeed has shared out."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        for parent, name, part in model.hidden:
+            setattr(parent, name, part)
+        state_dict = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+        for parent, name, part in model.hidden:
+            delattr(parent, name)
+            parent.__dict__[name] = part
+    return state_dict

@@ -83,16 +83,16 @@ class SalmonnSpeechTokenHead(nn.Module):
     """
     CTC (Graves et al., 2006) over Whisper's token embeddings, for those tokens the language model has too; and the
     way from there into the language model: the mean of its own embeddings of those tokens, by probability, as
-    in LegoSLM (Ma et al., 2025). Where the blank is likely, a linear map of the state takes the tokens' place; it
-    carries what is no word.
+    in LegoSLM (Ma et al., 2025). Where the blank is likely, a linear map of the state takes the tokens' place, and
+    the clip's [`SalmonnSoundSummary`] with it; they carry what is no word.
     """
 
     def __init__(self, config: SalmonnConfig):
         super().__init__()
-        width = config.audio_config.d_model
+        self.width = width = config.audio_config.d_model
         self.num_trained = config.ctc_trained_size
         for name in ("token_ids", "speech_token_ids", "capital_token_ids"):
-            self.register_buffer(name, torch.zeros(config.ctc_vocab_size, dtype=torch.int64))
+            self.register_buffer(name, torch.zeros(config.ctc_vocab_size, dtype=torch.int32))
         self.blank = nn.Linear(width, 1)
         self.log_scale = nn.Parameter(torch.zeros(()))
         self.proj = nn.Linear(width, config.text_config.hidden_size)
@@ -102,14 +102,15 @@ class SalmonnSpeechTokenHead(nn.Module):
     ) -> torch.Tensor:
         r"""
         Args:
-            audio_embeds (`torch.Tensor` of shape `(..., d_model)`): states of [`SalmonnSpeechDecoder`].
+            audio_embeds (`torch.Tensor` of shape `(..., d_model)` or more): states of [`SalmonnSpeechDecoder`]; what
+                stands behind them is left out.
             speech_tokens (`nn.Module`): Whisper's token embeddings.
             classes (`torch.LongTensor` of shape `(classes,)`, *optional*): indices into `token_ids`; default: all.
 
         Returns:
             float32 log-probabilities of shape `(..., 1 + classes)`: the blank, then the tokens.
         """
-        states = audio_embeds.flatten(0, -2)  # as a plain matrix product, see SalmonnCTCHead
+        states = audio_embeds[..., : self.width].flatten(0, -2)  # as a plain matrix product, see SalmonnCTCHead
         spellings = (self.speech_token_ids, self.capital_token_ids)
         if classes is not None:
             spellings = (ids[classes] for ids in spellings)
@@ -130,11 +131,18 @@ class SalmonnSpeechTokenHead(nn.Module):
         return classes, torch.where(labels == -100, labels, torch.searchsorted(classes, labels))
 
     def embed(self, audio_embeds: torch.Tensor, speech_tokens: nn.Module, embedding: nn.Module) -> torch.Tensor:
-        """States `(audio tokens, d_model)` to the language model's space, `(audio tokens, hidden size)`."""
+        """
+        States `(audio tokens, d_model)`, behind each of which its clip's summary `(hidden size,)` may stand, to the
+        language model's space, `(audio tokens, hidden size)`.
+        """
         probabilities = self(audio_embeds, speech_tokens).exp()
         rows = embedding_rows(embedding, self.token_ids)
         words = probabilities[..., 1:].to(rows.dtype) @ rows
-        return words + probabilities[..., :1] * self.proj(audio_embeds)
+        states, summary = audio_embeds.split([self.width, audio_embeds.shape[-1] - self.width], dim=-1)
+        wordless = self.proj(states)
+        if summary.shape[-1]:
+            wordless = wordless + summary
+        return words + probabilities[..., :1] * wordless
 
     def best(self, audio_embeds: torch.Tensor, speech_tokens: nn.Module) -> torch.Tensor:
         """Index of the likeliest output for each state, 0 for the blank."""

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch.nn.utils.rnn import pad_sequence
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import rotate_checkpoints
 
 from .answer_metrics import correct_answers
@@ -34,16 +35,20 @@ from .push import push_to_hub
 from .quantization import widen_linears
 from .sharding import (
     choose_what_is_sharded,
+    gathered_state_dict,
+    hide_whole_parts,
     name_as_unsharded,
     shaped_as_unsharded,
     shard_on_cpus,
     whole_parameters,
 )
+from .sound_summary import fit_sound_summary, frame_statistics
 from .sources import SkippedClips, parquet_rows
 from .tasks import CAPTION_TASKS, is_transcript, training_metric
 
 logger = logging.getLogger(__name__)
 
+TRAINED_PARTS = ("audio_norm", "sound_norm", "sound_summary", "connector", "ctc_head")
 ANSWER_TOKENS = 96  # of an answer that is no transcript, however short its clip
 
 
@@ -170,8 +175,10 @@ class ClipCollator:
         """The tokens of a caption, as it is spelt within a sentence; none of any other answer."""
         if example["task"] not in CAPTION_TASKS:
             return torch.zeros(0, dtype=torch.int64)
-        text = " " + example["text"].strip().lower()
-        return torch.tensor(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return torch.tensor(self.caption_ids(example["text"]))
+
+    def caption_ids(self, text: str) -> list[int]:
+        return self.processor.tokenizer(" " + text.strip().lower(), add_special_tokens=False)["input_ids"]
 
 
 def ctc_tokenizer(tokenizer, merges: int | None = None) -> Tokenizer:
@@ -211,13 +218,34 @@ def standardise_frames(model, dataset: ClipDataset, clips: int = 2000, seed: int
     """
     encoded = [frames for frames, _ in encoded_examples(model, dataset, clips, seed)]
     for kind in ("audio", "sound"):
-        if f"{kind}_frames" in encoded[0]:
+        if hasattr(model, f"{kind}_norm"):
             frames = torch.cat([frames[f"{kind}_frames"].cpu() for frames in encoded]).float()
             normed = torch.nn.functional.layer_norm(frames, frames.shape[-1:])
             norm = getattr(model, f"{kind}_norm")
             with torch.no_grad():
                 norm.weight.copy_(1 / normed.std(0))
                 norm.bias.copy_(-normed.mean(0) / normed.std(0))
+
+
+def start_sound_summary(model, dataset: ClipDataset, collator: ClipCollator, seed: int = 0):
+    """Fit the summary of `model` to all captioned clips of a training set, see `fit_sound_summary`."""
+    statistics, captions, strengths = [], [], []
+    for table, start in zip(dataset.tables, dataset.starts, strict=False):
+        for index in range(start, start + len(table)) if table.tasks() & set(CAPTION_TASKS) else ():
+            example = dataset[index]
+            if example.get("task") in CAPTION_TASKS:
+                frames = pad_clips(encode_clips(model, [example["clip"]], dataset.cache))
+                statistics.append(frame_statistics(frames["sound_frames"], frames["sound_frames_mask"]).cpu())
+                captions.append([collator.caption_ids(text) for text in example["texts"]])
+                if len(strengths) < 50:
+                    strengths.append(model.wordless_strength(**frames))
+    if not captions:
+        return
+    loss = fit_sound_summary(model, torch.cat(statistics), captions, seed)
+    # As strong as a token at least, and half as strong as what stands in its place already: it cannot be overlooked.
+    strength = max(sum(strengths) / len(strengths) / 2, float(model.sound_summary.log_scale.detach().exp()))
+    torch.nn.init.constant_(model.sound_summary.log_scale, math.log(strength))
+    logger.info("sound summary fitted to %d clips, %.2f nats per token of their captions", len(captions), loss)
 
 
 def freeze_base_parts(model, alignment_only: bool = False):
@@ -232,7 +260,7 @@ def freeze_base_parts(model, alignment_only: bool = False):
     model.requires_grad_(False)
     for name, parameter in model.named_parameters():
         is_lora = ".lora_" in name
-        if name.startswith(("audio_norm", "sound_norm", "connector", "ctc_head")) or (is_lora and not alignment_only):
+        if name.startswith(TRAINED_PARTS) or (is_lora and not alignment_only):
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
     model.train()  # puts the frozen encoders in evaluation mode
@@ -245,7 +273,7 @@ class SalmonnTrainingArguments(TrainingArguments):
     early and chooses the best checkpoint, is "wer" (the default), "cider" or "accuracy", or the same behind "eval_".
 
     Raises:
-        ValueError: if it should stop early but never evaluates, or runs under DeepSpeed ZeRO-3.
+        ValueError: if it should stop early but never evaluates.
     """
 
     remove_unused_columns: bool = False
@@ -278,11 +306,8 @@ class SalmonnTrainingArguments(TrainingArguments):
         if self.greater_is_better is None and self.metric_for_best_model in ("wer", "eval_wer"):
             self.greater_is_better = False
         super().__post_init__()
-        if is_deepspeed_zero3_enabled():
-            raise ValueError(
-                "DeepSpeed ZeRO-3 cannot put a model together from its base parts. FSDP2 shards as much: use "
-                "training/accelerate_configs/fsdp2.yaml."
-            )
+        # Models are put together from their base parts, which zero.Init cannot do: they are shared out afterwards.
+        unset_hf_deepspeed_config()
 
 
 class SalmonnTrainer(Trainer):
@@ -399,9 +424,11 @@ class SalmonnTrainer(Trainer):
         clips = batch.pop("clips")
         model = self.accelerator.unwrap_model(self.model)
         frames = encode_clips(model, clips, self.cache)
-        speech_frames = ["audio_frames"] + ["sound_frames"] * (model.config.sound_layers is not None)
+        # A summary is made of means and deviations, which noise would change as no audio does.
+        of_windows = model.config.sound_layers is not None and not model.config.sound_summary_size
+        augmented = ["audio_frames"] + ["sound_frames"] * of_windows
         for clip, encoded in zip(clips, frames, strict=True):
-            for name in speech_frames:
+            for name in augmented:
                 if "masked_frames" in clip:
                     masked = clip["masked_frames"][:, None].to(encoded[name].device)
                     encoded[name] = torch.where(masked, encoded[name].mean(0), encoded[name])
@@ -418,6 +445,8 @@ class SalmonnTrainer(Trainer):
     # Optimization
 
     def _prepare_for_training(self, *args):
+        if self.is_deepspeed_enabled:
+            hide_whole_parts(self.accelerator, self.model)
         prepared = super()._prepare_for_training(*args)
         if self.is_fsdp_enabled:
             name_as_unsharded(self.model)
@@ -463,6 +492,14 @@ class SalmonnTrainer(Trainer):
         super().log(logs, start_time)
 
     # Checkpoints
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        if not self.is_deepspeed_enabled:
+            return super().save_model(output_dir, _internal_call)
+        # DeepSpeed itself gathers what it has shared out alone, and in the precision of its forward pass.
+        state_dict = gathered_state_dict(self.model)
+        if self.args.should_save:
+            self._save(output_dir, state_dict)
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict and shaped_as_unsharded(state_dict))
@@ -618,8 +655,10 @@ def save_model(trainer: SalmonnTrainer, processor):
     """The final model in its output directory, in bfloat16, with its processor; pushed to the hub if asked for."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     state_dict = None
-    if trainer.is_fsdp_enabled:  # which keeps the precision that it started with, and on each process a part
-        state_dict = shaped_as_unsharded(trainer.accelerator.get_state_dict(trainer.model_wrapped))
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # each process has a part, in its first precision
+        gathered = trainer.is_deepspeed_enabled and gathered_state_dict(model)
+        gathered = gathered or trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        state_dict = shaped_as_unsharded(gathered)
         state_dict = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in state_dict.items()}
     else:
         for parameter in model.parameters():  # not model.to: it rounds the frequencies of the position embeddings, too

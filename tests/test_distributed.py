@@ -43,6 +43,8 @@ def training_step(trainer, *args, **kwargs):
             is_sharded = isinstance(parameter, DTensor)
             local = parameter.to_local() if is_sharded else parameter
             sizes[name] = [is_sharded, local.numel(), parameter.numel()]
+            if hasattr(parameter, "ds_tensor"):  # DeepSpeed's
+                sizes[name] = [parameter.numel() == 0, parameter.ds_tensor.numel(), parameter.ds_numel]
         held.write_text(json.dumps(sizes))
     return step(trainer, *args, **kwargs)
 
@@ -66,13 +68,14 @@ def accelerate_launch(config, *command):
         ("single_gpu", "NO", 1),
         ("multi_gpu", "MULTI_GPU", 2),
         ("fsdp2", "FSDP", 2),
+        ("zero3", "DEEPSPEED", 2),
     ],
 )
 def test_accelerate_reads_the_configs(name, kind, processes):
     config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
     assert config.distributed_type == kind and config.num_processes == processes
     assert config.use_cpu == (name == "cpu")
-    assert {path.stem for path in CONFIGS.iterdir()} == {"cpu", "single_gpu", "multi_gpu", "fsdp2"}
+    assert {path.stem for path in CONFIGS.iterdir()} == {"cpu", "single_gpu", "multi_gpu", "fsdp2", "zero3"}
 
 
 def test_fsdp_settings_that_cannot_work_are_refused():
@@ -87,20 +90,66 @@ def test_fsdp_settings_that_cannot_work_are_refused():
             choose_what_is_sharded(accelerator, tiny_model())
 
 
-def test_deepspeed_zero_3_is_refused(tmp_path):
+def test_models_are_loaded_whole_under_deepspeed(tmp_path):
+    """Under zero.Init, which transformers would load them in, they cannot be put together from base parts."""
     from transformers.integrations import deepspeed
 
-    class Config:
-        def is_zero3(self):
-            return True
-
-    config = Config()
+    config = SimpleNamespace(is_zero3=lambda: True)
     deepspeed.set_hf_deepspeed_config(config)
     try:
-        with pytest.raises(ValueError, match="fsdp2.yaml"):
-            SalmonnTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+        assert deepspeed.is_deepspeed_zero3_enabled()
+        SalmonnTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+        assert not deepspeed.is_deepspeed_zero3_enabled()
     finally:
         deepspeed.unset_hf_deepspeed_config()
+
+
+@pytest.mark.slow
+def test_two_processes_under_deepspeed_zero_3_train_as_one(parts, tmp_path, monkeypatch):  # noqa: F811
+    """All but what stays whole is in halves, the losses and checkpoints are those of one process, and it resumes."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    first = stage1_recipe(parts, tmp_path / "first", qformer_dropout=0.0, joined_clips=0)
+    run("run_stage1.py", first, tmp_path, monkeypatch)
+    settings = {"lora_dropout": 0.0, "ctc_loss_weight": 0.3, "joined_clips": 0, "per_device_train_batch_size": 2}
+    settings |= {"max_steps": 10, "save_steps": 5, "eval_steps": 5, "masked_frames": 0.2, "feature_cache": ""}
+    alone = stage2_recipe(parts, tmp_path / "alone", tmp_path / "first", gradient_accumulation_steps=2, **settings)
+    run("run_stage2.py", alone, tmp_path, monkeypatch)
+
+    zero3 = yaml.safe_load((CONFIGS / "zero3.yaml").read_text()) | {"use_cpu": True}
+    del zero3[
+        "mixed_precision"
+    ]  # a DeepSpeed file of one's own decides; here it keeps tiny weights from staying whole
+    sharding = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    auto = ("gradient_accumulation_steps", "gradient_clipping", "train_batch_size", "train_micro_batch_size_per_gpu")
+    (tmp_path / "zero3.json").write_text(json.dumps({"zero_optimization": sharding} | dict.fromkeys(auto, "auto")))
+    zero3["deepspeed_config"] = {"deepspeed_config_file": str(tmp_path / "zero3.json"), "zero3_init_flag": False}
+    (tmp_path / "zero3.yaml").write_text(yaml.safe_dump(zero3))
+    recipe, probe = tmp_path / "two.yaml", tmp_path / "probe.py"
+    recipe.write_text(yaml.safe_dump(stage2_recipe(parts, tmp_path / "two", tmp_path / "first", **settings)))
+    probe.write_text(PROBE)
+    command = ("--main_process_port", 0, probe, ROOT / "training" / "run_stage2.py", recipe)
+    assert accelerate_launch(tmp_path / "zero3.yaml", *command).count("world size 2") == 2
+
+    held = [json.loads((tmp_path / "two" / f"held-{index}.json").read_text()) for index in (0, 1)]
+    assert any(name.startswith("language_model.model.layers.") for name in held[0])
+    for name, (is_sharded, here, size) in held[0].items():
+        assert is_sharded and size <= here + held[1][name][1] <= size + 1, name
+    losses = [[entry["loss"] for entry in history(tmp_path / name) if "loss" in entry] for name in ("alone", "two")]
+    assert len(losses[0]) == 10
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0, atol=1e-3)
+    for place in ("checkpoint-10", "."):
+        one, two = (load_file(tmp_path / name / place / "model.safetensors") for name in ("alone", "two"))
+        assert one.keys() == two.keys()
+        for key, tensor in one.items():
+            torch.testing.assert_close(two[key].to(tensor.dtype), tensor, atol=1e-2, rtol=0, msg=f"{place} {key}")
+    loaded = AutoModel.from_pretrained(tmp_path / "two")
+    assert isinstance(loaded, SalmonnForConditionalGeneration)
+
+    shutil.rmtree(tmp_path / "two" / "checkpoint-10")
+    accelerate_launch(tmp_path / "zero3.yaml", *command)
+    again = load_file(tmp_path / "two" / "model.safetensors")
+    for key, tensor in two.items():
+        torch.testing.assert_close(again[key], tensor, atol=0, rtol=0)
 
 
 @pytest.mark.slow

@@ -292,7 +292,7 @@ def test_caption_loss_predicts_the_bag_of_words():
     rows = model.get_input_embeddings().weight
     means = torch.stack([clip.mean(0) for clip in torch.split(*map_tokens(model.connect_audio(frames, mask)))])
     cosines = torch.nn.functional.cosine_similarity((means - rows.mean(0))[:, None], rows - rows.mean(0), dim=-1)
-    repeated, targets = 20 * cosines[[1, 1, 1, 2]], torch.tensor([7, 9, 7, 40])
+    repeated, targets = 50 * cosines[[1, 1, 1, 2]], torch.tensor([7, 9, 7, 40])
     described = torch.nn.functional.cross_entropy(repeated, targets, reduction="sum")
     torch.testing.assert_close(both, (2 * spoken + described) / 6)
     shared = model(**inputs, caption_labels=caption_labels, num_ctc_labels=torch.tensor(12)).loss

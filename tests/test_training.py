@@ -26,6 +26,7 @@ from salmonn_hf.caption_metrics import CaptionMetricsError
 from salmonn_hf.clip_dataset import num_frames
 from salmonn_hf.feature_cache import encode_clips, pad_clips
 from salmonn_hf.quantization import linears, quantize_parts, quantized_linear
+from salmonn_hf.sound_summary import SalmonnSoundSummary
 from salmonn_hf.training import (
     ClipCollator,
     SalmonnTrainer,
@@ -206,6 +207,24 @@ def test_both_stages_with_a_connector_from_whispers_decoder(parts, tmp_path, mon
     second = SalmonnForConditionalGeneration.from_pretrained(tmp_path / "two")
     assert second.config.ctc_trained_size == first.config.ctc_trained_size
     assert not torch.equal(first.connector.layers[0].fc1.weight, second.connector.layers[0].fc1.weight)
+
+    # Sounds come last: the summary is fitted to the captions once, and trained on with everything else.
+    fits, heard, summary = [], [], SalmonnSoundSummary.forward
+    fit = training.fit_sound_summary
+    monkeypatch.setattr(training, "fit_sound_summary", lambda *args: fits.append(args[2]) or fit(*args))
+    monkeypatch.setattr(
+        SalmonnSoundSummary, "forward", lambda s, x, m: heard.append(x.abs().max()) or summary(s, x, m)
+    )
+    monkeypatch.setattr("salmonn_hf.sound_summary.FIT_STEPS", 3)
+    captions = [{"path": str(parts / "train.parquet"), "task": "audiocaption"}]
+    sounds = {"sources": captions, "sound_layers": [2], "sound_summary_size": 8, "frame_noise": 1e6}
+    for steps in (2, 4):
+        recipe = stage2_recipe(parts, tmp_path / "three", tmp_path / "two", ctc_loss_weight=0.5, **sounds)
+        run("run_stage2.py", recipe | {"max_steps": steps, "save_steps": 2}, tmp_path, monkeypatch)
+    assert [len(clips) for clips in fits] == [12]
+    assert max(heard) < 1e3  # without the noise, which would be heard as a deviation of the frames
+    third = SalmonnForConditionalGeneration.from_pretrained(tmp_path / "three")
+    assert third.config.sound_layers == [2] and third.sound_summary.log_scale != 0
 
 
 @pytest.fixture(scope="module")

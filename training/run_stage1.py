@@ -36,6 +36,7 @@ from salmonn_hf.training import (
     last_checkpoint,
     save_model,
     standardise_frames,
+    start_sound_summary,
 )
 
 
@@ -67,9 +68,16 @@ class ModelArguments:
         default=None,
         metadata={"help": "Spell its targets with the tokenizer's first merges; default: all."},
     )
+    sound_summary_size: int = field(
+        default=128, metadata={"help": "Hidden size of the MLP that sounds go through beside such layers."}
+    )
     chat_template: str | None = field(
         default=None, metadata={"help": "Jinja file; default: the language model's own."}
     )
+
+    @property
+    def hears_sounds_beside_words(self) -> bool:
+        return self.speech_decoder_layers > 0 and (self.sound_layers or self.sound_tower) is not None
 
 
 def main():
@@ -111,6 +119,7 @@ def main():
         frame_mlp_size=model_args.frame_mlp_size,
         speech_decoder_layers=model_args.speech_decoder_layers,
         window_context=model_args.window_context,
+        sound_summary_size=model_args.sound_summary_size if model_args.hears_sounds_beside_words else 0,
         projector_norm=True,
         ctc_vocab_size=len(ctc_token_ids),
         ctc_trained_size=ctc_trained_size,
@@ -149,6 +158,7 @@ def main():
     train_dataset, eval_dataset = data_args.datasets(
         train, evaluation, model, processor, augmentation, training_args.seed
     )
+    collator = ClipCollator(processor, ctc_token_ids, model_args.ctc_merges, alignment_only=True)
     checkpoint = last_checkpoint(training_args.output_dir)
     if checkpoint is None:
         standardise_frames(model, train_dataset)
@@ -162,12 +172,14 @@ def main():
             ]
             spoken = [(frames, speech_tokenizer(text, add_special_tokens=False).input_ids) for frames, text in spoken]
             start_from_whisper(model, resolve_base_part(model_args.audio_tower), spoken)
+        if config.sound_summary_size:
+            start_sound_summary(model, train_dataset, collator, training_args.seed)
     trainer = SalmonnTrainer(
         model=model,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        data_collator=ClipCollator(processor, ctc_token_ids, model_args.ctc_merges, alignment_only=True),
+        data_collator=collator,
         processing_class=processor,
         skipped=skipped,
     )

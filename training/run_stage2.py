@@ -29,6 +29,7 @@ from salmonn_hf.training import (
     freeze_base_parts,
     last_checkpoint,
     save_model,
+    start_sound_summary,
 )
 
 
@@ -48,6 +49,11 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Of the language model; on a CPU 'eager' trains short clips fastest."}
     )
+    sound_layers: list[int] | None = field(
+        default=None,
+        metadata={"help": "Let a checkpoint that hears words alone hear sounds, by these layers of its encoder."},
+    )
+    sound_summary_size: int = field(default=128, metadata={"help": "Hidden size of the MLP that they go through."})
     ctc_loss_weight: float = field(default=0.1, metadata={"help": "Weight of the alignment loss; 0 for none."})
 
 
@@ -103,6 +109,9 @@ def main():
                 "target_modules": model_args.lora_target_modules,
             }
         )
+    new_to_sounds = model_args.sound_layers is not None and model.config.sound_layers is None
+    if new_to_sounds:
+        model.add_sound_summary(model_args.sound_layers, model_args.sound_summary_size)
     freeze_base_parts(model)
     use_ctc = model.ctc_head is not None and model_args.ctc_loss_weight > 0
 
@@ -111,22 +120,26 @@ def main():
     train_dataset, eval_dataset = data_args.datasets(
         train, evaluation, model, processor, augmentation, training_args.seed
     )
+    collator = ClipCollator(
+        processor,
+        model.ctc_head.token_ids.tolist() if use_ctc else [],
+        model.config.ctc_merges,
+        clips=getattr(train_dataset, "clips", None),
+    )
+    checkpoint = last_checkpoint(training_args.output_dir)
+    if new_to_sounds and checkpoint is None:
+        start_sound_summary(model, train_dataset, collator, training_args.seed)
     trainer = SalmonnTrainer(
         model=model,
         args=training_args,
         lora_learning_rate=model_args.lora_learning_rate,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        data_collator=ClipCollator(
-            processor,
-            model.ctc_head.token_ids.tolist() if use_ctc else [],
-            model.config.ctc_merges,
-            clips=getattr(train_dataset, "clips", None),
-        ),
+        data_collator=collator,
         processing_class=processor,
         skipped=skipped,
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir))
+    trainer.train(resume_from_checkpoint=checkpoint)
     save_model(trainer, processor)
     if eval_dataset is not None:
         trainer.evaluate()

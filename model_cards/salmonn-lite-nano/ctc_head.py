@@ -6,7 +6,7 @@ from torch import nn
 from .configuration_salmonn import SalmonnConfig
 from .quantization import embedding_rows
 
-CAPTION_SCALE = 20.0  # times cosines; the CTC head begins with the same
+CAPTION_SCALE = 50.0  # times cosines: with 20, a caption of ten words cannot be told apart from its neighbours
 
 
 class SalmonnCTCHead(nn.Module):
@@ -29,10 +29,8 @@ class SalmonnCTCHead(nn.Module):
         return super().train(mode)
 
     def directions(self, embedding: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens' mean embedding `(hidden size,)`, and their unit directions from it; float32."""
-        rows = embedding_rows(embedding, self.token_ids).float()
-        center = rows.mean(0)  # token embeddings share a large common part, which tells none of them apart
-        return center, nn.functional.normalize(rows - center, dim=-1)
+        """See `token_directions`; of the head's tokens."""
+        return token_directions(embedding, self.token_ids)
 
     def forward(self, audio_embeds: torch.Tensor, embedding: nn.Module) -> torch.Tensor:
         r"""
@@ -65,6 +63,17 @@ class SalmonnCTCHead(nn.Module):
         return nn.functional.linear((audio_embeds.float() - center).to(rows.dtype), rows).argmax(-1)
 
 
+def token_directions(
+    embedding: nn.Module, token_ids: torch.LongTensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens' mean embedding `(hidden size,)`, and their unit directions from it `(tokens, hidden size)`; float32."""
+    if token_ids is None:
+        token_ids = torch.arange(embedding.num_embeddings, device=embedding.weight.device)
+    rows = embedding_rows(embedding, token_ids).float()
+    center = rows.mean(0)  # token embeddings share a large common part, which tells none of them apart
+    return center, nn.functional.normalize(rows - center, dim=-1)
+
+
 def ctc_loss(
     log_probs: torch.Tensor,
     lengths: torch.Tensor,
@@ -92,28 +101,22 @@ def ctc_loss(
     return losses[label_lengths > 0].sum()
 
 
-def caption_loss(
-    audio_embeds: torch.Tensor, lengths: torch.Tensor, labels: torch.LongTensor, embedding: nn.Module
-) -> torch.Tensor:
+def caption_loss(clips: torch.Tensor, labels: torch.LongTensor, embedding: nn.Module) -> torch.Tensor:
     r"""
-    What CTC is for speech, for clips that no transcript spells out: the mean of a clip's audio embeddings is to lie
-    where the tokens of its caption lie. Each of them is predicted from the cosines of that mean with the language
-    model's token embeddings, as a bag of words, their order being of no account.
+    What CTC is for speech, for clips that no transcript spells out: one vector of a clip is to lie where the tokens of
+    its caption lie. Each of them is predicted from the cosines of that vector with the language model's token
+    embeddings, as a bag of words, their order being of no account.
 
     Args:
-        audio_embeds (`torch.Tensor` of shape `(audio tokens, hidden size)`): of all clips, as the model reads them.
-        lengths (`torch.LongTensor` of shape `(clips,)`): audio tokens of each clip.
+        clips (`torch.Tensor` of shape `(clips, hidden size)`): from the mean of all token embeddings.
         labels (`torch.LongTensor` of shape `(clips, tokens)`): token ids, padded with -100.
         embedding (`nn.Module`): the language model's input embeddings.
 
     Returns:
         Scalar, nats, summed over all labels.
     """
-    means = torch.stack([clip.float().mean(0) for clip in audio_embeds.split(lengths.tolist())])
     with torch.no_grad():
-        rows = embedding_rows(embedding, torch.arange(embedding.num_embeddings, device=labels.device)).float()
-        center = rows.mean(0)  # see SalmonnCTCHead.directions
-        rows = nn.functional.normalize(rows - center, dim=-1)
-    means = nn.functional.normalize(means - center, dim=-1)
-    log_probs = (CAPTION_SCALE * nn.functional.linear(means, rows)).log_softmax(-1)
+        _, rows = token_directions(embedding)
+    directions = nn.functional.normalize(clips.float(), dim=-1)
+    log_probs = (CAPTION_SCALE * nn.functional.linear(directions, rows)).float().log_softmax(-1)
     return -(log_probs.gather(1, labels.clamp(min=0)) * (labels != -100)).sum()
