@@ -39,6 +39,8 @@ REFERENCE = {
     "queries_per_window": 1,
     # A Q-Former, and that alone.
     "speech_decoder_layers": 0,
+    "sound_layers": None,
+    "sound_summary_size": 0,
     "frame_mlp_size": 0,
     "ctc_vocab_size": 0,
 }

@@ -17,6 +17,9 @@ from .configuration_salmonn import SalmonnConfig
 from .quantization import embedding_rows
 from .windows import frame_mlp, num_windows
 
+# The blank's lead over the best token, in nats, from which a window carries no word: all tokens together then have
+# less than 1e-4 of the probability, which is less than bfloat16 tells apart.
+SURELY_BLANK = 20.0
 SAMPLED_TOKENS = 2000  # of those that no training text has, in a training step's softmax
 
 
@@ -111,14 +114,17 @@ class SalmonnSpeechTokenHead(nn.Module):
             float32 log-probabilities of shape `(..., 1 + classes)`: the blank, then the tokens.
         """
         states = audio_embeds[..., : self.width].flatten(0, -2)  # as a plain matrix product, see SalmonnCTCHead
+        scores = self.token_scores(states, speech_tokens, classes).float() * self.log_scale.exp()
+        log_probs = torch.cat([self.blank(states).float(), scores], dim=-1).log_softmax(-1)
+        return log_probs.unflatten(0, audio_embeds.shape[:-1])
+
+    def token_scores(self, states: torch.Tensor, speech_tokens: nn.Module, classes=None) -> torch.Tensor:
+        """States `(windows, d_model)` to their products with the tokens, in the better of their two spellings."""
         spellings = (self.speech_token_ids, self.capital_token_ids)
         if classes is not None:
             spellings = (ids[classes] for ids in spellings)
         spellings = (embedding_rows(speech_tokens, ids) for ids in spellings)
-        lower, capital = (nn.functional.linear(states, rows.to(states.dtype)) for rows in spellings)
-        scores = torch.maximum(lower, capital).float() * self.log_scale.exp()
-        log_probs = torch.cat([self.blank(states).float(), scores], dim=-1).log_softmax(-1)
-        return log_probs.unflatten(0, audio_embeds.shape[:-1])
+        return torch.maximum(*(nn.functional.linear(states, rows.to(states.dtype)) for rows in spellings))
 
     def training_classes(self, labels: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
         """
@@ -135,14 +141,20 @@ class SalmonnSpeechTokenHead(nn.Module):
         States `(audio tokens, d_model)`, behind each of which its clip's summary `(hidden size,)` may stand, to the
         language model's space, `(audio tokens, hidden size)`.
         """
-        probabilities = self(audio_embeds, speech_tokens).exp()
-        rows = embedding_rows(embedding, self.token_ids)
-        words = probabilities[..., 1:].to(rows.dtype) @ rows
         states, summary = audio_embeds.split([self.width, audio_embeds.shape[-1] - self.width], dim=-1)
-        wordless = self.proj(states)
+        embeds = self.proj(states)
         if summary.shape[-1]:
-            wordless = wordless + summary
-        return words + probabilities[..., :1] * wordless
+            embeds = embeds + summary
+        blank, scores = self.blank(states).float(), self.token_scores(states, speech_tokens)
+        # Most windows carry no word, and of these nothing but the best score has to be computed.
+        with torch.no_grad():
+            best = scores.amax(-1, keepdim=True).float() * self.log_scale.exp()
+            worded = (best > blank - SURELY_BLANK).nonzero()[:, 0]
+        scores = torch.cat([blank[worded], scores[worded].float() * self.log_scale.exp()], dim=-1)
+        probabilities = scores.softmax(-1)
+        rows = embedding_rows(embedding, self.token_ids)
+        words = probabilities[:, 1:].to(rows.dtype) @ rows
+        return embeds.index_copy(0, worded, (words + probabilities[:, :1] * embeds[worded]).to(embeds.dtype))
 
     def best(self, audio_embeds: torch.Tensor, speech_tokens: nn.Module) -> torch.Tensor:
         """Index of the likeliest output for each state, 0 for the blank."""

@@ -42,8 +42,10 @@ def test_weights_count_tied_and_quantised_matrices_once():
     assert SCRIPT["weights_by_module"](model)["embedding and head"] == 300 * 32 + 300 * 4
 
 
-def test_the_published_way_of_a_connector_from_whispers_decoder_is_a_qformer(tmp_path, monkeypatch):
+@pytest.mark.parametrize("sounds", [{}, {"sound_layers": [1], "sound_summary_size": 8}])
+def test_the_published_way_of_a_connector_from_whispers_decoder_is_a_qformer(sounds, tmp_path, monkeypatch):
     connector = {"speech_decoder_layers": 1, "frame_mlp_size": 8, "ctc_vocab_size": 20, "queries_per_window": 1}
+    connector |= sounds
     tiny_model(tiny_config(**connector)).save_pretrained(tmp_path / "tiny")
     arguments = ["--model", tmp_path / "tiny", "--rounds", 1, "--warmup", 1, "--seconds", 1, "--lengths", 0.5,
                  "--batch_sizes", 1, "--decode_steps", 2, "--reference", "--output", tmp_path / "out"]  # fmt: skip

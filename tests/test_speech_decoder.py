@@ -94,9 +94,12 @@ def test_training_chooses_among_trained_tokens_labels_and_a_sample(monkeypatch):
         torch.testing.assert_close(head(states, tokens, classes), expected)
 
 
-def test_embeds_are_the_mean_of_token_embeddings():
+@pytest.mark.parametrize("leads", [(0.0, 0.0, 0.0), (0.0, 60.0, 5.0), (60.0, 60.0, 60.0)])
+def test_embeds_are_the_mean_of_token_embeddings(leads):
+    """With each blank so far ahead: from some lead on the tokens are left out, which must not show."""
     model = decoder_model()
     head, states = model.ctc_head, torch.randn(3, model.config.audio_config.d_model)
+    head.blank.weight.data.copy_(torch.linalg.lstsq(states, torch.tensor(leads)[:, None]).solution.T)
     model.ctc_head.token_ids.copy_(torch.arange(7))
     embeds = model.embed_audio(states)
     rows = model.get_input_embeddings().weight
