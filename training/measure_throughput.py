@@ -25,11 +25,22 @@ REFERENCE = {
     "window_stride": 17,
     "queries_per_window": 1,
     "frame_mlp_size": 0,
+    "speech_decoder_layers": 0,
     "encoder_dtype": "float32",
     "train_sampling_strategy": "random",
     "feature_cache": "",
 }
-UNTIMED = ("max_steps", "num_train_epochs", "save_steps", "eval_steps", "eval_file", "joined_clips", "masked_frames")
+UNTIMED = (
+    "max_steps",
+    "num_train_epochs",
+    "save_steps",
+    "eval_steps",
+    "eval_file",
+    "joined_clips",
+    "masked_frames",
+    "speeds",
+    "speed_files",
+)
 
 
 @dataclass
