@@ -94,7 +94,11 @@ def test_models_are_loaded_whole_under_deepspeed(tmp_path):
     """Under zero.Init, which transformers would load them in, they cannot be put together from base parts."""
     from transformers.integrations import deepspeed
 
-    config = SimpleNamespace(is_zero3=lambda: True)
+    class Config:
+        def is_zero3(self):
+            return True
+
+    config = Config()
     deepspeed.set_hf_deepspeed_config(config)
     try:
         assert deepspeed.is_deepspeed_zero3_enabled()
