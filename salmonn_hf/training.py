@@ -29,6 +29,7 @@ from .caption_metrics import CaptionMetricsError, cider_d, require_java
 from .checkpoint import is_base_key
 from .clip_dataset import ClipDataset, MixtureSampler, StreamedClips, num_frames
 from .ctc_draft import merge_repeats
+from .ctc_head import token_directions
 from .feature_cache import encode_clips, pad_clips
 from .metrics import word_error_rate
 from .push import push_to_hub
@@ -238,7 +239,7 @@ def start_sound_summary(model, dataset: ClipDataset, collator: ClipCollator, see
                 statistics.append(frame_statistics(frames["sound_frames"], frames["sound_frames_mask"]).cpu())
                 captions.append([collator.caption_ids(text) for text in example["texts"]])
                 if len(strengths) < 50:
-                    strengths.append(model.wordless_strength(**frames))
+                    strengths.append(wordless_strength(model, frames))
     if not captions:
         return
     loss = fit_sound_summary(model, torch.cat(statistics), captions, seed)
@@ -246,6 +247,14 @@ def start_sound_summary(model, dataset: ClipDataset, collator: ClipCollator, see
     strength = max(sum(strengths) / len(strengths) / 2, float(model.sound_summary.log_scale.detach().exp()))
     torch.nn.init.constant_(model.sound_summary.log_scale, math.log(strength))
     logger.info("sound summary fitted to %d clips, %.2f nats per token of their captions", len(captions), loss)
+
+
+@torch.no_grad()
+def wordless_strength(model, frames: dict[str, torch.Tensor]) -> float:
+    """How far from the mean of all token embeddings, on average, the windows of a clip lie that carry no word."""
+    states, _ = model.connect_audio(frames["audio_frames"], frames["audio_frames_mask"])
+    center, _ = token_directions(model.get_input_embeddings())
+    return float((model.ctc_head.proj(states).float() - center).norm(dim=-1).mean())
 
 
 def freeze_base_parts(model, alignment_only: bool = False):
@@ -656,9 +665,11 @@ def save_model(trainer: SalmonnTrainer, processor):
     model = trainer.accelerator.unwrap_model(trainer.model)
     state_dict = None
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # each process has a part, in its first precision
-        gathered = trainer.is_deepspeed_enabled and gathered_state_dict(model)
-        gathered = gathered or trainer.accelerator.get_state_dict(trainer.model_wrapped)
-        state_dict = shaped_as_unsharded(gathered)
+        if trainer.is_deepspeed_enabled:
+            state_dict = gathered_state_dict(model)
+        else:
+            state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        state_dict = shaped_as_unsharded(state_dict)
         state_dict = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in state_dict.items()}
     else:
         for parameter in model.parameters():  # not model.to: it rounds the frequencies of the position embeddings, too

@@ -120,9 +120,8 @@ def test_two_processes_under_deepspeed_zero_3_train_as_one(parts, tmp_path, monk
     run("run_stage2.py", alone, tmp_path, monkeypatch)
 
     zero3 = yaml.safe_load((CONFIGS / "zero3.yaml").read_text()) | {"use_cpu": True}
-    del zero3[
-        "mixed_precision"
-    ]  # a DeepSpeed file of one's own decides; here it keeps tiny weights from staying whole
+    # A DeepSpeed file of one's own says these instead; here it keeps tiny weights from staying whole.
+    del zero3["mixed_precision"]
     sharding = {"stage": 3, "stage3_param_persistence_threshold": 0}
     auto = ("gradient_accumulation_steps", "gradient_clipping", "train_batch_size", "train_micro_batch_size_per_gpu")
     (tmp_path / "zero3.json").write_text(json.dumps({"zero_optimization": sharding} | dict.fromkeys(auto, "auto")))

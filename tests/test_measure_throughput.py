@@ -6,18 +6,13 @@ import sys
 
 import pytest
 import yaml
-from conftest import tiny_config, tiny_tokenizer
-from test_training import ROOT, parts, stage1_recipe, write_parquet  # noqa: F401
-from transformers import WhisperForConditionalGeneration
+from test_training import ROOT, parts, stage1_recipe, whisper_with_tokens, write_parquet  # noqa: F401
 
 
 @pytest.mark.slow
 def test_all_three_ways_of_a_connector_from_whispers_decoder(parts, tmp_path, monkeypatch, capsys):  # noqa: F811
     """The reference way has a Q-Former in its place, and no clip but those of the first file is read."""
-    whisper, config = tmp_path / "whisper", tiny_config().audio_config
-    config.vocab_size = len(tiny_tokenizer())
-    WhisperForConditionalGeneration(config).save_pretrained(whisper)
-    tiny_tokenizer().save_pretrained(whisper)
+    whisper = whisper_with_tokens(tmp_path / "whisper")
     other = write_parquet(tmp_path / "other.parquet", 3, text_column="words")  # which has no text: reading it fails
     recipe = stage1_recipe(parts, tmp_path / "out", audio_tower=str(whisper), frame_mlp_size=8, window_context=2)
     recipe |= {"speech_decoder_layers": 1, "queries_per_window": 1, "speeds": [0.9], "speed_files": [other]}

@@ -77,6 +77,15 @@ def parts(tmp_path_factory):
     return root
 
 
+def whisper_with_tokens(path):
+    """A whole Whisper, whose decoder the connector can start from, with its tokenizer."""
+    config = tiny_config().audio_config
+    config.vocab_size = len(tiny_tokenizer())
+    WhisperForConditionalGeneration(config).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
 def stage1_recipe(parts, output, **overrides):
     recipe = {
         "audio_tower": str(parts / "whisper"),
@@ -188,10 +197,7 @@ def test_the_cache_changes_nothing_but_the_time(parts, tmp_path, monkeypatch):
 
 
 def test_both_stages_with_a_connector_from_whispers_decoder(parts, tmp_path, monkeypatch):
-    whisper, config = tmp_path / "whisper", tiny_config().audio_config
-    config.vocab_size = len(tiny_tokenizer())
-    WhisperForConditionalGeneration(config).save_pretrained(whisper)
-    tiny_tokenizer().save_pretrained(whisper)
+    whisper = whisper_with_tokens(tmp_path / "whisper")
     connector = {"speech_decoder_layers": 1, "window_frames": 4, "window_stride": 4, "queries_per_window": 1}
     recipe = stage1_recipe(parts, tmp_path / "one", frame_mlp_size=8, window_context=2, **connector)
     read, start = [], speech_decoder.start_from_whisper

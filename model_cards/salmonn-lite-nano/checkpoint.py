@@ -164,14 +164,16 @@ def config_from_base_parts(audio_tower: str, language_model: str, sound_tower: s
     text_config = AutoConfig.from_pretrained(resolve_base_part(language_model))
     text_config.name_or_path = language_model  # not the directory on this machine
     base_parts = {"audio_tower": audio_tower, "language_model": language_model}
-    width, sound_config = audio_config.d_model, None
+    sound_width, sound_config = 0, None
     if sound_tower is not None:
         sound_config = AutoConfig.from_pretrained(resolve_base_part(sound_tower))
-        width += sound_config.hidden_size * (not kwargs.get("speech_decoder_layers"))
+        sound_width = sound_config.hidden_size
         base_parts["sound_tower"] = sound_tower
-    elif kwargs.get("sound_layers") is not None and not kwargs.get("speech_decoder_layers"):
-        width += audio_config.d_model
+    elif kwargs.get("sound_layers") is not None:
+        sound_width = audio_config.d_model
+    width = audio_config.d_model + sound_width
     if kwargs.get("speech_decoder_layers"):
+        width = audio_config.d_model  # sounds go past those layers, see SalmonnSoundSummary
         base_parts["speech_tokens"] = audio_tower
     qformer_config = {"num_hidden_layers": 2, "cross_attention_frequency": 1, "encoder_hidden_size": width}
     qformer_config |= kwargs.pop("qformer_config", {})

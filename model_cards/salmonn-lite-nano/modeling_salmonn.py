@@ -388,13 +388,6 @@ class SalmonnModel(SalmonnPreTrainedModel):
             last_hidden_state=encoded["audio_frames"], pooler_output=self.embed_audio(self.connect_audio(**encoded)[0])
         )
 
-    @torch.no_grad()
-    def wordless_strength(self, audio_frames, audio_frames_mask, **sound_frames) -> float:
-        """How far from the mean of all token embeddings, on average, a clip's windows lie that carry no word."""
-        states, _ = self.connect_audio(audio_frames, audio_frames_mask)
-        center, _ = token_directions(self.get_input_embeddings())
-        return float((self.ctc_head.proj(states).float() - center).norm(dim=-1).mean())
-
     def caption_loss(self, audio_embeds, num_tokens, caption_labels):
         """See [`caption_loss`]: of the clips' summaries, or without any of the mean of their audio embeddings."""
         named = (caption_labels != -100).any(-1)
@@ -473,9 +466,8 @@ class SalmonnForConditionalGeneration(SalmonnModel, DraftedGenerationMixin):
 
     def __init__(self, config: SalmonnConfig):
         super().__init__(config)
-        self.generation_config.suppress_tokens = [
-            config.audio_token_id
-        ]  # it stands for audio that was given, not made
+        # It stands for audio that was given, not made.
+        self.generation_config.suppress_tokens = [config.audio_token_id]
 
     def get_output_embeddings(self):
         return self.language_model.get_output_embeddings()
