@@ -2,15 +2,16 @@
 Memory and latency: time to the first token by part, time per further token, throughput, weights by module.
 
     python eval/run_efficiency.py --model model_cards/salmonn-lite-nano --output runs/efficiency
-    python eval/run_efficiency.py --shapes nano --reference --output runs/efficiency-nano
+    python eval/run_efficiency.py --shapes nano --reference --peer granite-speech --output runs/efficiency-nano
     python eval/run_efficiency.py --shapes seed --quantization '{"language_model": {"bits": 4}}' --output runs/seed
 
 The protocol of SALMONN's compression challenge (batch 1, 10 s of noise, a transcription prompt, one decode step per
 token), with the device synchronised at every mark, the features timed as well, and the peak of memory reset after
 loading. `--shapes` builds a published system with random weights (LoRA taken as merged), so that it can be measured
 without any download. `--reference` also measures the same parts the way the published systems run them: 30 s of
-padding, 88 audio tokens, float32. Writes `efficiency.json`, which `eval/make_report.py` and `model_cards/make_card.py`
-read, `table.md` and `latency.png`.
+padding, 88 audio tokens, float32. `--peer granite-speech` measures transformers' Granite Speech beside it, with the
+same language model and an encoder of the same size. Writes `efficiency.json`, which `eval/make_report.py` and
+`model_cards/make_card.py` read, `table.md` and `latency.png`.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import DynamicCache, GraniteSpeechConfig, GraniteSpeechForConditionalGeneration
 
 from salmonn_hf import SalmonnConfig, SalmonnFeatureExtractor, SalmonnForConditionalGeneration
 from salmonn_hf.files import write_whole
@@ -54,6 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quantization", type=json.loads, help="with --shapes: as SalmonnConfig.quantization, JSON")
     parser.add_argument("--own_length", action="store_true", help="with --shapes: a clip costs what it lasts")
     parser.add_argument("--reference", action="store_true", help="also the published way: 30 s, 88 tokens, float32")
+    parser.add_argument("--peer", choices=["granite-speech"], help="also a model of transformers of the same sizes")
     parser.add_argument("--dtype", default="bfloat16", help="default: %(default)s")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
@@ -69,11 +72,12 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def random_model(config: SalmonnConfig, dtype: torch.dtype, device: str):
+def random_model(model_class, config, dtype: torch.dtype, device: str):
     """A model of random weights, made at its own precision: never a float32 copy of it."""
     with torch.device("meta"):
-        model = SalmonnForConditionalGeneration(config)
+        model = model_class(config)
     model = model.to(dtype).to_empty(device=device).eval()
+    model.tie_weights()
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             if tensor.is_floating_point():
@@ -97,7 +101,7 @@ def weights_by_module(model) -> dict[str, int]:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            part = "embedding and head" if id(tensor) in vocabulary else name.split(".")[0]
+            part = "embedding and head" if id(tensor) in vocabulary else name.removeprefix("model.").split(".")[0]
             sizes[part] = sizes.get(part, 0) + tensor.nbytes
     return sizes
 
@@ -131,15 +135,21 @@ class Bench:
     def __init__(self, model, prompt_tokens: int):
         self.model, self.config, self.device = model, model.config, model.device
         self.prompt_tokens = prompt_tokens
-        self.extractor = SalmonnFeatureExtractor(
+        self.extractor = self.make_extractor()
+        self.generator = np.random.default_rng(0)
+
+    def make_extractor(self) -> SalmonnFeatureExtractor:
+        return SalmonnFeatureExtractor(
             feature_size=self.config.audio_config.num_mel_bins,
             pad_to_30_seconds=self.config.pad_to_30_seconds,
             return_input_values=self.config.sound_config is not None,
         )
-        self.generator = np.random.default_rng(0)
 
     def clip(self, seconds: float) -> np.ndarray:
         return self.generator.standard_normal(int(seconds * 16000)).astype(np.float32) * 0.1
+
+    def features(self, clips: list[np.ndarray]) -> dict[str, torch.Tensor]:
+        return self.extractor(clips, return_tensors="pt").to(self.device)
 
     def mark(self) -> float:
         if self.device.type == "cuda":
@@ -158,11 +168,18 @@ class Bench:
         ids[:, :half], ids[:, half + num_tokens :] = text[:half], text[half:]
         return ids.to(self.device)
 
-    @torch.inference_mode()
-    def round(self, clip: np.ndarray, decode_steps: int = 0) -> tuple[dict[str, float], list[float]]:
-        """Seconds of each part up to the first token, and of each further token."""
-        model, marks = self.model, [self.mark()]
-        features = self.extractor([clip], return_tensors="pt").to(self.device)
+    def prompt_cache(self) -> DynamicCache:
+        """Keys and values of the text ahead of the audio, which is the same for every clip."""
+        cache = DynamicCache(config=self.config.text_config)
+        with torch.inference_mode():
+            ids = self.input_ids(0)[:, : self.prompt_tokens // 2]
+            self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return cache
+
+    def embed_prompt(self, clip: np.ndarray, marks: list[float]) -> torch.Tensor:
+        """The prompt's embeddings, the clip's among them; `marks` gets the time at the end of each of its parts."""
+        model = self.model
+        features = self.features([clip])
         marks.append(self.mark())
         frames = model.encode_speech(features["input_features"], features["input_features_mask"])
         marks.append(self.mark())
@@ -171,8 +188,17 @@ class Bench:
         marks.append(self.mark())
         audio_embeds, num_tokens = model.connect_audio(**frames)
         marks.append(self.mark())
-        embeds = model.merge_audio(self.input_ids(int(num_tokens)), audio_embeds)
-        output = model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
+        return model.merge_audio(self.input_ids(int(num_tokens)), audio_embeds)
+
+    @torch.inference_mode()
+    def round(
+        self, clip: np.ndarray, decode_steps: int = 0, cache: DynamicCache | None = None
+    ) -> tuple[dict[str, float], list[float]]:
+        """Seconds of each part up to the first token, and of each further token; `cache`: see `prompt_cache`."""
+        model, marks = self.model, [self.mark()]
+        embeds = self.embed_prompt(clip, marks)
+        cached = 0 if cache is None else cache.get_seq_length()
+        output = model(inputs_embeds=embeds[:, cached:], past_key_values=cache, use_cache=True, logits_to_keep=1)
         token = output.logits[:, -1:].argmax(-1)
         marks.append(self.mark())
         for _ in range(decode_steps):
@@ -180,14 +206,16 @@ class Bench:
                            past_key_values=output.past_key_values, use_cache=True)  # fmt: skip
             token = output.logits[:, -1:].argmax(-1)
             marks.append(self.mark())
+        if cached:
+            cache.crop(cached - cache.get_seq_length())
         seconds = np.diff(marks).tolist()
         return dict(zip(PARTS, seconds, strict=False)), seconds[len(PARTS) :]
 
-    def latency(self, seconds: float, rounds: int, warmup: int, decode_steps: int) -> dict:
+    def latency(self, seconds: float, rounds: int, warmup: int, decode_steps: int, cache=None) -> dict:
         clip = self.clip(seconds)
         for _ in range(warmup):
-            self.round(clip, min(decode_steps, 2))
-        timed = [self.round(clip, decode_steps) for _ in range(rounds)]
+            self.round(clip, min(decode_steps, 2), cache)
+        timed = [self.round(clip, decode_steps, cache) for _ in range(rounds)]
         first = [sum(parts.values()) for parts, _ in timed]
         steps = [step for _, steps in timed for step in steps]
         result = {
@@ -208,7 +236,7 @@ class Bench:
         num_tokens = self.audio_tokens(clips[0])
 
         def transcribe():
-            features = self.extractor(clips, return_tensors="pt").to(self.device)
+            features = self.features(clips)
             return self.model.generate(
                 self.input_ids(num_tokens, batch_size), **features, do_sample=False,
                 min_new_tokens=decode_steps, max_new_tokens=decode_steps,
@@ -224,16 +252,72 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
     return {"p50": float(np.percentile(seconds, 50)), "p95": float(np.percentile(seconds, 95))}
 
 
-def measure(model, arguments, memory: Memory, load_peak: int) -> dict:
-    bench = Bench(model, arguments.prompt_tokens)
+class GraniteBench(Bench):
+    """
+    transformers' Granite Speech. Its own feature extractor needs torchaudio; ours makes the same 80 log-mel bins, of
+    which it stacks two frames.
+    """
+
+    def make_extractor(self) -> SalmonnFeatureExtractor:
+        return SalmonnFeatureExtractor()
+
+    def features(self, clips: list[np.ndarray]) -> dict[str, torch.Tensor]:
+        mel = self.extractor(clips, return_tensors="pt")["input_features"].transpose(1, 2)
+        return {"input_features": mel[:, : mel.shape[1] // 2 * 2].reshape(len(mel), -1, 160).to(self.device)}
+
+    def audio_tokens(self, clip: np.ndarray) -> int:
+        windows = -(-self.features([clip])["input_features"].shape[1] // self.config.window_size)
+        return windows * self.config.window_size // self.config.downsample_rate
+
+    def embed_prompt(self, clip: np.ndarray, marks: list[float]) -> torch.Tensor:
+        model = self.model.model
+        features = self.features([clip])["input_features"]
+        marks.append(self.mark())
+        frames = model.encoder(features.to(self.model.dtype)).last_hidden_state
+        marks += [self.mark()] * 2  # it has no sound encoder
+        audio_embeds = model.projector(frames)
+        marks.append(self.mark())
+        return model.get_merged_audio_embeddings(self.input_ids(audio_embeds.shape[1]), audio_embeds)
+
+
+def granite_config(config: SalmonnConfig) -> GraniteSpeechConfig:
+    """Granite Speech with the language model of `config`, an encoder of its size, and its Q-Former's width."""
+    encoder, qformer = config.audio_config, config.qformer_config
+    return GraniteSpeechConfig(
+        text_config=config.text_config,
+        encoder_config={
+            "hidden_dim": encoder.d_model,
+            "num_layers": encoder.encoder_layers,
+            "num_heads": encoder.encoder_attention_heads,
+            "feedforward_mult": encoder.encoder_ffn_dim // encoder.d_model,
+        },
+        projector_config={
+            "model_type": "blip_2_qformer",
+            "hidden_size": qformer.hidden_size,
+            "num_hidden_layers": qformer.num_hidden_layers,
+            "num_attention_heads": qformer.num_attention_heads,
+            "intermediate_size": qformer.intermediate_size,
+            "encoder_hidden_size": encoder.d_model,
+            "cross_attention_frequency": 1,
+        },
+        audio_token_index=config.audio_token_id,
+        tie_word_embeddings=config.text_config.tie_word_embeddings,
+        has_lora_adapter=False,
+    )
+
+
+def measure(bench: Bench, arguments, memory: Memory, load_peak: int) -> dict:
+    model = bench.model
     memory.reset()
     rounds = {"rounds": arguments.rounds, "warmup": arguments.warmup}
     protocol = bench.latency(arguments.seconds, decode_steps=arguments.decode_steps, **rounds)
     peak = memory.peak()
+    cached = bench.latency(arguments.seconds, decode_steps=0, cache=bench.prompt_cache(), **rounds)
     return {
         "dtype": str(model.dtype),
+        "prompt_cache_ttft": cached["ttft"],
         "audio_tokens": bench.audio_tokens(bench.clip(arguments.seconds)),
-        "quantization": model.config.quantization,
+        "quantization": getattr(model.config, "quantization", None),
         "weights": weights_by_module(model),
         "peak_memory": peak,
         "load_peak_memory": load_peak,
@@ -261,10 +345,15 @@ def table(results: dict[str, dict]) -> str:
             f"{ttft['p50']:.3f} | {tpot['p50']:.4f} | {ttft['p95']:.3f} / {tpot['p95']:.4f} | "
             f"{protocol['real_time_factor']:.3f} |"
         )
-    lines += ["", f"| TTFT s of | {' | '.join(PARTS)} |", "|---|" + "---|" * len(PARTS)]
+    lines += [
+        "",
+        f"| TTFT s of | {' | '.join(PARTS)} | all, the prompt's start cached |",
+        "|---" * (len(PARTS) + 2) + "|",
+    ]
     for name, result in results.items():
         parts = result["protocol"]["ttft_by_part"]
-        lines.append(f"| {name} | {' | '.join(f'{parts[part]:.4f}' for part in PARTS)} |")
+        times = " | ".join(f"{parts[part]:.4f}" for part in PARTS)
+        lines.append(f"| {name} | {times} | {result['prompt_cache_ttft']['p50']:.4f} |")
     for name, result in results.items():
         lines += ["", f"| weights of {name} | MB |", "|---|---|"]
         lines += [f"| {part} | {size / 1e6:.1f} |" for part, size in result["weights"].items()]
@@ -319,13 +408,20 @@ def main() -> None:
         config.lora = config.base_parts = None
         config.quantization = arguments.quantization
         config.pad_to_30_seconds = config.pad_to_30_seconds and not arguments.own_length
-        model = random_model(config, dtype, arguments.device)
-    results = {name: measure(model.eval(), arguments, memory, memory.peak())}
+        model = random_model(SalmonnForConditionalGeneration, config, dtype, arguments.device)
+    results = {name: measure(Bench(model.eval(), arguments.prompt_tokens), arguments, memory, memory.peak())}
     if arguments.reference:
         settings = config.to_dict() | REFERENCE | {"quantization": None, "lora": None, "base_parts": None}
         del model
-        model = random_model(SalmonnConfig.from_dict(settings), torch.float32, arguments.device)
-        results[f"{name}, the published way"] = measure(model, arguments, memory, memory.peak())
+        reference = SalmonnConfig.from_dict(settings)
+        model = random_model(SalmonnForConditionalGeneration, reference, torch.float32, arguments.device)
+        bench = Bench(model, arguments.prompt_tokens)
+        results[f"{name}, the published way"] = measure(bench, arguments, memory, memory.peak())
+    if arguments.peer:
+        del model
+        model = random_model(GraniteSpeechForConditionalGeneration, granite_config(config), dtype, arguments.device)
+        bench = GraniteBench(model, arguments.prompt_tokens)
+        results[f"{arguments.peer}, of {name}'s sizes"] = measure(bench, arguments, memory, memory.peak())
     arguments.output.mkdir(parents=True, exist_ok=True)
     settings = {"model": arguments.model or arguments.shapes, "rounds": arguments.rounds, "warmup": arguments.warmup}
     machine = {"device": arguments.device, "threads": torch.get_num_threads(), "torch": torch.__version__}

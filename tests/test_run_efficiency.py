@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import noise, tiny_config, tiny_model, tiny_text_config
+from transformers import GraniteSpeechForConditionalGeneration
 
+from salmonn_hf import SalmonnForConditionalGeneration
 from salmonn_hf.model_card import make_card
 from salmonn_hf.quantization import quantize_parts
 from salmonn_hf.report import write_report
@@ -29,6 +31,37 @@ def test_the_timed_parts_are_the_whole_model():
     with torch.no_grad():
         expected = model(bench.input_ids(num_tokens), **features).logits[:, -1]
     torch.testing.assert_close(logits[0], expected)
+
+
+def test_a_cached_start_of_the_prompt_changes_nothing_but_the_time():
+    model = tiny_model()
+    bench = SCRIPT["Bench"](model, prompt_tokens=9)
+    clip, logits = noise(0.7), []
+    cache = bench.prompt_cache()
+    model.language_model.register_forward_hook(lambda *args: logits.append(args[-1].logits[:, -1]))
+    bench.round(clip, decode_steps=2)
+    for _ in range(2):  # the second round finds the cache as the first did
+        bench.round(clip, decode_steps=2, cache=cache)
+    assert cache.get_seq_length() == 4
+    for step in range(3):
+        torch.testing.assert_close(logits[3 + step], logits[step])
+        torch.testing.assert_close(logits[6 + step], logits[step])
+
+
+def test_the_parts_of_a_peer_are_transformers_own_model():
+    config = tiny_config(text_config=tiny_text_config(tie_word_embeddings=True))
+    torch.manual_seed(0)
+    model = GraniteSpeechForConditionalGeneration(SCRIPT["granite_config"](config)).eval()
+    bench = SCRIPT["GraniteBench"](model, prompt_tokens=9)
+    clip, logits = noise(0.9), []
+    model.lm_head.register_forward_hook(lambda *args: logits.append(args[-1][:, -1]))
+    parts, steps = bench.round(clip, decode_steps=3)
+    assert parts["sound encoder"] == 0 and min(parts["whisper"], parts["q-former"]) > 0 and len(steps) == 3
+    with torch.no_grad():
+        expected = model(bench.input_ids(bench.audio_tokens(clip)), **bench.features([clip])).logits[:, -1]
+    torch.testing.assert_close(logits[0], expected)
+    assert model.model.language_model.config.to_dict() == config.text_config.to_dict()
+    assert len(model.model.encoder.layers) == config.audio_config.encoder_layers
 
 
 def test_weights_count_tied_and_quantised_matrices_once():
@@ -55,23 +88,24 @@ def test_the_published_way_of_a_connector_from_whispers_decoder_is_a_qformer(sou
     assert systems["tiny, the published way"]["audio_tokens"] == 88
 
 
-@pytest.mark.parametrize("reference", [True, False])
-def test_command_writes_json_table_and_plot(reference, tmp_path, monkeypatch):
+@pytest.mark.parametrize("others", [[], ["the published way"], ["the published way", "granite-speech"]])
+def test_command_writes_json_table_and_plot(others, tmp_path, monkeypatch):
     tiny_model().save_pretrained(tmp_path / "tiny")
     output = tmp_path / "out"
     arguments = ["--model", tmp_path / "tiny", "--rounds", 2, "--warmup", 1, "--seconds", 1, "--lengths", 0.5,
                  "--batch_sizes", 2, "--decode_steps", 2, "--device", "cpu", "--output", output]  # fmt: skip
-    if reference:
-        arguments.append("--reference")
+    arguments += ["--reference"] * ("the published way" in others)
+    arguments += ["--peer", "granite-speech"] * ("granite-speech" in others)
     monkeypatch.setattr(sys, "argv", ["run_efficiency.py", *map(str, arguments)])
     SCRIPT["main"]()
     systems = json.loads((output / "efficiency.json").read_text())["systems"]
-    assert list(systems) == ["tiny", "tiny, the published way"][: 1 + reference]
+    names = ["tiny", "tiny, the published way", "granite-speech, of tiny's sizes"]
+    assert list(systems) == names[: 1 + len(others)]
     for system in systems.values():
         assert system["protocol"]["ttft"]["p50"] <= system["protocol"]["ttft"]["p95"]
         assert set(system["throughput"]) == {"2"}
         assert system["peak_memory"] > sum(system["weights"].values())
-    if reference:
+    if others:
         assert systems["tiny, the published way"]["audio_tokens"] == 88
         assert systems["tiny, the published way"]["dtype"] == "torch.float32"
     assert "| TTFT s of | features |" in (output / "table.md").read_text()
@@ -100,7 +134,7 @@ def test_the_report_and_the_card_take_what_it_writes(tiny_checkpoint, tmp_path, 
 
 def test_random_weights_of_quantised_shapes_run():
     config = tiny_config(quantization={"language_model": {"bits": 4, "group_size": 16}, "embedding": {"bits": 8}})
-    model = SCRIPT["random_model"](config, torch.bfloat16, "cpu")
+    model = SCRIPT["random_model"](SalmonnForConditionalGeneration, config, torch.bfloat16, "cpu")
     parts, steps = SCRIPT["Bench"](model, 9).round(noise(0.5), 2)
     assert len(steps) == 2
     assert model.language_model.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
