@@ -282,6 +282,29 @@ def test_gemma_scales_quantised_embeddings():
     torch.testing.assert_close(embedding(ids), embedding.dequantize()[ids] * 32**0.5)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_whispers_tokens_are_quantised_and_reloaded(bits, tmp_path):
+    settings = {"speech_decoder_layers": 1, "window_context": 6, "frame_mlp_size": 16, "ctc_vocab_size": 7}
+    config = tiny_config(window_frames=4, window_stride=4, queries_per_window=1, **settings)
+    model = tiny_model(config)
+    for buffer in (model.ctc_head.token_ids, model.ctc_head.speech_token_ids, model.ctc_head.capital_token_ids):
+        buffer.copy_(torch.arange(7) + 20)
+    inputs = tiny_processor(config).apply_transcription_request([noise(1.0), noise(0.4)])
+    embedding = model.speech_tokens.weight.detach().clone()
+    quantization = {"speech_tokens": {"bits": bits} | ({"group_size": 8} if bits == 4 else {})}
+    quantize_parts(model, quantization)
+    model.config.quantization = quantization
+    step = embedding.abs().max() / (127 if bits == 8 else 7)
+    assert (model.speech_tokens.dequantize() - embedding).abs().max() <= step / 2 + 1e-6
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert loaded.speech_tokens.weight.dtype == (torch.int8 if bits == 8 else torch.uint8)
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, expected)
+
+
 def test_untied_head_is_quantised_on_its_own():
     model = tiny_model()
     quantize_parts(model, {"embedding": {"bits": 8}})
@@ -291,6 +314,8 @@ def test_untied_head_is_quantised_on_its_own():
 def test_wrong_recipes_are_named():
     with pytest.raises(ValueError, match="no part 'encoder'.*audio_tower"):
         quantize_parts(tiny_model(), {"encoder": {"bits": 8}})
+    with pytest.raises(ValueError, match="no part 'speech_tokens'"):  # of a model with a Q-Former
+        quantize_parts(tiny_model(), {"speech_tokens": {"bits": 8}})
     with pytest.raises(ValueError, match="q_proj.*group_size 48 does not divide 32"):
         quantize_parts(tiny_model(), {"language_model": {"bits": 4, "group_size": 48}})
 

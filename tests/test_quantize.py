@@ -68,6 +68,18 @@ def test_unusable_recipes_are_named(trained, monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_parts_are_those_that_a_model_has():
+    arguments = SCRIPT["QuantizeArguments"](model_name_or_path="a", output_dir="b", method="nearest", encoder_bits=0)
+    qformer = {
+        "connector": {"bits": 8},
+        "language_model": {"bits": 4, "group_size": 64},
+        "embedding": {"bits": 8},
+    }
+    assert arguments.parts(tiny_config()) == qformer
+    decoder = tiny_config(speech_decoder_layers=1, frame_mlp_size=8, ctc_vocab_size=20, queries_per_window=1)
+    assert arguments.parts(decoder) == qformer | {"speech_tokens": {"bits": 4, "group_size": 64}}
+
+
 def test_calibration_sees_audio_and_answers(trained):
     processor = tiny_processor()
     arguments = SCRIPT["QuantizeArguments"](

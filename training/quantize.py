@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from salmonn_hf import SalmonnForConditionalGeneration, SalmonnProcessor, load_audio
+from salmonn_hf import SalmonnConfig, SalmonnForConditionalGeneration, SalmonnProcessor, load_audio
 from salmonn_hf.gptq import quantize_layers
 from salmonn_hf.model_card import make_card, write_card
 from salmonn_hf.push import push_to_hub
@@ -36,6 +36,7 @@ class QuantizeArguments:
     embedding_bits: int = field(default=8, metadata={"help": "Of token embeddings and language-model head."})
     encoder_bits: int = field(default=8, metadata={"help": "Of the encoders' layers."})
     connector_bits: int = field(default=8, metadata={"help": "Of Q-Former and projection."})
+    speech_tokens_bits: int = field(default=4, metadata={"help": "Of Whisper's tokens, with its decoder's layers."})
     group_size: int = field(default=64, metadata={"help": "Columns that share a scale in 4 bits."})
     method: str = field(default="gptq", metadata={"help": "'gptq' or 'nearest', for 4 bits; 8 are always 'nearest'."})
     train_files: list[str] = field(default_factory=list, metadata={"help": "Parquet files to calibrate on."})
@@ -54,14 +55,15 @@ class QuantizeArguments:
         if self.method == "gptq" and not self.train_files:
             raise ValueError("GPTQ needs train_files to calibrate on; or choose method 'nearest'.")
 
-    def parts(self, has_sound_tower: bool) -> dict[str, dict]:
-        """`SalmonnConfig.quantization` of this recipe."""
+    def parts(self, config: SalmonnConfig) -> dict[str, dict]:
+        """`SalmonnConfig.quantization` of a model of `config` by this recipe."""
         bits = {
             "audio_tower": self.encoder_bits,
-            "sound_tower": self.encoder_bits if has_sound_tower else 0,
+            "sound_tower": self.encoder_bits if config.sound_config is not None else 0,
             "connector": self.connector_bits,
             "language_model": self.language_model_bits,
             "embedding": self.embedding_bits,
+            "speech_tokens": self.speech_tokens_bits if config.speech_decoder_layers else 0,
         }
         eight, four = {"bits": 8}, {"bits": 4, "group_size": self.group_size}
         return {part: four if count == 4 else eight for part, count in bits.items() if count}
@@ -90,7 +92,7 @@ def calibration_batches(args: QuantizeArguments, processor) -> list[dict]:
 
 def quantize(model, processor, args: QuantizeArguments):
     """Quantise `model`, in float32, in place; parts that come later are calibrated on those before them."""
-    parts = args.parts(model.config.sound_config is not None)
+    parts = args.parts(model.config)
     batches = calibration_batches(args, processor) if args.method == "gptq" else []
     decoder = model.language_model.base_model
     layers = {"audio_tower": model.audio_tower.layers, "language_model": getattr(decoder, "layers", None)}

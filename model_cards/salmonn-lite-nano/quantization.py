@@ -280,9 +280,8 @@ def widen_linears(part: nn.Module):
             replace_module(part, name, wide)
 
 
-def quantize_embedding(language_model: nn.Module, bits: int, group_size: int = 64):
-    """Replace the token embeddings and the head, in place; where the model ties them they stay one matrix."""
-    embedding, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
+def quantized_embedding(embedding: nn.Embedding, bits: int, group_size: int = 64) -> QuantizedEmbedding:
+    """`embedding` with its weights rounded to their nearest values."""
     weight = embedding.weight
     with torch.device(weight.device):
         quantized = QuantizedEmbedding(
@@ -290,6 +289,13 @@ def quantize_embedding(language_model: nn.Module, bits: int, group_size: int = 6
         )
     if weight.device.type != "meta":
         quantized.quantize(weight)
+    return quantized
+
+
+def quantize_vocabulary(language_model: nn.Module, bits: int, group_size: int = 64):
+    """Replace the token embeddings and the head, in place; where the model ties them they stay one matrix."""
+    head = language_model.get_output_embeddings()
+    quantized = quantized_embedding(language_model.get_input_embeddings(), bits, group_size)
     language_model.set_input_embeddings(quantized)
     if language_model.config.tie_word_embeddings:
         language_model._tied_weights_keys, language_model.all_tied_weights_keys = None, {}  # nothing is left to tie
@@ -304,17 +310,20 @@ def quantize_parts(model: nn.Module, quantization: dict[str, dict]):
 
     Args:
         quantization: part name to `{"bits": 4 or 8, "group_size": int}`, as `SalmonnConfig.quantization`. Parts are
-            "embedding" (tokens and head) and the model's submodules "audio_tower", "sound_tower", "connector" and
-            "language_model" (its Linears without the head).
+            "embedding" (tokens and head) and the model's submodules "audio_tower", "sound_tower", "connector",
+            "speech_tokens" and "language_model" (its Linears without the head).
 
     Raises:
         ValueError: for a part that the model does not have, or a matrix that `group_size` does not divide.
     """
     for part, settings in quantization.items():
         if part == "embedding":
-            quantize_embedding(model.language_model, **settings)
+            quantize_vocabulary(model.language_model, **settings)
+        elif isinstance(getattr(model, part, None), nn.Embedding):
+            setattr(model, part, quantized_embedding(getattr(model, part), **settings))
         elif isinstance(getattr(model, part, None), nn.Module):
             quantize_linears(getattr(model, part), **settings)
         else:
-            parts = ["embedding", *(name for name, child in model.named_children() if linears(child))]
-            raise ValueError(f"There is no part {part!r} to quantise; choose of {', '.join(parts)}.")
+            children = dict(model.named_children()).items()
+            parts = [name for name, child in children if linears(child) or isinstance(child, nn.Embedding)]
+            raise ValueError(f"There is no part {part!r} to quantise; choose of embedding, {', '.join(parts)}.")
