@@ -23,6 +23,9 @@ class Augmentation:
         FileNotFoundError: for a noise file that is not there.
     """
 
+    augmented_share: float = field(
+        default=1.0, metadata={"help": "Share of the clips that are augmented; the others may come from the cache."}
+    )
     speed_factors: list[float] = field(
         default_factory=list, metadata={"help": "One is drawn for each clip, e.g. 0.9 1.0 1.1 (Ko et al., 2015)."}
     )
@@ -49,8 +52,9 @@ class Augmentation:
                 raise ValueError(f"{name} is {values}; give the lowest and the highest value, or none.")
         if any(speed <= 0 for speed in self.speed_factors):
             raise ValueError(f"speed_factors is {self.speed_factors}; give positive factors such as 0.9 1.0 1.1.")
-        if not 0 <= self.noise_probability <= 1:
-            raise ValueError(f"noise_probability is {self.noise_probability}; give a number from 0 to 1.")
+        for name in ("augmented_share", "noise_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a number from 0 to 1.")
         for file in self.noise_files:
             if not Path(file).is_file():
                 raise FileNotFoundError(f"noise_files has {file}, which is no file; check the path.")

@@ -31,8 +31,8 @@ class ClipDataset(torch.utils.data.Dataset):
     Args:
         tables (`list[ClipTable]`).
         feature_extractor ([`SalmonnFeatureExtractor`]).
-        cache ([`FeatureCache`], *optional*): looked into for clips that are not augmented, of which the features
-            change with every pass.
+        cache ([`FeatureCache`], *optional*): looked into for clips that are not augmented; those of the others change
+            with every pass.
         augmentation ([`Augmentation`], *optional*).
         masked_frames (`float`): share of the encoder frames to mask, see `frame_mask`.
         system (`str`, *optional*), system_turn (`bool`): as in `tasks.messages`.
@@ -103,6 +103,9 @@ class ClipDataset(torch.utils.data.Dataset):
     def clip(self, row: dict, speed: float, draw: int | None, index: int) -> dict:
         augmentation = self.augmentation if draw is not None else Augmentation()
         augments = augmentation != Augmentation()
+        if augments and augmentation.augmented_share < 1:
+            rng = np.random.default_rng(self._seed(draw, index, "augments"))
+            augments = rng.random() < augmentation.augmented_share
         clip = {}
         try:
             if self.cache is not None and not augments:
@@ -150,6 +153,10 @@ class ClipDataset(torch.utils.data.Dataset):
     def tasks(self) -> set[str]:
         """The tasks of all examples."""
         return set().union(*(table.tasks() for table in self.tables))
+
+    def task_of_each(self) -> list[str]:
+        """The tasks of all examples, one after another."""
+        return [task for table in self.tables for task, _ in table.tasks_and_texts()]
 
     def texts(self):
         """The texts of all examples, one after another; of a clip with several, all."""

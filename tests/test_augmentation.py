@@ -309,6 +309,7 @@ def test_fields_are_keys_of_a_recipe(tmp_path):
         ("gain_db", [3.0]),
         ("speed_factors", [0.0, 1.0]),
         ("noise_probability", 1.5),
+        ("augmented_share", -0.1),
         ("time_masks", 5),  # of a fifth of the clip each
     ],
 )

@@ -12,6 +12,7 @@ from test_sources import embedded, flac, write
 from salmonn_hf import tasks
 from salmonn_hf.augmentation import Augmentation
 from salmonn_hf.clip_dataset import ClipDataset, MixtureSampler, StreamedClips, frame_mask, num_frames
+from salmonn_hf.feature_cache import FeatureCache
 from salmonn_hf.joined_clips import speech_dataset
 from salmonn_hf.sources import ClipTable, Source
 
@@ -95,6 +96,23 @@ def test_evaluation_is_neither_augmented_nor_masked():
     augmented = dataset(table(2), augmentation=Augmentation(gain_db=[-6.0, -3.0], time_masks=1), masked_frames=0.3)
     assert equal(plain[1], augmented[1]) and equal(plain[0, 1], plain[1])
     assert not torch.equal(augmented[0, 1]["clip"]["input_features"], plain[1]["clip"]["input_features"])
+
+
+def test_only_a_share_of_the_clips_is_augmented_and_the_others_are_cached(tmp_path):
+    settings = {"augmentation": Augmentation(augmented_share=0.5, gain_db=[-6.0, -3.0])}
+    plain, data = dataset(table(3)), dataset(table(3), cache=FeatureCache(tmp_path, "encoder", 1.0), **settings)
+    drawn = [(number, index) for number in range(20) for index in range(3)]
+    as_they_are = []
+    for number, index in drawn:
+        clip = data[number, index]["clip"]
+        same = torch.equal(clip["input_features"], plain[index]["clip"]["input_features"])
+        assert same == ("key" in clip)  # by which its features are kept
+        as_they_are.append(same)
+    assert 20 < sum(as_they_are) < 40
+    for share, count in ((0.0, 6), (1.0, 0)):
+        settings["augmentation"] = Augmentation(augmented_share=share, gain_db=[-6.0, -3.0])
+        data = dataset(table(3), cache=FeatureCache(tmp_path, "encoder", 1.0), **settings)
+        assert sum("key" in data[item]["clip"] for item in drawn[:6]) == count
 
 
 def test_a_clip_that_cannot_be_decoded_is_named_with_the_reason(tmp_path):
