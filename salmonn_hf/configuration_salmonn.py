@@ -49,9 +49,11 @@ class SalmonnConfig(PreTrainedConfig):
             several times faster. Needs a stride that is a multiple of `queries_per_window`.
         speech_decoder_layers (`int`): so many of the last layers of Whisper's own decoder in place of the Q-Former,
             see [`SalmonnSpeechDecoder`]; 0 for a Q-Former. Of `qformer_config` its dropout alone then counts.
-        sound_summary_size (`int`): with `speech_decoder_layers` and sound frames, hidden size of the MLP that makes
-            one vector of all of a clip's sound frames, see [`SalmonnSoundSummary`].
+        sound_summary_size (`int`): with `speech_decoder_layers` and sound frames, hidden size of the MLP that tells
+            from all of a clip's sound frames of which kinds of sound it is, see [`SalmonnSoundSummary`].
+        sound_kinds (`int`): how many kinds it tells apart.
         window_context (`int`): frames on either side of a window that such a decoder's queries see as well.
+        window_reach (`int`): up to so many windows apart such queries know one another's places; 0 for not at all.
         projector_norm (`bool`): LayerNorm after the projection into the language model. SALMONN has none.
         ctc_vocab_size (`int`): tokens of the CTC alignment head over the language model's own embeddings; 0 for no
             head.
@@ -94,7 +96,9 @@ class SalmonnConfig(PreTrainedConfig):
     frame_mlp_size: int = 0
     speech_decoder_layers: int = 0
     window_context: int = 0
+    window_reach: int = 0
     sound_summary_size: int = 0
+    sound_kinds: int = 320
     projector_norm: bool = False
     ctc_vocab_size: int = 0
     ctc_trained_size: int = 0

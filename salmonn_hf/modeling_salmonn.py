@@ -167,7 +167,7 @@ class SalmonnPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.blank)
             nn.init.constant_(module.log_scale, 3.0)  # cosines times e³ = 20
         elif isinstance(module, SalmonnSpeechDecoder):
-            nn.init.normal_(module.query, std=0.02)
+            module.reset_parameters()
         elif isinstance(module, SalmonnSpeechTokenHead):
             nn.init.zeros_(module.log_scale)
 
@@ -254,9 +254,10 @@ class SalmonnModel(SalmonnPreTrainedModel):
         self.config.lora = lora
         inject_adapter_in_model(LoraConfig(**lora), self.language_model)
 
-    def add_sound_summary(self, sound_layers: list[int], size: int):
+    def add_sound_summary(self, sound_layers: list[int], size: int, kinds: int):
         """Let a model whose speech decoder hears words alone hear sounds as well, see [`SalmonnSoundSummary`]."""
-        self.config.sound_layers, self.config.sound_summary_size = sound_layers, size
+        self.config.sound_layers = sound_layers
+        self.config.sound_summary_size, self.config.sound_kinds = size, kinds
         self.config.check_sound_layers()
         self.sound_summary = SalmonnSoundSummary(self.config)
 
@@ -350,8 +351,8 @@ class SalmonnModel(SalmonnPreTrainedModel):
         if self.config.speech_decoder_layers:
             states, num_tokens = self.connector(frames, audio_frames_mask, audio_frames)
             if sound_frames is not None:
-                summary = self.sound_summary(sound_frames, sound_frames_mask).to(states.dtype)
-                states = torch.cat([states, summary.repeat_interleave(num_tokens, dim=0)], dim=-1)
+                summary = self.sound_summary(sound_frames, sound_frames_mask, num_tokens)
+                states = torch.cat([states, summary.to(states.dtype)], dim=-1)
             return states, num_tokens
         if sound_frames is not None:
             # The shorter stream is zero-padded, after its LayerNorm, to the length of the longer. Where a clip costs
@@ -389,15 +390,12 @@ class SalmonnModel(SalmonnPreTrainedModel):
         )
 
     def caption_loss(self, audio_embeds, num_tokens, caption_labels):
-        """See [`caption_loss`]: of the clips' summaries, or without any of the mean of their audio embeddings."""
+        """See [`caption_loss`]: of the mean of a clip's audio embeddings."""
         named = (caption_labels != -100).any(-1)
         clips = audio_embeds.split(num_tokens.tolist())
         clips = [clips[clip] for clip in named.nonzero()[:, 0]]
-        if self.config.sound_summary_size:
-            clips = torch.stack([clip[0, self.config.audio_config.d_model :] for clip in clips])
-        else:
-            center, _ = token_directions(self.get_input_embeddings())
-            clips = torch.stack([self.embed_audio(clip).float().mean(0) for clip in clips]) - center
+        center, _ = token_directions(self.get_input_embeddings())
+        clips = torch.stack([self.embed_audio(clip).float().mean(0) for clip in clips]) - center
         return caption_loss(clips, caption_labels[named], self.get_input_embeddings())
 
     def merge_audio(self, input_ids: torch.LongTensor, audio_embeds: torch.Tensor | None) -> torch.Tensor:

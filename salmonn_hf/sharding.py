@@ -8,7 +8,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-SCALARS = ("ctc_head.log_scale", "sound_summary.log_scale")
+SCALARS = ("ctc_head.log_scale",)
 
 
 def shard_on_cpus(accelerator: Accelerator, plugin_args: dict | None = None):

@@ -264,20 +264,21 @@ class ClipTable:
         """The tasks of the usable clips; "asr" where none is named."""
         if self.source.task or "task" not in self.rows.column_names:
             return {self.source.task or "asr"}
-        return {task for task, _ in self._texts()}
+        return {task for task, _ in self.tasks_and_texts()}
 
     def texts(self):
         """The texts of all usable clips, one after another; of a clip with several, all."""
-        for _, texts in self._texts():
+        for _, texts in self.tasks_and_texts():
             yield from texts
 
     def transcripts(self):
         """As `texts`, of the clips whose task is to transcribe them."""
-        for task, texts in self._texts():
+        for task, texts in self.tasks_and_texts():
             if is_transcript(task):
                 yield from texts
 
-    def _texts(self):
+    def tasks_and_texts(self):
+        """The task and the texts of each usable clip, one after another."""
         kept = np.zeros(len(self.rows), dtype=bool)
         kept[self.kept] = True
         start = 0

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import os
 import re
 import shutil
@@ -33,7 +32,7 @@ from .ctc_head import token_directions
 from .feature_cache import encode_clips, pad_clips
 from .metrics import word_error_rate
 from .push import push_to_hub
-from .quantization import widen_linears
+from .quantization import embedding_rows, widen_linears
 from .sharding import (
     choose_what_is_sharded,
     gathered_state_dict,
@@ -49,7 +48,10 @@ from .tasks import CAPTION_TASKS, is_transcript, training_metric
 
 logger = logging.getLogger(__name__)
 
-TRAINED_PARTS = ("audio_norm", "sound_norm", "sound_summary", "connector", "ctc_head")
+# A summary's MLP is fitted before, by `start_sound_summary`: no gradient comes through the choice that it makes.
+TRAINED_PARTS = ("audio_norm", "sound_norm", "sound_summary.kinds", "connector", "ctc_head")
+SPEECH_CAPTION = "someone is speaking"  # what a sound summary is told of clips that have a transcript
+SPEECH_SHARE = 0.1  # of the clips that it is fitted to
 ANSWER_TOKENS = 96  # of an answer that is no transcript, however short its clip
 
 
@@ -81,6 +83,8 @@ class ClipCollator:
         ctc_merges (`int`, *optional*): see `ctc_tokenizer`.
         alignment_only (`bool`): clips and `ctc_labels` alone, as the alignment stage needs them.
         clips ([`ClipDataset`], *optional*): which makes the examples of [`StreamedClips`].
+        caption_bags (`bool`): `caption_labels` of captions beside the `ctc_labels`; of no use to a model with a
+            [`SalmonnSoundSummary`].
     """
 
     def __init__(
@@ -90,8 +94,9 @@ class ClipCollator:
         ctc_merges: int | None = None,
         alignment_only: bool = False,
         clips: ClipDataset | None = None,
+        caption_bags: bool = True,
     ):
-        self.processor, self.clips = processor, clips
+        self.processor, self.clips, self.caption_bags = processor, clips, caption_bags
         self.ctc_token_ids, self.ctc_merges, self.alignment_only = ctc_token_ids, ctc_merges, alignment_only
 
     @cached_property
@@ -125,7 +130,7 @@ class ClipCollator:
                 padding_value=-100,
             )
             described = [self.caption_labels(example) for example in examples]
-            if any(len(labels) for labels in described):
+            if self.caption_bags and any(len(labels) for labels in described):
                 batch["caption_labels"] = pad_sequence(described, batch_first=True, padding_value=-100)
         if self.alignment_only:
             return batch
@@ -229,24 +234,42 @@ def standardise_frames(model, dataset: ClipDataset, clips: int = 2000, seed: int
 
 
 def start_sound_summary(model, dataset: ClipDataset, collator: ClipCollator, seed: int = 0):
-    """Fit the summary of `model` to all captioned clips of a training set, see `fit_sound_summary`."""
+    """
+    Fit the summary of `model` to all captioned clips of a training set, and to some with a transcript, see
+    `fit_sound_summary`.
+
+    Raises:
+        ValueError: if the training set is read as a stream, or has no caption.
+    """
+    tasks = [] if isinstance(dataset, StreamedClips) else dataset.task_of_each()
+    heard = [index for index, task in enumerate(tasks) if task in CAPTION_TASKS]
+    if not heard:
+        raise ValueError(
+            "To hear sounds, a model is first fitted to all captions of its training set, but none of its sources has "
+            "a caption task without streaming; add one, or start from a checkpoint that hears sounds."
+        )
+    spoken = [index for index, task in enumerate(tasks) if is_transcript(task)]
+    order = torch.randperm(len(spoken), generator=torch.Generator().manual_seed(seed))
+    spoken = [spoken[place] for place in order[: int(SPEECH_SHARE * len(heard))]]
+
     statistics, captions, strengths = [], [], []
-    for table, start in zip(dataset.tables, dataset.starts, strict=False):
-        for index in range(start, start + len(table)) if table.tasks() & set(CAPTION_TASKS) else ():
-            example = dataset[index]
-            if example.get("task") in CAPTION_TASKS:
-                frames = pad_clips(encode_clips(model, [example["clip"]], dataset.cache))
-                statistics.append(frame_statistics(frames["sound_frames"], frames["sound_frames_mask"]).cpu())
-                captions.append([collator.caption_ids(text) for text in example["texts"]])
-                if len(strengths) < 50:
-                    strengths.append(wordless_strength(model, frames))
-    if not captions:
-        return
+    for index in heard + spoken:
+        example = dataset[index]
+        if "clip" not in example:  # it cannot be decoded
+            continue
+        frames = pad_clips(encode_clips(model, [example["clip"]], dataset.cache))
+        statistics.append(frame_statistics(frames["sound_frames"], frames["sound_frames_mask"]).cpu())
+        texts = [SPEECH_CAPTION] if is_transcript(example["task"]) else example["texts"]
+        captions.append([collator.caption_ids(text) for text in texts])
+        if len(strengths) < 50:
+            strengths.append(wordless_strength(model, frames))
     loss = fit_sound_summary(model, torch.cat(statistics), captions, seed)
     # As strong as a token at least, and half as strong as what stands in its place already: it cannot be overlooked.
-    strength = max(sum(strengths) / len(strengths) / 2, float(model.sound_summary.log_scale.detach().exp()))
-    torch.nn.init.constant_(model.sound_summary.log_scale, math.log(strength))
-    logger.info("sound summary fitted to %d clips, %.2f nats per token of their captions", len(captions), loss)
+    center, _ = token_directions(model.get_input_embeddings())
+    tokens = embedding_rows(model.get_input_embeddings(), torch.arange(model.config.text_config.vocab_size)).float()
+    strength = max(sum(strengths) / len(strengths) / 2, float((tokens - center).norm(dim=-1).mean()))
+    model.sound_summary.kinds.data *= strength
+    logger.info("sound summary fitted to %d clips, %.2f nats per clip", len(captions), loss)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What a whole clip sounds like, as one vector: by hand, in batches, in the model, and fitted to captions."""
+"""What a whole clip sounds like: kinds of sound by hand, in batches, in the model, and fitted to captions."""
 
 import numpy as np
 import pytest
@@ -7,13 +7,12 @@ from conftest import tiny_model
 from test_speech_decoder import decoder_config, decoder_model, frames_of
 
 from salmonn_hf import SalmonnForConditionalGeneration
-from salmonn_hf.sound_summary import fit_sound_summary, frame_statistics
+from salmonn_hf.sound_summary import caption_directions, cluster, fit_sound_summary, frame_statistics
+from salmonn_hf.training import freeze_base_parts
 
 
 def hearing_model(seed=0):
-    model = tiny_model(decoder_config(sound_layers=[1, 2], sound_summary_size=8), seed)
-    torch.nn.init.constant_(model.sound_summary.log_scale, 2.0)
-    return model.eval()
+    return tiny_model(decoder_config(sound_layers=[1, 2], sound_summary_size=8, sound_kinds=5), seed).eval()
 
 
 def test_statistics_are_of_a_clips_own_frames():
@@ -25,7 +24,17 @@ def test_statistics_are_of_a_clips_own_frames():
         torch.testing.assert_close(statistics.double(), torch.from_numpy(expected), atol=1e-5, rtol=1e-5)
 
 
-def test_every_window_carries_its_own_clips_summary():
+def test_windows_carry_kinds_in_the_shares_of_their_probabilities(monkeypatch):
+    summary = hearing_model().sound_summary
+    likely = torch.tensor([[0.1, 0.0, 0.6, 0.3, 0.0], [0.0, 0.98, 0.02, 0.0, 0.0], [0.2, 0.2, 0.2, 0.2, 0.2]])
+    monkeypatch.setattr(summary, "logits", lambda statistics: likely.log())
+    frames = torch.zeros(3, 1, 16)
+    carried = summary(frames, frames[..., 0] == 0, torch.tensor([10, 10, 1]))
+    kinds = torch.cdist(carried, summary.kinds).argmin(-1).tolist()
+    assert kinds[:10] == [2] * 6 + [3] * 3 + [0] and kinds[10:20] == [1] * 10 and len(kinds) == 21
+
+
+def test_every_window_carries_its_own_clips_kinds():
     model, lengths = hearing_model(), [41, 3, 17]
     frames, mask = frames_of(model, lengths)
     sounds, width = torch.randn_like(frames), model.config.audio_config.d_model
@@ -33,9 +42,18 @@ def test_every_window_carries_its_own_clips_summary():
     words, _ = model.connect_audio(frames, mask)
     torch.testing.assert_close(states[:, :width], words)
     for clip, length, own in zip(sounds, lengths, states.split(counts.tolist()), strict=True):
-        alone = model.sound_summary(clip[None, :length], mask.new_ones(1, length))
-        torch.testing.assert_close(own[:, width:], alone.expand(len(own), -1), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(alone.norm(), torch.tensor(2.0).exp())
+        alone = model.sound_summary(clip[None, :length], mask.new_ones(1, length), torch.tensor([len(own)]))
+        torch.testing.assert_close(own[:, width:], alone)
+
+
+def test_the_language_models_loss_reaches_the_kinds_alone():
+    model = hearing_model()
+    freeze_base_parts(model)
+    frames, mask = frames_of(model, [20])
+    states, _ = model.connect_audio(frames, mask, torch.randn_like(frames), mask)
+    model.embed_audio(states).sum().backward()
+    summary = model.sound_summary
+    assert summary.kinds.grad.any() and not any(p.requires_grad for p in summary.mlp.parameters())
 
 
 def test_the_summary_stands_where_no_word_does():
@@ -51,48 +69,51 @@ def test_the_summary_stands_where_no_word_does():
     torch.testing.assert_close(added, log_probs[:, :1].exp() * summary, atol=1e-5, rtol=1e-4)
 
 
-def test_caption_loss_is_that_of_the_summary():
-    model = hearing_model()
-    frames, mask = frames_of(model, [30, 21, 40])
-    sounds = torch.randn_like(frames)
-    inputs = {"audio_frames": frames, "audio_frames_mask": mask, "sound_frames": sounds, "sound_frames_mask": mask}
-    captions = torch.tensor([[-100, -100], [7, 9], [40, -100]])
-    loss = model(**inputs, ctc_labels=torch.full((3, 1), -100), caption_labels=captions).loss
-
-    rows = model.get_input_embeddings().weight
-    summaries = model.sound_summary(sounds[1:], mask[1:])
-    cosines = torch.nn.functional.cosine_similarity(summaries[:, None], rows - rows.mean(0), dim=-1)
-    expected = torch.nn.functional.cross_entropy(50 * cosines[[0, 0, 1]], torch.tensor([7, 9, 40]))
-    torch.testing.assert_close(loss, expected)
+def test_captions_that_say_the_same_are_a_cluster():
+    embedding = hearing_model().get_input_embeddings()
+    captions = [[[5, 6, 7], [5, 8, 7]], [[20, 21, 7]], [[30, 6, 7]]]  # 7 is in all of them, and tells nothing
+    directions = caption_directions(embedding, captions * 6)
+    rows = embedding.weight - embedding.weight.mean(0)
+    rows, rare = torch.nn.functional.normalize(rows, dim=-1), torch.tensor(19 / 6).log()
+    by_hand = (
+        rare * (2 * rows[5] + rows[8])
+        + torch.tensor(19 / 12).log() * rows[6]
+        + 2 * torch.tensor(19 / 18).log() * rows[7]
+    )
+    torch.testing.assert_close(directions[0], by_hand / by_hand.norm(), atol=1e-5, rtol=1e-4)
+    clusters, centres = cluster(directions, 3, torch.Generator().manual_seed(0))
+    assert clusters.tolist() == clusters[:3].tolist() * 6 and len(set(clusters.tolist())) == 3
+    torch.testing.assert_close(centres[clusters], directions)
+    more, centres = cluster(directions, 5, torch.Generator().manual_seed(0))  # more than there is to tell apart
+    assert len(set(more.tolist())) <= 5 and torch.isfinite(centres).all()
 
 
 def test_fitted_it_tells_new_clips_apart(monkeypatch):
     monkeypatch.setattr("salmonn_hf.sound_summary.FIT_STEPS", 150)
     model, generator = hearing_model(), torch.Generator().manual_seed(0)
-    kinds = torch.randn(3, 2 * model.config.sound_width, generator=generator)
+    heard = torch.randn(3, 2 * model.config.sound_width, generator=generator)
 
     def clips(count):
-        return (kinds + 0.3 * torch.randn(count, *kinds.shape, generator=generator)).flatten(0, 1)
+        return (heard + 0.3 * torch.randn(count, *heard.shape, generator=generator)).flatten(0, 1)
 
     captions = [[[5, 6], [5, 8]], [[20, 21]], [[30, 6]]]  # all clips of a kind are called the same
-    loss = fit_sound_summary(model, clips(40), captions * 40)
-    assert loss < 2.5  # of one of 40 tokens; 3.7 without having learnt anything
+    fit_sound_summary(model, clips(40), captions * 40)
     with torch.no_grad():
-        heard = model.eval().sound_summary.from_statistics(clips(20))
-        rows = model.get_input_embeddings().weight
-        nearest = torch.nn.functional.cosine_similarity(heard[:, None], rows - rows.mean(0), dim=-1).topk(2).indices
-    names = [{5, 6, 8}, {20, 21}, {30, 6}] * 20
-    assert np.mean([set(found.tolist()) <= name for found, name in zip(nearest, names, strict=True)]) > 0.9
+        best = model.eval().sound_summary.logits(clips(20)).argmax(-1)
+    said = torch.nn.functional.cosine_similarity(
+        model.sound_summary.kinds[best][:, None], caption_directions(model.get_input_embeddings(), captions), dim=-1
+    )
+    assert (said.argmax(-1) == torch.arange(3).repeat(20)).float().mean() > 0.9
 
 
 def test_a_model_that_hears_words_alone_learns_to_hear_sounds(tmp_path):
     model = decoder_model()
-    model.add_sound_summary([1], 8)
+    model.add_sound_summary([1], 8, 5)
     features, mask = torch.randn(2, 80, 300), torch.ones(2, 300)
     before = model.eval().get_audio_features(features, mask).pooler_output
     model.save_pretrained(tmp_path)
     loaded = SalmonnForConditionalGeneration.from_pretrained(tmp_path).eval()
-    assert loaded.config.sound_layers == [1]
+    assert loaded.config.sound_layers == [1] and loaded.config.sound_kinds == 5
     torch.testing.assert_close(loaded.get_audio_features(features, mask).pooler_output, before)
 
 

@@ -51,6 +51,58 @@ def test_a_query_sees_its_window_and_the_context_alone():
     assert changed == [3, 4, 5, 6]  # window 3 is frames 12 to 15, and sees up to 21
 
 
+def test_biases_move_attention_by_distance_and_place():
+    """A bias of -inf, in effect, for all but one distance or place leaves attention to that one alone."""
+    model = tiny_model(decoder_config(window_reach=2), 0).eval()
+    connector = model.connector
+    connector.reset_parameters()  # biases begin at zero
+    frames, mask = frames_of(model, [40])
+    unbiased, _ = model.connect_audio(frames, mask)
+    plain = decoder_model()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    torch.testing.assert_close(unbiased, plain.connect_audio(frames, mask)[0])
+
+    for layer in connector.layers:
+        torch.nn.init.zeros_(layer.self_attn.out_proj.weight)
+    connector.frame_bias.data.fill_(-1e3)
+    connector.frame_bias.data[:, :, 6 + 4] = 0.0  # the frame behind the window's last
+    before, _ = model.connect_audio(frames, mask)
+    frames[0, 20] += torch.arange(frames.shape[-1])  # in window 5, and behind window 4
+    after, _ = model.connect_audio(frames, mask)
+    assert ((before - after).abs().amax(-1) > 1e-6).nonzero().flatten().tolist() == [4, 5]
+
+    model = tiny_model(decoder_config(window_reach=2), 0).eval()
+    for layer in model.connector.layers:
+        torch.nn.init.zeros_(layer.encoder_attn.out_proj.weight)
+    model.connector.window_bias.data.fill_(-1e3)
+    model.connector.window_bias.data[:, :, 3] = 0.0  # the next window
+    frames, _ = frames_of(model, [40])
+    before, _ = model.connect_audio(frames, mask)
+    frames[0, 20] += torch.arange(frames.shape[-1])
+    after, _ = model.connect_audio(frames, mask)
+    changed = ((before - after).abs().amax(-1) > 1e-6).nonzero().flatten().tolist()
+    assert changed == [4, 5, 9]  # the last has no next one, and sees all
+
+
+def test_a_clip_in_a_batch_is_the_clip_alone_with_biases():
+    model, lengths = tiny_model(decoder_config(window_reach=3), 0).eval(), [41, 3, 17]
+    torch.nn.init.normal_(model.connector.window_bias, std=0.1)
+    torch.nn.init.normal_(model.connector.frame_bias, std=0.1)
+    frames, mask = frames_of(model, lengths)
+    together, counts = model.connect_audio(frames, mask)
+    for clip, length, states in zip(frames, lengths, together.split(counts.tolist()), strict=True):
+        alone, _ = model.connect_audio(clip[None, :length], mask.new_ones(1, length))
+        torch.testing.assert_close(alone, states, atol=1e-5, rtol=1e-5)
+
+
+def test_scores_of_all_tokens_are_the_same_with_and_without_gradients():
+    head, tokens = decoder_model().ctc_head, decoder_model().speech_tokens
+    states = torch.randn(5, head.width)
+    with torch.no_grad():
+        without = head.token_scores(states, tokens)
+    torch.testing.assert_close(without, head.token_scores(states, tokens))
+
+
 def test_layers_of_whisper_read_as_they_do_in_whisper():
     """One query over one window of all frames is Whisper's decoder at its first position."""
     model = decoder_model()

@@ -219,18 +219,18 @@ def test_both_stages_with_a_connector_from_whispers_decoder(parts, tmp_path, mon
     fit = training.fit_sound_summary
     monkeypatch.setattr(training, "fit_sound_summary", lambda *args: fits.append(args[2]) or fit(*args))
     monkeypatch.setattr(
-        SalmonnSoundSummary, "forward", lambda s, x, m: heard.append(x.abs().max()) or summary(s, x, m)
+        SalmonnSoundSummary, "forward", lambda s, x, m, n: heard.append(x.abs().max()) or summary(s, x, m, n)
     )
     monkeypatch.setattr("salmonn_hf.sound_summary.FIT_STEPS", 3)
     captions = [{"path": str(parts / "train.parquet"), "task": "audiocaption"}]
-    sounds = {"sources": captions, "sound_layers": [2], "sound_summary_size": 8, "frame_noise": 1e6}
+    sounds = {"sources": captions, "sound_layers": [2], "sound_summary_size": 8, "sound_kinds": 4, "frame_noise": 1e6}
     for steps in (2, 4):
         recipe = stage2_recipe(parts, tmp_path / "three", tmp_path / "two", ctc_loss_weight=0.5, **sounds)
         run("run_stage2.py", recipe | {"max_steps": steps, "save_steps": 2}, tmp_path, monkeypatch)
-    assert [len(clips) for clips in fits] == [12]
+    assert [len(clips) for clips in fits] == [12 + 1]  # and some of what is spoken
     assert max(heard) < 1e3  # without the noise, which would be heard as a deviation of the frames
     third = SalmonnForConditionalGeneration.from_pretrained(tmp_path / "three")
-    assert third.config.sound_layers == [2] and third.sound_summary.log_scale != 0
+    assert third.config.sound_layers == [2] and third.sound_summary.kinds.norm(dim=-1).min() > 0
 
 
 @pytest.fixture(scope="module")
@@ -627,6 +627,7 @@ def test_only_transcripts_are_spelt_and_only_captions_are_bags_of_words():
     captions = [[label for label in row if label != -100] for row in batch["caption_labels"].tolist()]
     assert captions == [[], processor.tokenizer(" c", add_special_tokens=False).input_ids, []]
     assert "caption_labels" not in collator(examples[::2])
+    assert "caption_labels" not in ClipCollator(processor, tokens, caption_bags=False)(examples)
 
 
 def test_a_missing_column_is_named(tmp_path):

@@ -64,6 +64,7 @@ class ModelArguments:
         default=0, metadata={"help": "Last layers of Whisper's decoder in place of the Q-Former; 0: a Q-Former."}
     )
     window_context: int = field(default=0, metadata={"help": "Frames beside a window that such layers see as well."})
+    window_reach: int = field(default=0, metadata={"help": "Windows apart that such layers learn to tell; 0: none."})
     ctc_merges: int | None = field(
         default=None,
         metadata={"help": "Spell its targets with the tokenizer's first merges; default: all."},
@@ -71,6 +72,7 @@ class ModelArguments:
     sound_summary_size: int = field(
         default=128, metadata={"help": "Hidden size of the MLP that sounds go through beside such layers."}
     )
+    sound_kinds: int = field(default=320, metadata={"help": "How many kinds of sound it tells apart."})
     chat_template: str | None = field(
         default=None, metadata={"help": "Jinja file; default: the language model's own."}
     )
@@ -119,7 +121,9 @@ def main():
         frame_mlp_size=model_args.frame_mlp_size,
         speech_decoder_layers=model_args.speech_decoder_layers,
         window_context=model_args.window_context,
+        window_reach=model_args.window_reach,
         sound_summary_size=model_args.sound_summary_size if model_args.hears_sounds_beside_words else 0,
+        sound_kinds=model_args.sound_kinds,
         projector_norm=True,
         ctc_vocab_size=len(ctc_token_ids),
         ctc_trained_size=ctc_trained_size,
@@ -158,7 +162,13 @@ def main():
     train_dataset, eval_dataset = data_args.datasets(
         train, evaluation, model, processor, augmentation, training_args.seed
     )
-    collator = ClipCollator(processor, ctc_token_ids, model_args.ctc_merges, alignment_only=True)
+    collator = ClipCollator(
+        processor,
+        ctc_token_ids,
+        model_args.ctc_merges,
+        alignment_only=True,
+        caption_bags=not config.sound_summary_size,
+    )
     checkpoint = last_checkpoint(training_args.output_dir)
     if checkpoint is None:
         standardise_frames(model, train_dataset)

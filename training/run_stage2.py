@@ -54,6 +54,7 @@ class ModelArguments:
         metadata={"help": "Let a checkpoint that hears words alone hear sounds, by these layers of its encoder."},
     )
     sound_summary_size: int = field(default=128, metadata={"help": "Hidden size of the MLP that they go through."})
+    sound_kinds: int = field(default=320, metadata={"help": "How many kinds of sound it tells apart."})
     ctc_loss_weight: float = field(default=0.1, metadata={"help": "Weight of the alignment loss; 0 for none."})
 
 
@@ -111,7 +112,7 @@ def main():
         )
     new_to_sounds = model_args.sound_layers is not None and model.config.sound_layers is None
     if new_to_sounds:
-        model.add_sound_summary(model_args.sound_layers, model_args.sound_summary_size)
+        model.add_sound_summary(model_args.sound_layers, model_args.sound_summary_size, model_args.sound_kinds)
     freeze_base_parts(model)
     use_ctc = model.ctc_head is not None and model_args.ctc_loss_weight > 0
 
@@ -125,6 +126,7 @@ def main():
         model.ctc_head.token_ids.tolist() if use_ctc else [],
         model.config.ctc_merges,
         clips=getattr(train_dataset, "clips", None),
+        caption_bags=not model.config.sound_summary_size,
     )
     checkpoint = last_checkpoint(training_args.output_dir)
     if new_to_sounds and checkpoint is None:

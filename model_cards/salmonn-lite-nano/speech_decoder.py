@@ -14,12 +14,13 @@ from transformers import WhisperForConditionalGeneration
 from transformers.models.whisper.modeling_whisper import WhisperDecoderLayer
 
 from .configuration_salmonn import SalmonnConfig
-from .quantization import embedding_rows
+from .quantization import embedding_matrix, embedding_rows
 from .windows import frame_mlp, num_windows
 
 # The blank's lead over the best token, in nats, from which a window carries no word: all tokens together then have
 # less than 1e-4 of the probability, which is less than bfloat16 tells apart.
 SURELY_BLANK = 20.0
+BIAS_SCALE = 10.0  # position biases grow to several nats, with weights' learning rates
 SAMPLED_TOKENS = 2000  # of those that no training text has, in a training step's softmax
 
 
@@ -27,6 +28,9 @@ class SalmonnSpeechDecoder(nn.Module):
     """
     In place of the window Q-Former: layers of Whisper's decoder, whose queries stand for a window of frames each. A
     query attends to the frames of its window and `window_context` frames on either side, and to all other queries.
+    With `window_reach` each head learns by how much it prefers a window at each distance, up to so many, and a frame
+    at each place (relative position biases as in T5, Raffel et al., 2020): Whisper's decoder knows its places from its
+    first layer on, which is not here.
     """
 
     def __init__(self, config: SalmonnConfig):
@@ -42,6 +46,18 @@ class SalmonnSpeechDecoder(nn.Module):
             WhisperDecoderLayer(decoder_config, layer) for layer in range(first, decoder_config.decoder_layers)
         )
         self.layer_norm = nn.LayerNorm(decoder_config.d_model)
+        heads, self.reach = decoder_config.decoder_attention_heads, config.window_reach
+        if self.reach:
+            near = 2 * self.window_context + self.window_frames
+            self.window_bias = nn.Parameter(torch.zeros(config.speech_decoder_layers, heads, 2 * self.reach + 1))
+            self.frame_bias = nn.Parameter(torch.zeros(config.speech_decoder_layers, heads, near))
+
+    def reset_parameters(self):
+        """What is not taken from Whisper, without values of its own: see `SalmonnPreTrainedModel._init_weights`."""
+        nn.init.normal_(self.query, std=0.02)
+        if self.reach:
+            nn.init.zeros_(self.window_bias)
+            nn.init.zeros_(self.frame_bias)
 
     def num_windows(self, num_frames: torch.Tensor) -> torch.Tensor:
         """Windows of each clip, see [`windows.num_windows`]."""
@@ -72,8 +88,15 @@ class SalmonnSpeechDecoder(nn.Module):
         near = (positions >= starts - self.window_context) & (positions < starts + size + self.window_context)
         frame_bias = additive_mask(near & frame_mask[:, None], states.dtype)
         query_bias = additive_mask(own[:, None].expand(-1, count, -1), states.dtype)
-        for layer in self.layers:
-            states = layer(states, query_bias, speech_frames.to(states.dtype), frame_bias, use_cache=False)
+        query_biases, frame_biases = [query_bias] * len(self.layers), [frame_bias] * len(self.layers)
+        if self.reach:
+            windows = torch.arange(count, device=frames.device)
+            distances = (windows - windows[:, None]).clamp(-self.reach, self.reach) + self.reach
+            places = (positions - starts + self.window_context).clamp(0, self.frame_bias.shape[-1] - 1)
+            query_biases = [query_bias + BIAS_SCALE * bias[:, distances] for bias in self.window_bias]
+            frame_biases = [frame_bias + BIAS_SCALE * bias[:, places] for bias in self.frame_bias]
+        for layer, of_queries, of_frames in zip(self.layers, query_biases, frame_biases, strict=True):
+            states = layer(states, of_queries, speech_frames.to(states.dtype), of_frames, use_cache=False)
         return self.layer_norm(states)[own], windows_of_clips
 
 
@@ -121,6 +144,10 @@ class SalmonnSpeechTokenHead(nn.Module):
     def token_scores(self, states: torch.Tensor, speech_tokens: nn.Module, classes=None) -> torch.Tensor:
         """States `(windows, d_model)` to their products with the tokens, in the better of their two spellings."""
         spellings = (self.speech_token_ids, self.capital_token_ids)
+        if not torch.is_grad_enabled() and classes is None:
+            # Of a clip's few states the products with all of Whisper's tokens take less time than to gather rows.
+            products = embedding_matrix(speech_tokens).to(states.dtype) @ states.T
+            return torch.maximum(*(products.index_select(0, ids) for ids in spellings)).T.contiguous()
         if classes is not None:
             spellings = (ids[classes] for ids in spellings)
         spellings = (embedding_rows(speech_tokens, ids) for ids in spellings)
