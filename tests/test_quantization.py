@@ -301,8 +301,11 @@ def test_whispers_tokens_are_quantised_and_reloaded(bits, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path)
     assert loaded.speech_tokens.weight.dtype == (torch.int8 if bits == 8 else torch.uint8)
+    stored, read = model.state_dict(), loaded.state_dict()
+    assert stored.keys() == read.keys() and all(torch.equal(stored[name], read[name]) for name in stored)
     with torch.no_grad():
-        assert torch.equal(loaded(**inputs).logits, expected)
+        # Not to the bit: of tensors that lie elsewhere in memory some processors add products in another order.
+        torch.testing.assert_close(loaded(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_untied_head_is_quantised_on_its_own():
