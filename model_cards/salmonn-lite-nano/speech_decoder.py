@@ -14,7 +14,7 @@ from transformers import WhisperForConditionalGeneration
 from transformers.models.whisper.modeling_whisper import WhisperDecoderLayer
 
 from .configuration_salmonn import SalmonnConfig
-from .quantization import embedding_matrix, embedding_rows
+from .quantization import embedding_rows
 from .windows import frame_mlp, num_windows
 
 # The blank's lead over the best token, in nats, from which a window carries no word: all tokens together then have
@@ -144,9 +144,9 @@ class SalmonnSpeechTokenHead(nn.Module):
     def token_scores(self, states: torch.Tensor, speech_tokens: nn.Module, classes=None) -> torch.Tensor:
         """States `(windows, d_model)` to their products with the tokens, in the better of their two spellings."""
         spellings = (self.speech_token_ids, self.capital_token_ids)
-        if not torch.is_grad_enabled() and classes is None:
+        if not torch.is_grad_enabled() and classes is None and isinstance(speech_tokens, nn.Embedding):
             # Of a clip's few states the products with all of Whisper's tokens take less time than to gather rows.
-            products = embedding_matrix(speech_tokens).to(states.dtype) @ states.T
+            products = speech_tokens.weight.to(states.dtype) @ states.T
             return torch.maximum(*(products.index_select(0, ids) for ids in spellings)).T.contiguous()
         if classes is not None:
             spellings = (ids[classes] for ids in spellings)
