@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
+from test_clip_dataset import dataset, table
 from test_speech_decoder import decoder_config, decoder_model, frames_of
 
 from salmonn_hf import SalmonnForConditionalGeneration
+from salmonn_hf.clip_dataset import StreamedClips
 from salmonn_hf.sound_summary import caption_directions, cluster, fit_sound_summary, frame_statistics
-from salmonn_hf.training import freeze_base_parts
+from salmonn_hf.training import freeze_base_parts, start_sound_summary
 
 
 def hearing_model(seed=0):
@@ -115,6 +117,12 @@ def test_a_model_that_hears_words_alone_learns_to_hear_sounds(tmp_path):
     loaded = SalmonnForConditionalGeneration.from_pretrained(tmp_path).eval()
     assert loaded.config.sound_layers == [1] and loaded.config.sound_kinds == 5
     torch.testing.assert_close(loaded.get_audio_features(features, mask).pooler_output, before)
+
+
+def test_without_captions_at_hand_training_says_what_it_needs():
+    for data in (dataset(table(2)), StreamedClips(dataset(), [])):
+        with pytest.raises(ValueError, match="a caption task without streaming"):
+            start_sound_summary(hearing_model(), data, None)
 
 
 @pytest.mark.parametrize(
