@@ -129,8 +129,8 @@ class ClipCollator:
                 batch_first=True,
                 padding_value=-100,
             )
-            described = [self.caption_labels(example) for example in examples]
-            if self.caption_bags and any(len(labels) for labels in described):
+            described = [self.caption_labels(example) for example in examples] if self.caption_bags else []
+            if any(len(labels) for labels in described):
                 batch["caption_labels"] = pad_sequence(described, batch_first=True, padding_value=-100)
         if self.alignment_only:
             return batch
@@ -252,6 +252,7 @@ def start_sound_summary(model, dataset: ClipDataset, collator: ClipCollator, see
     order = torch.randperm(len(spoken), generator=torch.Generator().manual_seed(seed))
     spoken = [spoken[place] for place in order[: int(SPEECH_SHARE * len(heard))]]
 
+    center, _ = token_directions(model.get_input_embeddings())
     statistics, captions, strengths = [], [], []
     for index in heard + spoken:
         example = dataset[index]
@@ -262,10 +263,9 @@ def start_sound_summary(model, dataset: ClipDataset, collator: ClipCollator, see
         texts = [SPEECH_CAPTION] if is_transcript(example["task"]) else example["texts"]
         captions.append([collator.caption_ids(text) for text in texts])
         if len(strengths) < 50:
-            strengths.append(wordless_strength(model, frames))
+            strengths.append(wordless_strength(model, frames, center))
     loss = fit_sound_summary(model, torch.cat(statistics), captions, seed)
     # As strong as a token at least, and half as strong as what stands in its place already: it cannot be overlooked.
-    center, _ = token_directions(model.get_input_embeddings())
     tokens = embedding_rows(model.get_input_embeddings(), torch.arange(model.config.text_config.vocab_size)).float()
     strength = max(sum(strengths) / len(strengths) / 2, float((tokens - center).norm(dim=-1).mean()))
     model.sound_summary.kinds.data *= strength
@@ -273,10 +273,9 @@ def start_sound_summary(model, dataset: ClipDataset, collator: ClipCollator, see
 
 
 @torch.no_grad()
-def wordless_strength(model, frames: dict[str, torch.Tensor]) -> float:
-    """How far from the mean of all token embeddings, on average, the windows of a clip lie that carry no word."""
+def wordless_strength(model, frames: dict[str, torch.Tensor], center: torch.Tensor) -> float:
+    """How far from `center`, on average, the windows of a clip lie that carry no word."""
     states, _ = model.connect_audio(frames["audio_frames"], frames["audio_frames_mask"])
-    center, _ = token_directions(model.get_input_embeddings())
     return float((model.ctc_head.proj(states).float() - center).norm(dim=-1).mean())
 
 

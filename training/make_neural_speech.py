@@ -219,9 +219,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--words", type=int, default=9000, help="how many common words the strings are made of")
     args = parser.parse_args(argv)
 
-    for path in (DICTIONARY, *default_text_files()[:1]):
-        if not path.exists():
-            sys.exit(f"{path} not found: apt-get install wamerican")
+    if not DICTIONARY.exists():
+        sys.exit(f"{DICTIONARY} not found: apt-get install wamerican")
     if not default_text_files():
         sys.exit("no fortunes found: apt-get install fortunes")
     known = Counter()
