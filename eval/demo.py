@@ -16,6 +16,7 @@ from transformers import pipeline
 
 import salmonn_hf
 from salmonn_hf.audio import SAMPLING_RATE
+from salmonn_hf.inference import usual_dtype
 from salmonn_hf.metrics import word_error_rate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,7 +72,7 @@ def main() -> int:
         return 2
 
     start = time.perf_counter()
-    transcriber = pipeline("automatic-speech-recognition", model=arguments.model)
+    transcriber = pipeline("automatic-speech-recognition", model=arguments.model, dtype=usual_dtype())
     setup_seconds = time.perf_counter() - start
 
     if arguments.audio:

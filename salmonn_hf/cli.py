@@ -47,7 +47,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("--format", choices=SUFFIXES, default="plain", help="default: %(default)s")
         command.add_argument("--output_dir", type=Path, help="write a file for each input instead")
         command.add_argument("--batch_size", type=int, default=8, help="segments at once; default: %(default)s")
-        command.add_argument("--dtype", default="auto", help="default: the checkpoint's")
+        command.add_argument("--dtype", help="default: the checkpoint's, or float32 on CPUs without bfloat16")
         command.add_argument("--device", default=None, help="default: the GPU, where there is one")
     arguments = parser.parse_args(argv)
     if not arguments.model:

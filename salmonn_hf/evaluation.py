@@ -333,7 +333,7 @@ def argument_parser(description: str, needs_output: bool = True) -> argparse.Arg
         "--output", type=Path, required=needs_output, help="directory of the results; a killed run goes on"
     )
     parser.add_argument("--batch_size", type=int, default=16, help="clips at once; default: %(default)s")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ...; default: the checkpoint's")
+    parser.add_argument("--dtype", help="default: the checkpoint's, or float32 on CPUs without bfloat16")
     parser.add_argument("--max_clips", type=int, help="the first of them only")
     parser.add_argument("--note", default="", help="what a reader must know of the data; stands beside every figure")
     return parser

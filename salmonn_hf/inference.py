@@ -8,20 +8,30 @@ from .base_parts import REGISTRY_COPIES, resolve_base_part
 from .repetition import RepetitionGuard, clean_answer
 
 
+def usual_dtype(device=None) -> str:
+    """
+    The checkpoint's own precision, "auto"; but "float32" on a CPU without bfloat16 instructions, which takes several
+    times as long in bfloat16.
+    """
+    on_cpu = str(device) == "cpu" if device is not None else not torch.cuda.is_available()
+    return "float32" if on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported() else "auto"
+
+
 class Transcriber:
     """
     Any model of `pipeline("automatic-speech-recognition")` as a function of a batch: SALMONN, Whisper, CTC models.
 
     Args:
         model (`str`): directory or hub name.
-        dtype (`str`): "auto" for the checkpoint's own.
+        dtype (`str`, *optional*): "auto" for the checkpoint's own; default: see `usual_dtype`.
         device (*optional*): as in any pipeline; default: the GPU, where there is one.
         speculation_type (`str`, *optional*): "ctc": SALMONN's drafted decoding, one clip at a time.
     """
 
     max_seconds = float("inf")
 
-    def __init__(self, model: str, dtype: str = "auto", device=None, speculation_type: str | None = None):
+    def __init__(self, model: str, dtype: str | None = None, device=None, speculation_type: str | None = None):
+        dtype = dtype or usual_dtype(device)
         name = str(resolve_base_part(model)) if model in REGISTRY_COPIES else model
         self.pipeline = pipeline("automatic-speech-recognition", model=name, dtype=dtype, device=device)
         if self.pipeline.tokenizer.pad_token is None:  # transformers' own pipeline needs one to make batches
@@ -46,13 +56,14 @@ class Answerer:
 
     Args:
         model (`str`): directory or hub name.
+        dtype, device (*optional*): as above.
         max_new_tokens (`int`): no answer is longer.
     """
 
     max_seconds = 30.0  # what the encoder hears at once
 
-    def __init__(self, model: str, dtype: str = "auto", device=None, max_new_tokens: int = 96):
-        self.model = AutoModel.from_pretrained(model, dtype=dtype).eval()
+    def __init__(self, model: str, dtype: str | None = None, device=None, max_new_tokens: int = 96):
+        self.model = AutoModel.from_pretrained(model, dtype=dtype or usual_dtype(device)).eval()
         self.processor = AutoProcessor.from_pretrained(model)
         self.max_new_tokens = max_new_tokens
         self.model.to(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")

@@ -1,10 +1,11 @@
 """Batched answers."""
 
 import numpy as np
+import pytest
 import torch
 from conftest import noise
 
-from salmonn_hf.inference import Answerer, Transcriber
+from salmonn_hf.inference import Answerer, Transcriber, usual_dtype
 
 
 def test_answers_are_those_of_generate_alone_and_in_a_batch(tiny_checkpoint):
@@ -46,3 +47,19 @@ def test_transcriber_gives_what_the_pipeline_gives(tiny_checkpoint):
     clips = [noise(0.6), noise(1.1, 1)]
     alone = [transcriber.pipeline(np.array(clip))["text"].strip() for clip in clips]
     assert transcriber(clips) == alone
+
+
+@pytest.mark.parametrize(
+    "device, has_gpu, has_bfloat16, expected",
+    [
+        (None, False, True, "auto"),
+        (None, False, False, "float32"),
+        (None, True, False, "auto"),
+        ("cpu", True, False, "float32"),
+        ("cuda:1", True, False, "auto"),
+    ],
+)
+def test_bfloat16_only_where_it_is_fast(monkeypatch, device, has_gpu, has_bfloat16, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bfloat16)
+    assert usual_dtype(device) == expected
