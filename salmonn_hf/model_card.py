@@ -82,7 +82,13 @@ def parts_table(config: SalmonnConfig, bases: dict[str, str], licence: str) -> s
     if config.quantization is None:
         return table
     bits = ", ".join(f"{part} {settings['bits']}" for part, settings in config.quantization.items())
-    return f"{table}\n\nBits per weight: {bits}. Everything else is in bfloat16."
+    note = f"{table}\n\nBits per weight: {bits}. Everything else is in bfloat16."
+    library = getattr(config, "quantization_config", None)
+    if library is None:
+        return note
+    return (
+        f"{note} But the language model's layers: they are in a format of {library['quant_method']}, which it needs."
+    )
 
 
 def data_table(files: list[str]) -> str:

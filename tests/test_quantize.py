@@ -57,6 +57,27 @@ def test_command_writes_a_checkpoint_that_the_pipeline_loads(trained, merge_lora
     assert not [key for key in sizes if key.endswith("_proj.weight")]
 
 
+@pytest.mark.parametrize("method", ["nf4", "int8", "torchao-int8"])
+def test_other_libraries_formats(trained, method, tmp_path, monkeypatch):
+    library = pytest.importorskip(SCRIPT["LIBRARIES"][method], reason="needs the extra `quant`")
+    output, written = tmp_path / "quantised", []
+    save = SCRIPT["save"]
+    monkeypatch.setitem(save.__globals__, "save", lambda model, *a: (written.append(model), save(model, *a)))
+    quantize(
+        monkeypatch, "--model_name_or_path", trained / "model", "--output_dir", output, "--method", method,
+    )  # fmt: skip
+    model = AutoModel.from_pretrained(output)
+    for linear in linears(model.language_model).values():
+        holder = linear if method != "torchao-int8" else linear.weight
+        assert type(holder).__module__.startswith(library.__name__)
+    assert all(isinstance(linear, QuantizedLinear) for linear in linears(model.audio_tower).values())
+    inputs = tiny_processor().apply_transcription_request([noise(0.5)])
+    assert torch.equal(model(**inputs).logits, written[0](**inputs).logits)
+    assert isinstance(pipeline("automatic-speech-recognition", model=str(output))(noise(0.5))["text"], str)
+    assert library.__name__ in (output / "README.md").read_text()
+    assert not [file for file in output.iterdir() if "/tmp" in file.read_text(errors="ignore")]
+
+
 def test_unusable_recipes_are_named(trained, monkeypatch, tmp_path):
     common = ["--model_name_or_path", trained / "model", "--output_dir", tmp_path / "out"]
     with pytest.raises(ValueError, match="train_files"):

@@ -4,18 +4,22 @@ Quantise a trained model: 4 bits by GPTQ, calibrated on prompts with audio and a
     pip install -c constraints.txt -e .[train,quant]
     python training/quantize.py training/recipes/nano/quantize.yaml
     python training/quantize.py training/recipes/nano/quantize.yaml --method nearest --output_dir runs/nano-rounded
+    python training/quantize.py training/recipes/nano/quantize.yaml --method nf4 --output_dir runs/nano-nf4
 
-The output is a full checkpoint with its processor and code. It loads without gptqmodel, by
-`AutoModel.from_pretrained` and `pipeline("automatic-speech-recognition")`, and holds nothing of the calibration data.
+The output is a full checkpoint with its processor and code. It loads by `AutoModel.from_pretrained` and
+`pipeline("automatic-speech-recognition")`, without gptqmodel; where the language model is in another library's format
+(`nf4`, `int8`, `torchao-int8`), with that library alone. It holds nothing of the calibration data.
 """
 
 import logging
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from salmonn_hf import SalmonnConfig, SalmonnForConditionalGeneration, SalmonnProcessor, load_audio
 from salmonn_hf.gptq import quantize_layers
@@ -25,6 +29,8 @@ from salmonn_hf.quantization import quantize_parts
 from salmonn_hf.recipe import parse_recipe
 from salmonn_hf.training import load_speech
 
+# The language model in another library's format, by transformers' own quantisers.
+LIBRARIES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao-int8": "torchao"}
 CARD = Path(__file__).resolve().parents[1] / "model_cards" / "template.md"
 
 
@@ -38,7 +44,13 @@ class QuantizeArguments:
     connector_bits: int = field(default=8, metadata={"help": "Of Q-Former and projection."})
     speech_tokens_bits: int = field(default=4, metadata={"help": "Of Whisper's tokens, with its decoder's layers."})
     group_size: int = field(default=64, metadata={"help": "Columns that share a scale in 4 bits."})
-    method: str = field(default="gptq", metadata={"help": "'gptq' or 'nearest', for 4 bits; 8 are always 'nearest'."})
+    method: str = field(
+        default="gptq",
+        metadata={
+            "help": "'gptq' or 'nearest', for 4 bits; 8 are always 'nearest'. Or bitsandbytes' 'nf4' or 'int8' or "
+            "'torchao-int8' for the language model's layers, whatever language_model_bits."
+        },
+    )
     train_files: list[str] = field(default_factory=list, metadata={"help": "Parquet files to calibrate on."})
     text_column: str = field(default="text", metadata={"help": "Column that holds the transcript."})
     calibration: str = field(default="audio", metadata={"help": "'text': prompts without audio, for comparison."})
@@ -48,8 +60,9 @@ class QuantizeArguments:
     hub_model_id: str | None = field(default=None, metadata={"help": "Push the result there, e.g. user/name."})
 
     def __post_init__(self):
-        if self.method not in ("gptq", "nearest"):
-            raise ValueError(f"method is {self.method!r}; choose 'gptq' or 'nearest'.")
+        if self.method not in ("gptq", "nearest", *LIBRARIES):
+            names = ", ".join(map(repr, LIBRARIES))
+            raise ValueError(f"method is {self.method!r}; choose 'gptq' or 'nearest', or of {names}.")
         if self.calibration not in ("audio", "text"):
             raise ValueError(f"calibration is {self.calibration!r}; choose 'audio' or 'text'.")
         if self.method == "gptq" and not self.train_files:
@@ -61,7 +74,7 @@ class QuantizeArguments:
             "audio_tower": self.encoder_bits,
             "sound_tower": self.encoder_bits if config.sound_config is not None else 0,
             "connector": self.connector_bits,
-            "language_model": self.language_model_bits,
+            "language_model": 0 if self.method in LIBRARIES else self.language_model_bits,
             "embedding": self.embedding_bits,
             "speech_tokens": self.speech_tokens_bits if config.speech_decoder_layers else 0,
         }
@@ -105,11 +118,31 @@ def quantize(model, processor, args: QuantizeArguments):
     model.config.base_parts = None
 
 
+def in_library_format(model, method: str, directory: str):
+    """The model with its language model's layers in the format of a library, by way of a checkpoint in `directory`."""
+    others = [name for name, _ in model.named_children() if name != "language_model"] + ["lm_head"]
+    if method == "torchao-int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        settings = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=others)
+    elif method == "int8":
+        settings = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=others)
+    else:
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=others,
+        )
+    model.to(torch.bfloat16).save_pretrained(directory)
+    return SalmonnForConditionalGeneration.from_pretrained(directory, quantization_config=settings)
+
+
 def save(model, processor, output_dir: str, merged_parts: dict[str, str] | None = None):
     """Write the checkpoint, with a card that names what was merged, beside `output_dir` and move it there whole."""
     unfinished = Path(f"{output_dir}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    model.to(torch.bfloat16).save_pretrained(unfinished)
+    model.save_pretrained(unfinished)
     processor.save_pretrained(unfinished)
     name = Path(output_dir).resolve().name
     write_card(make_card(unfinished.resolve(), [], CARD, name=name, merged_parts=merged_parts), unfinished)
@@ -128,6 +161,11 @@ def main():
     if args.merge_lora:
         model.merge_lora()
     quantize(model.eval(), processor, args)
+    if args.method in LIBRARIES:
+        with tempfile.TemporaryDirectory() as directory:
+            model = in_library_format(model, args.method, directory)
+    else:
+        model.to(torch.bfloat16)
     save(model, processor, args.output_dir, merged_parts)
     size = sum(file.stat().st_size for file in Path(args.output_dir).rglob("*") if file.is_file())
     logging.info("%s: %.1f MB", args.output_dir, size / 1e6)
