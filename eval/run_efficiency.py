@@ -5,13 +5,14 @@ Memory and latency: time to the first token by part, time per further token, thr
     python eval/run_efficiency.py --shapes nano --reference --peer granite-speech --output runs/efficiency-nano
     python eval/run_efficiency.py --shapes seed --quantization '{"language_model": {"bits": 4}}' --output runs/seed
 
-The protocol of SALMONN's compression challenge (batch 1, 10 s of noise, a transcription prompt, one decode step per
+The protocol of SALMONN's compression challenge (batch 1, a clip of 10 s, a transcription prompt, one decode step per
 token), with the device synchronised at every mark, the features timed as well, and the peak of memory reset after
-loading. `--shapes` builds a published system with random weights (LoRA taken as merged), so that it can be measured
-without any download. `--reference` also measures the same parts the way the published systems run them: 30 s of
-padding, 88 audio tokens, float32. `--peer granite-speech` measures transformers' Granite Speech beside it, with the
-same language model and an encoder of the same size. Writes `efficiency.json`, which `eval/make_report.py` and
-`model_cards/make_card.py` read, `table.md` and `latency.png`.
+loading. The clip is speech, this project's recordings one after another: how many pauses it has decides how much the
+language model reads where windows are merged. `--shapes` builds a published system with random weights (LoRA taken as
+merged), so that it can be measured without any download. `--reference` also measures the same parts the way the
+published systems run them: 30 s of padding, 88 audio tokens, float32. `--peer granite-speech` measures transformers'
+Granite Speech beside it, with the same language model and an encoder of the same size. Writes `efficiency.json`, which
+`eval/make_report.py` and `model_cards/make_card.py` read, `table.md` and `latency.png`.
 """
 
 import argparse
@@ -25,11 +26,12 @@ import numpy as np
 import torch
 from transformers import DynamicCache, GraniteSpeechConfig, GraniteSpeechForConditionalGeneration
 
-from salmonn_hf import SalmonnConfig, SalmonnFeatureExtractor, SalmonnForConditionalGeneration
+from salmonn_hf import SalmonnConfig, SalmonnFeatureExtractor, SalmonnForConditionalGeneration, load_audio
 from salmonn_hf.files import write_whole
 from salmonn_hf.published_configs import published_config
 from salmonn_hf.quantization import QuantizedMatrix
 
+RECORDINGS = Path(__file__).resolve().parent / "recordings"
 NANO = Path(__file__).resolve().parents[1] / "model_cards" / "salmonn-lite-nano"
 SHAPES = {"seed": "seed", "baseline": "nota", "small": "nlp-07", "salmonn-7b": "salmonn-7b"}
 PARTS = ("features", "whisper", "sound encoder", "q-former", "prefill")
@@ -44,6 +46,7 @@ REFERENCE = {
     "sound_layers": None,
     "sound_summary_size": 0,
     "frame_mlp_size": 0,
+    "merged_windows": 1,
     "ctc_vocab_size": 0,
 }
 
@@ -136,7 +139,7 @@ class Bench:
         self.model, self.config, self.device = model, model.config, model.device
         self.prompt_tokens = prompt_tokens
         self.extractor = self.make_extractor()
-        self.generator = np.random.default_rng(0)
+        self.speech = np.concatenate([load_audio(str(file)) for file in sorted(RECORDINGS.glob("*.flac"))])
 
     def make_extractor(self) -> SalmonnFeatureExtractor:
         return SalmonnFeatureExtractor(
@@ -146,7 +149,7 @@ class Bench:
         )
 
     def clip(self, seconds: float) -> np.ndarray:
-        return self.generator.standard_normal(int(seconds * 16000)).astype(np.float32) * 0.1
+        return np.resize(self.speech, int(seconds * 16000))
 
     def features(self, clips: list[np.ndarray]) -> dict[str, torch.Tensor]:
         return self.extractor(clips, return_tensors="pt").to(self.device)
@@ -188,7 +191,8 @@ class Bench:
         marks.append(self.mark())
         audio_embeds, num_tokens = model.connect_audio(**frames)
         marks.append(self.mark())
-        return model.merge_audio(self.input_ids(int(num_tokens)), audio_embeds)
+        ids = self.input_ids(int(num_tokens))
+        return model.embed_prompt(ids, audio_embeds=audio_embeds, num_tokens=num_tokens)["inputs_embeds"]
 
     @torch.inference_mode()
     def round(

@@ -10,7 +10,6 @@ import re
 
 import torch
 from torch import nn
-from transformers import GenerationMixin
 from transformers.generation import CandidateGenerator
 
 PASS_TOKENS = 24  # of a draft that one pass verifies; those behind the first wrong one cost time for nothing
@@ -67,9 +66,6 @@ def continuation(text: str, draft: list[str]) -> str | None:
     return rest if text else rest.lstrip()
 
 
-ENCODED = ("audio_frames", "audio_frames_mask", "sound_frames", "sound_frames_mask")  # see `encode_audio`
-
-
 def merge_repeats(ctc_head: nn.Module, best: torch.Tensor) -> list[int]:
     """The tokens of a greedy path `(audio tokens,)` of indices into the head's outputs: repeats merged, no blanks."""
     best = best.unique_consecutive()
@@ -87,13 +83,14 @@ def best_tokens(ctc_head: nn.Module, audio_embeds: torch.Tensor, embedding: nn.M
 
 class CTCDraft(CandidateGenerator):
     """
-    Candidates from the CTC head, for one prompt. Its audio is encoded first, and the pass that reads the prompt
-    verifies the whole draft. Where it was wrong, what the language model itself foretold behind that place is the
+    Candidates from the CTC head, for one prompt, given as `inputs_embeds`. The pass that reads it verifies the whole
+    draft. Where it was wrong, what the language model itself foretold behind that place is the
     next draft, as in Jacobi decoding (Santilli et al., ACL 2023, https://arxiv.org/abs/2305.10427), if it has the
     words that the CTC head hears there.
 
     Args:
-        model ([`SalmonnForConditionalGeneration`]).
+        draft_ids (`list[int]`): the transcript that the head reads, see `best_tokens`.
+        embedding (`nn.Module`): the language model's token embeddings.
         tokenizer (`PreTrainedTokenizerBase`): the language model's.
         eos_token_id (`int`).
     """
@@ -101,38 +98,26 @@ class CTCDraft(CandidateGenerator):
     requires_model_outputs = True
     model_kwargs_overrides = {}
 
-    def __init__(self, model, tokenizer, eos_token_id: int):
-        self.model, self.tokenizer, self.eos_token_id = model, tokenizer, eos_token_id
-        self.draft, self.prompt_length = [], None
+    def __init__(self, draft_ids: list[int], embedding: nn.Module, tokenizer, eos_token_id: int):
+        self.embedding, self.tokenizer, self.eos_token_id = embedding, tokenizer, eos_token_id
+        self.draft, self.prompt_length = words(tokenizer.decode(draft_ids)), None
         self.candidates, self.foretold = [], []
 
     def get_candidates(self, input_ids, model_kwargs=None, is_first_iteration=False, **kwargs):
         """`input_ids` `(1, tokens)` with the rest of the draft behind them, and no logits."""
         if is_first_iteration:
             self.prompt_length = input_ids.shape[1]
-            self.read_draft(model_kwargs)
-        else:
-            for name in ENCODED:  # which the first pass alone takes
-                model_kwargs.pop(name, None)
         text = self.tokenizer.decode(input_ids[0, self.prompt_length :], clean_up_tokenization_spaces=False)
         rest = continuation(text, self.draft)
         if rest is None or not self.draft:
             return input_ids, None
         drafted = self.tokenizer(rest, add_special_tokens=False)["input_ids"] + [self.eos_token_id]
         self.candidates = self.nearest(drafted)[:PASS_TOKENS]
-        return torch.cat([input_ids, input_ids.new_tensor([self.candidates])], dim=1), None
-
-    @torch.no_grad()
-    def read_draft(self, model_kwargs: dict):
-        """Encode the prompt's audio, leave the frames to the first pass in place of its features, and read them."""
-        names = ("input_features", "input_features_mask", "input_values", "input_values_mask")
-        if model_kwargs.get("input_features") is not None:
-            model_kwargs |= self.model.encode_audio(*(model_kwargs.pop(name, None) for name in names))
-        frames = {name: model_kwargs[name] for name in ENCODED if model_kwargs.get(name) is not None}
-        if frames:
-            audio_embeds, _ = self.model.connect_audio(**frames)
-            token_ids = best_tokens(self.model.ctc_head, audio_embeds, self.model.ctc_embedding())
-            self.draft = words(self.tokenizer.decode(token_ids))
+        candidates = input_ids.new_tensor([self.candidates])
+        if is_first_iteration:
+            embeds = self.embedding(candidates)
+            model_kwargs["inputs_embeds"] = torch.cat([model_kwargs["inputs_embeds"], embeds], dim=1)
+        return torch.cat([input_ids, candidates], dim=1), None
 
     def nearest(self, drafted: list[int]) -> list[int]:
         """Of a draft of the CTC head, and of what was foretold with and without the wrong token, the one to verify."""
@@ -153,25 +138,3 @@ class CTCDraft(CandidateGenerator):
             behind = behind[: behind.index(self.eos_token_id) + 1]
         wrong = self.candidates[num_matches : num_matches + 1]
         self.foretold = [behind, wrong + behind] if behind else []
-
-
-class DraftedGenerationMixin(GenerationMixin):
-    """`generate(..., speculation_type="ctc", tokenizer=processor.tokenizer)`, for one prompt at a time."""
-
-    def _prepare_generation_config(self, generation_config, **kwargs):
-        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        if generation_config.speculation_type == "ctc":
-            generation_config.prompt_lookup_num_tokens = 1  # generate then asks for a candidate generator
-        return generation_config, model_kwargs
-
-    def _get_candidate_generator(self, generation_config, target_tokenizer=None, **kwargs):
-        if generation_config.speculation_type != "ctc":
-            return super()._get_candidate_generator(
-                generation_config=generation_config, target_tokenizer=target_tokenizer, **kwargs
-            )
-        if self.ctc_head is None or target_tokenizer is None:
-            raise ValueError(
-                'speculation_type="ctc" needs a model with a CTC head (ctc_vocab_size in its config), and '
-                "tokenizer=processor.tokenizer beside it."
-            )
-        return CTCDraft(self, target_tokenizer, int(generation_config._eos_token_tensor[0]))

@@ -325,6 +325,11 @@ class SalmonnTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Of the layers taken from Whisper's decoder; default: learning_rate."}
     )
 
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """Precision of what is not trained. Processors without bfloat16 take several times as long in it."""
+        return torch.bfloat16 if self.bf16 or self.fp16 else torch.float32
+
     def __post_init__(self):
         if self.early_stopping_patience is not None:
             if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
@@ -642,9 +647,8 @@ class SalmonnTrainer(Trainer):
             frames = encode_clips(model, [example["clip"] for _, example in examples], dataset.cache)
             batch = {key: value.to(model.device) for key, value in pad_clips(frames).items()}
             with self.accelerator.autocast():
-                audio_embeds, num_tokens = model.connect_audio(**batch)
                 if collator.alignment_only:
-                    decoded = ctc_transcripts(model, collator.processor, audio_embeds, num_tokens)
+                    decoded = ctc_transcripts(model, collator.processor, *model.connect_audio(**batch))
                 else:
                     prompts = [
                         collator.prompt_ids(num_frames(clip), example["messages"])
@@ -654,7 +658,7 @@ class SalmonnTrainer(Trainer):
                     limit = int(batch["audio_frames_mask"].sum(-1).max()) // 4 + 8
                     if any(training_metric(example["task"]) != "wer" for _, example in examples):
                         limit = max(limit, ANSWER_TOKENS)
-                    decoded = generate_answers(model, collator.processor, prompts, audio_embeds, limit)
+                    decoded = generate_answers(model, collator.processor, prompts, batch, limit)
             for (item, example), text in zip(examples, decoded, strict=True):
                 results[item] = (example["task"], example["texts"], text)
         model.train(was_training)
@@ -685,7 +689,7 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 def save_model(trainer: SalmonnTrainer, processor):
     """The final model in its output directory, in bfloat16, with its processor; pushed to the hub if asked for."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    state_dict = None
+    state_dict, on_float32 = None, model.audio_tower.dtype == torch.float32
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # each process has a part, in its first precision
         if trainer.is_deepspeed_enabled:
             state_dict = gathered_state_dict(model)
@@ -709,6 +713,9 @@ def save_model(trainer: SalmonnTrainer, processor):
         if trainer.args.push_to_hub:
             args = trainer.args
             push_to_hub(output_dir, trainer.hub_model_id, private=args.hub_private_repo, token=args.hub_token)
+    if state_dict is None and on_float32:  # as are the features on which it is evaluated next
+        for parameter in model.parameters():
+            parameter.data = parameter.data.float()
 
 
 def ctc_transcripts(model, processor, audio_embeds, num_tokens) -> list[str]:
@@ -719,17 +726,19 @@ def ctc_transcripts(model, processor, audio_embeds, num_tokens) -> list[str]:
     return [text.strip() for text in processor.batch_decode(token_ids)]
 
 
-def generate_answers(model, processor, prompts: list[list[int]], audio_embeds, max_new_tokens: int) -> list[str]:
-    """Greedy answers by the language model to prompts about clips, whose audio embeddings are given in a row."""
-    tokenizer, device = processor.tokenizer, audio_embeds.device
-    prompts = [torch.tensor(prompt) for prompt in prompts]
+def generate_answers(model, processor, prompts: list[list[int]], frames: dict, max_new_tokens: int) -> list[str]:
+    """Greedy answers by the language model to prompts about clips, whose `frames` `pad_clips` gave."""
+    tokenizer = processor.tokenizer
+    rows = [torch.tensor(prompt, device=model.device) for prompt in prompts]
     left = {"batch_first": True, "padding_side": "left"}
-    input_ids = pad_sequence(prompts, padding_value=tokenizer.pad_token_id, **left).to(device)
-    attention_mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], **left).to(device)
+    input_ids = pad_sequence(rows, padding_value=tokenizer.pad_token_id, **left)
     generated = model.generate(
-        inputs_embeds=model.merge_audio(input_ids, audio_embeds),
-        attention_mask=attention_mask,
+        input_ids,
+        attention_mask=pad_sequence([torch.ones_like(row) for row in rows], **left),
+        **frames,
         max_new_tokens=max_new_tokens,
         do_sample=False,
     )
-    return [text.strip() for text in processor.batch_decode(generated, skip_special_tokens=True)]
+    return [
+        text.strip() for text in processor.batch_decode(generated[:, input_ids.shape[1] :], skip_special_tokens=True)
+    ]

@@ -110,7 +110,7 @@ def test_good_drafts_save_passes(errors, monkeypatch):
     model.language_model.register_forward_hook(say, with_kwargs=True)
     draft = " the fog is here".replace("fog", "dog") if errors else text
     ids = processor.tokenizer(draft, add_special_tokens=False)["input_ids"]
-    monkeypatch.setattr("salmonn_hf.ctc_draft.best_tokens", lambda *_: ids)
+    monkeypatch.setattr("salmonn_hf.generation_salmonn.best_tokens", lambda *_: ids)
     monkeypatch.setattr("salmonn_hf.ctc_draft.PASS_TOKENS", 40)  # here a token is a letter
     passes = count_passes(model)
     options = {"max_new_tokens": 40, "speculation_type": "ctc", "tokenizer": processor.tokenizer}
@@ -128,8 +128,10 @@ def test_behind_a_wrong_candidate_what_was_foretold_is_verified():
     def ids(text):
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    draft = CTCDraft(drafting_model(), tokenizer, tokenizer.eos_token_id)
-    draft.prompt_length, draft.draft = 1, words("well is it here")
+    draft = CTCDraft(
+        ids(" well is it here"), drafting_model().get_input_embeddings(), tokenizer, tokenizer.eos_token_id
+    )
+    draft.prompt_length = 1
     start = torch.tensor([[5]])
     candidates, _ = draft.get_candidates(start, model_kwargs={})
     assert candidates[0, 1:].tolist() == ids("Well is it here.") + [tokenizer.eos_token_id]

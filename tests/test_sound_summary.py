@@ -52,8 +52,8 @@ def test_the_language_models_loss_reaches_the_kinds_alone():
     model = hearing_model()
     freeze_base_parts(model)
     frames, mask = frames_of(model, [20])
-    states, _ = model.connect_audio(frames, mask, torch.randn_like(frames), mask)
-    model.embed_audio(states).sum().backward()
+    states, counts = model.connect_audio(frames, mask, torch.randn_like(frames), mask)
+    model.embed_audio(states, counts)[0].sum().backward()
     summary = model.sound_summary
     assert summary.kinds.grad.any() and not any(p.requires_grad for p in summary.mlp.parameters())
 
@@ -66,8 +66,8 @@ def test_the_summary_stands_where_no_word_does():
     both, embedding = torch.cat([states, summary], -1), model.get_input_embeddings()
     log_probs = model.ctc_head(both, model.speech_tokens)
     torch.testing.assert_close(log_probs, model.ctc_head(states, model.speech_tokens))
-    added = model.ctc_head.embed(both, model.speech_tokens, embedding)
-    added = added - model.ctc_head.embed(states, model.speech_tokens, embedding)
+    added, _ = model.ctc_head.embed(both, model.speech_tokens, embedding)
+    added = added - model.ctc_head.embed(states, model.speech_tokens, embedding)[0]
     torch.testing.assert_close(added, log_probs[:, :1].exp() * summary, atol=1e-5, rtol=1e-4)
 
 

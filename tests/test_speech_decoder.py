@@ -153,7 +153,7 @@ def test_embeds_are_the_mean_of_token_embeddings(leads):
     head, states = model.ctc_head, torch.randn(3, model.config.audio_config.d_model)
     head.blank.weight.data.copy_(torch.linalg.lstsq(states, torch.tensor(leads)[:, None]).solution.T)
     model.ctc_head.token_ids.copy_(torch.arange(7))
-    embeds = model.embed_audio(states)
+    embeds, _ = model.embed_audio(states, torch.tensor([3]))
     rows = model.get_input_embeddings().weight
     for state, embed in zip(states, embeds, strict=True):
         scores = [head.blank(state)[0]]

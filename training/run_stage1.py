@@ -48,7 +48,10 @@ class ModelArguments:
     sound_layers: list[int] | None = field(
         default=None, metadata={"help": "Layers of the speech encoder that hear sounds, in place of a sound encoder."}
     )
-    encoder_dtype: str = field(default="bfloat16", metadata={"help": "Precision of the frozen encoders, or float32."})
+    encoder_dtype: str | None = field(
+        default=None,
+        metadata={"help": "Of the frozen encoders; default: bfloat16, or float32 with bf16 off."},
+    )
     pad_to_30_seconds: bool = field(default=False, metadata={"help": "Every clip as 30 s: SALMONN's own geometry."})
     audio_token: str = field(default="<|audio|>", metadata={"help": "Token of its vocabulary that text never uses."})
     window_frames: int = field(default=17, metadata={"help": "Encoder frames (20 ms) per Q-Former window."})
@@ -65,6 +68,10 @@ class ModelArguments:
     )
     window_context: int = field(default=0, metadata={"help": "Frames beside a window that such layers see as well."})
     window_reach: int = field(default=0, metadata={"help": "Windows apart that such layers learn to tell; 0: none."})
+    merged_windows: int = field(
+        default=1,
+        metadata={"help": "Windows without a word that the language model reads as one; 1: none."},
+    )
     ctc_merges: int | None = field(
         default=None,
         metadata={"help": "Spell its targets with the tokenizer's first merges; default: all."},
@@ -122,6 +129,7 @@ def main():
         speech_decoder_layers=model_args.speech_decoder_layers,
         window_context=model_args.window_context,
         window_reach=model_args.window_reach,
+        merged_windows=model_args.merged_windows,
         sound_summary_size=model_args.sound_summary_size if model_args.hears_sounds_beside_words else 0,
         sound_kinds=model_args.sound_kinds,
         projector_norm=True,
@@ -148,9 +156,9 @@ def main():
         audio_token=model_args.audio_token,
         **windows,
     )
-    model = from_base_parts(config, dtype=torch.bfloat16)
+    model = from_base_parts(config, dtype=training_args.frozen_dtype)
     for tower in ("audio_tower", "sound_tower"):
-        if hasattr(model, tower):
+        if hasattr(model, tower) and model_args.encoder_dtype:
             getattr(model, tower).to(getattr(torch, model_args.encoder_dtype))
     model.ctc_head.token_ids.copy_(torch.tensor(ctc_token_ids))
     if not model_args.speech_decoder_layers:

@@ -49,6 +49,10 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Of the language model; on a CPU 'eager' trains short clips fastest."}
     )
+    merged_windows: int | None = field(
+        default=None,
+        metadata={"help": "Windows without a word that the language model reads as one; default: as the checkpoint."},
+    )
     sound_layers: list[int] | None = field(
         default=None,
         metadata={"help": "Let a checkpoint that hears words alone hear sounds, by these layers of its encoder."},
@@ -58,14 +62,17 @@ class ModelArguments:
     ctc_loss_weight: float = field(default=0.1, metadata={"help": "Weight of the alignment loss; 0 for none."})
 
 
-def load_model(args: ModelArguments) -> SalmonnForConditionalGeneration:
+def load_model(args: ModelArguments, dtype: torch.dtype) -> SalmonnForConditionalGeneration:
     """
-    The checkpoint, its frozen parts in bfloat16, with its language model in `language_model_bits`.
+    The checkpoint, its frozen parts in `dtype`, or with its language model in `language_model_bits`, which is for
+    bfloat16 alone.
 
     Raises:
         ValueError: if it is quantised already, in another way.
     """
     config = SalmonnConfig.from_pretrained(args.model_name_or_path)
+    if args.merged_windows is not None:
+        config.merged_windows = args.merged_windows
     stored, rounded = config.quantization or {}, {}
     if args.language_model_bits:
         four = {"group_size": args.group_size} if args.language_model_bits == 4 else {}
@@ -75,13 +82,15 @@ def load_model(args: ModelArguments) -> SalmonnForConditionalGeneration:
                 f"{args.model_name_or_path} has its language model in {stored['language_model']} already; leave out "
                 "language_model_bits, or start from the checkpoint before it was quantised."
             )
+    if rounded or "language_model" in stored:
+        dtype = torch.bfloat16
     in_base_part = "language_model" in (config.base_parts or {})
     if in_base_part:
         config.quantization = stored | rounded or None  # rounded while it is loaded
     model = SalmonnForConditionalGeneration.from_pretrained(
         args.model_name_or_path,
         config=config,
-        dtype=torch.bfloat16,
+        dtype=dtype,
         attn_implementation={"text_config": args.attn_implementation},
     )
     if not in_base_part:
@@ -99,7 +108,7 @@ def main():
     torch.manual_seed(training_args.seed)
 
     processor = SalmonnProcessor.from_pretrained(model_args.model_name_or_path)
-    model = load_model(model_args)
+    model = load_model(model_args, training_args.frozen_dtype)
     model.config.ctc_loss_weight = model_args.ctc_loss_weight
     if model.config.lora is None:
         model.add_lora(

@@ -62,10 +62,9 @@ def tell_stories(model, processor, clips: ClipDataset, args: ModelArguments, see
         if "skipped" in example or len(rows) == args.stories:
             continue
         (frames,) = encode_clips(model, [example["clip"]])
-        audio_embeds, _ = model.connect_audio(**pad_clips([frames]))
         prompt = collator.prompt_ids(num_frames(frames), example["messages"])
         with rescale_adapter_scale(model, args.lora_scale):
-            (text,) = generate_answers(model, processor, [prompt], audio_embeds, args.max_new_tokens)
+            (text,) = generate_answers(model, processor, [prompt], pad_clips([frames]), args.max_new_tokens)
         if text:
             row, _, seconds = clips.row(index)
             audio = {"bytes": flac_bytes(row_waveform(row)), "path": example["path"]}
@@ -84,7 +83,9 @@ def main():
     torch.manual_seed(training_args.seed)
 
     processor = SalmonnProcessor.from_pretrained(model_args.model_name_or_path)
-    model = SalmonnForConditionalGeneration.from_pretrained(model_args.model_name_or_path, dtype=torch.bfloat16)
+    model = SalmonnForConditionalGeneration.from_pretrained(
+        model_args.model_name_or_path, dtype=training_args.frozen_dtype
+    )
     if model.config.lora is None:
         raise ValueError(f"{model_args.model_name_or_path} has no LoRA to turn down; start from a stage 2 checkpoint.")
     skipped = SkippedClips(Path(training_args.output_dir, "skipped.tsv") if training_args.should_save else None)

@@ -54,6 +54,8 @@ class SalmonnConfig(PreTrainedConfig):
         sound_kinds (`int`): how many kinds it tells apart.
         window_context (`int`): frames on either side of a window that such a decoder's queries see as well.
         window_reach (`int`): up to so many windows apart such queries know one another's places; 0 for not at all.
+        merged_windows (`int`): with `speech_decoder_layers`, so many windows in a row that carry no word come into the
+            language model as one, see [`merge_wordless`]; 1: none are merged.
         projector_norm (`bool`): LayerNorm after the projection into the language model. SALMONN has none.
         ctc_vocab_size (`int`): tokens of the CTC alignment head over the language model's own embeddings; 0 for no
             head.
@@ -97,6 +99,7 @@ class SalmonnConfig(PreTrainedConfig):
     speech_decoder_layers: int = 0
     window_context: int = 0
     window_reach: int = 0
+    merged_windows: int = 1
     sound_summary_size: int = 0
     sound_kinds: int = 320
     projector_norm: bool = False
@@ -152,6 +155,10 @@ class SalmonnConfig(PreTrainedConfig):
             )
         if self.speech_decoder_layers:
             self.check_speech_decoder()
+        elif self.merged_windows != 1:
+            raise ValueError(
+                f"merged_windows is {self.merged_windows}, but without speech_decoder_layers every window is kept (1)."
+            )
         if not 0 <= self.audio_token_id < self.text_config.vocab_size:
             raise ValueError(
                 f"audio_token_id {self.audio_token_id} lies outside the language model's vocabulary of "
@@ -185,6 +192,8 @@ class SalmonnConfig(PreTrainedConfig):
                 f"speech_decoder_layers {self.speech_decoder_layers} needs frame_mlp_size and ctc_vocab_size; they "
                 f"are {self.frame_mlp_size} and {self.ctc_vocab_size}."
             )
+        if self.merged_windows < 1:
+            raise ValueError(f"merged_windows {self.merged_windows} must be at least 1.")
         if self.window_stride != self.window_frames or self.queries_per_window != 1 or self.pad_to_30_seconds:
             raise ValueError(
                 "speech_decoder_layers needs windows without overlap (window_stride = window_frames, here "

@@ -18,8 +18,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_beats import BeatsConfig
 from .configuration_salmonn import SalmonnConfig
-from .ctc_draft import DraftedGenerationMixin
+from .ctc_compression import leave_out, merge_wordless
 from .ctc_head import SalmonnCTCHead, caption_loss, ctc_loss, token_directions
+from .generation_salmonn import SalmonnGenerationMixin
 from .modeling_beats import BeatsModel
 from .quantization import quantize_parts
 from .sound_summary import SalmonnSoundSummary
@@ -370,37 +371,39 @@ class SalmonnModel(SalmonnPreTrainedModel):
         """The token embeddings that the CTC head scores audio embeddings against."""
         return self.speech_tokens if self.config.speech_decoder_layers else self.get_input_embeddings()
 
-    def embed_audio(self, audio_embeds: torch.Tensor) -> torch.Tensor:
-        """What `connect_audio` gives, in the language model's space: behind a Q-Former it is there already."""
-        if self.config.speech_decoder_layers:
-            return self.ctc_head.embed(audio_embeds, self.speech_tokens, self.get_input_embeddings())
-        return audio_embeds
+    def embed_audio(self, audio_embeds: torch.Tensor, num_tokens: torch.LongTensor):
+        """
+        What `connect_audio` gives, in the language model's space (behind a Q-Former it is there already), and which of
+        the audio tokens it reads, see `merge_wordless`: of shapes `(audio tokens, hidden size)`, `(audio tokens,)`.
+        """
+        if not self.config.speech_decoder_layers:
+            return audio_embeds, torch.ones_like(audio_embeds[:, 0], dtype=torch.bool)
+        embeds, wordless = self.ctc_head.embed(audio_embeds, self.speech_tokens, self.get_input_embeddings())
+        return merge_wordless(embeds, wordless, num_tokens, self.config.merged_windows)
 
     def get_audio_features(self, input_features, input_features_mask, input_values=None, input_values_mask=None):
         r"""
         Audio to embeddings in the language model's space.
 
         Returns:
-            `pooler_output`: `(audio tokens, hidden size)`, the clips in a row without padding; `last_hidden_state`:
-            the speech encoder's frames.
+            `pooler_output`: `(audio tokens, hidden size)`, the clips in a row without padding, those alone that the
+            language model reads; `last_hidden_state`: the speech encoder's frames.
         """
         encoded = self.encode_audio(input_features, input_features_mask, input_values, input_values_mask)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=encoded["audio_frames"], pooler_output=self.embed_audio(self.connect_audio(**encoded)[0])
-        )
+        embeds, kept = self.embed_audio(*self.connect_audio(**encoded))
+        return BaseModelOutputWithPooling(last_hidden_state=encoded["audio_frames"], pooler_output=embeds[kept])
 
     def caption_loss(self, audio_embeds, num_tokens, caption_labels):
         """See [`caption_loss`]: of the mean of a clip's audio embeddings."""
         named = (caption_labels != -100).any(-1)
-        clips = audio_embeds.split(num_tokens.tolist())
-        clips = [clips[clip] for clip in named.nonzero()[:, 0]]
+        clips = self.embed_audio(audio_embeds, num_tokens)[0].split(num_tokens.tolist())
         center, _ = token_directions(self.get_input_embeddings())
-        clips = torch.stack([self.embed_audio(clip).float().mean(0) for clip in clips]) - center
+        clips = torch.stack([clips[clip].float().mean(0) for clip in named.nonzero()[:, 0]]) - center
         return caption_loss(clips, caption_labels[named], self.get_input_embeddings())
 
     def merge_audio(self, input_ids: torch.LongTensor, audio_embeds: torch.Tensor | None) -> torch.Tensor:
         r"""
-        Token embeddings with the audio embeddings in the places of `audio_token_id`, in order.
+        Token embeddings with the audio embeddings, in the language model's space, in the places of `audio_token_id`.
 
         Raises:
             ValueError: if there are not as many placeholders as audio embeddings.
@@ -418,21 +421,30 @@ class SalmonnModel(SalmonnPreTrainedModel):
         if audio_embeds is None:
             return inputs_embeds
         # Gemma scales embeddings by √hidden where it looks them up; audio must come in at the same scale.
-        audio_embeds = self.embed_audio(audio_embeds) * getattr(embedding, "embed_scale", 1.0)
+        audio_embeds = audio_embeds * getattr(embedding, "embed_scale", 1.0)
         return inputs_embeds.masked_scatter(is_audio[..., None], audio_embeds.to(inputs_embeds.dtype))
 
-    def forward_audio(
-        self, input_ids, inputs_embeds, input_features, input_features_mask, input_values, input_values_mask, **frames
-    ):
-        """The way in of both forwards: (inputs_embeds, audio_embeds, audio tokens per clip)."""
-        audio_embeds = num_tokens = None
+    def embed_prompt(self, input_ids, attention_mask=None, labels=None, audio_embeds=None, num_tokens=None) -> dict:
+        """
+        `input_ids`, `inputs_embeds`, `attention_mask` and `labels` for the language model, of fewer positions where
+        windows are merged; `audio_embeds` and `num_tokens` are what `connect_audio` gives.
+        """
+        kept = None
+        if audio_embeds is not None:
+            audio_embeds, kept = self.embed_audio(audio_embeds, num_tokens)
+        prompt = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        prompt["inputs_embeds"] = self.merge_audio(input_ids, audio_embeds)
+        if kept is None or self.config.merged_windows == 1:
+            return prompt
+        return leave_out(prompt, input_ids == self.config.audio_token_id, kept)
+
+    def hear(self, input_features, input_features_mask, input_values, input_values_mask, **frames) -> dict:
+        """`audio_embeds` and `num_tokens` of clips that are given as features or as frames; neither without clips."""
         if input_features is not None:
             frames = self.encode_audio(input_features, input_features_mask, input_values, input_values_mask)
-        if frames.get("audio_frames") is not None:
-            audio_embeds, num_tokens = self.connect_audio(**frames)
-        if input_ids is not None and inputs_embeds is None:
-            inputs_embeds = self.merge_audio(input_ids, audio_embeds)
-        return inputs_embeds, audio_embeds, num_tokens
+        if frames.get("audio_frames") is None:
+            return {}
+        return dict(zip(("audio_embeds", "num_tokens"), self.connect_audio(**frames), strict=True))
 
     def forward(
         self,
@@ -446,20 +458,21 @@ class SalmonnModel(SalmonnPreTrainedModel):
         **kwargs,
     ) -> SalmonnOutput:
         """The language model's last hidden state over text and audio; arguments as in the class below."""
-        inputs_embeds, audio_embeds, _ = self.forward_audio(
-            input_ids, inputs_embeds, input_features, input_features_mask, input_values, input_values_mask
-        )
+        heard = self.hear(input_features, input_features_mask, input_values, input_values_mask)
+        if input_ids is not None and inputs_embeds is None:
+            prompt = self.embed_prompt(input_ids, attention_mask, **heard)
+            inputs_embeds, attention_mask = prompt["inputs_embeds"], prompt["attention_mask"]
         outputs = self.language_model.base_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
         return SalmonnOutput(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            audio_embeds=audio_embeds,
+            audio_embeds=heard.get("audio_embeds"),
         )
 
 
-class SalmonnForConditionalGeneration(SalmonnModel, DraftedGenerationMixin):
+class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
     """SALMONN with its language-model head: transcribes, captions, answers."""
 
     def __init__(self, config: SalmonnConfig):
@@ -469,23 +482,6 @@ class SalmonnForConditionalGeneration(SalmonnModel, DraftedGenerationMixin):
 
     def get_output_embeddings(self):
         return self.language_model.get_output_embeddings()
-
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
-        """As in transformers, but the clips of a prompt stay together: for its beams a b a b, not a a b b."""
-        mask = kwargs.get("input_features_mask", kwargs.get("audio_frames_mask"))
-        clips = {}
-        if expand_size > 1 and input_ids is not None and mask is not None:
-            num_frames = mask[:, :: 2 if "input_features_mask" in kwargs else 1].sum(-1)
-            num_tokens = self.connector.num_windows(num_frames) * self.config.queries_per_window
-            tokens_up_to_row = (input_ids == self.config.audio_token_id).sum(-1).cumsum(0)
-            row_of_clip = torch.searchsorted(tokens_up_to_row, num_tokens.cumsum(0))
-            order = [(row_of_clip == row).nonzero()[:, 0].repeat(expand_size) for row in range(len(input_ids))]
-            names = [
-                name for name in kwargs if name.startswith(("input_features", "input_values", "audio_", "sound_"))
-            ]
-            clips = {name: kwargs.pop(name)[torch.cat(order)] for name in names if kwargs[name] is not None}
-        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
-        return input_ids, kwargs | clips
 
     def forward(
         self,
@@ -528,9 +524,7 @@ class SalmonnForConditionalGeneration(SalmonnModel, DraftedGenerationMixin):
             num_ctc_labels (`torch.Tensor`, *optional*): how many of both there are in all batches of an optimizer
                 step, as `num_items_in_batch` is for `labels`.
         """
-        inputs_embeds, audio_embeds, num_tokens = self.forward_audio(
-            input_ids,
-            inputs_embeds,
+        heard = self.hear(
             input_features,
             input_features_mask,
             input_values,
@@ -540,6 +534,7 @@ class SalmonnForConditionalGeneration(SalmonnModel, DraftedGenerationMixin):
             sound_frames=sound_frames,
             sound_frames_mask=sound_frames_mask,
         )
+        audio_embeds, num_tokens = heard.get("audio_embeds"), heard.get("num_tokens")
 
         aligned = None
         if ctc_labels is not None:
@@ -554,9 +549,12 @@ class SalmonnForConditionalGeneration(SalmonnModel, DraftedGenerationMixin):
                 aligned = aligned + self.caption_loss(audio_embeds, num_tokens, caption_labels)
             own = sum((labels != -100).sum() for labels in (ctc_labels, caption_labels) if labels is not None)
             aligned = aligned / (own.clamp(min=1) if num_ctc_labels is None else num_ctc_labels)
-            if inputs_embeds is None:
+            if input_ids is None and inputs_embeds is None:
                 return SalmonnOutput(loss=aligned, ctc_loss=aligned, audio_embeds=audio_embeds)
 
+        if input_ids is not None and inputs_embeds is None:
+            prompt = self.embed_prompt(input_ids, attention_mask, labels, **heard)
+            inputs_embeds, attention_mask, labels = (prompt[n] for n in ("inputs_embeds", "attention_mask", "labels"))
         if labels is not None and self.training:
             # Answers stand at the end of left-padded rows: no logits for the positions before the first of them.
             first = int((labels != -100).any(0).int().argmax())

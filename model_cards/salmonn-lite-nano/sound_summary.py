@@ -37,6 +37,7 @@ class SalmonnSoundSummary(nn.Module):
             nn.Linear(config.sound_summary_size, config.sound_kinds),
         )
         self.kinds = nn.Parameter(torch.zeros(config.sound_kinds, config.text_config.hidden_size))
+        self.merged_windows = config.merged_windows
 
     def forward(
         self, sound_frames: torch.Tensor, sound_frames_mask: torch.BoolTensor, num_tokens: torch.LongTensor
@@ -56,8 +57,11 @@ class SalmonnSoundSummary(nn.Module):
             shares, order = likely.sort(-1, descending=True)
             clip_of_token = torch.arange(len(num_tokens), device=likely.device).repeat_interleave(num_tokens)
             first_token = (num_tokens.cumsum(0) - num_tokens)[clip_of_token]
-            place = torch.arange(len(clip_of_token), device=likely.device) - first_token + 0.5
-            passed = shares.cumsum(-1)[clip_of_token] <= (place / num_tokens[clip_of_token])[:, None]
+            place = torch.arange(len(clip_of_token), device=likely.device) - first_token
+            # Windows that may be merged are of one kind: that which their middle falls to.
+            start, of_clip = place - place % self.merged_windows, num_tokens[clip_of_token]
+            middle = (start + (start + self.merged_windows).minimum(of_clip)) / 2
+            passed = shares.cumsum(-1)[clip_of_token] <= (middle / of_clip)[:, None]
             rank = passed.sum(-1).clamp(max=len(self.kinds) - 1)  # the shares' sum is 1 but for rounding
         return self.kinds[order[clip_of_token, rank]]
 

@@ -20,6 +20,7 @@ from .windows import frame_mlp, num_windows
 # The blank's lead over the best token, in nats, from which a window carries no word: all tokens together then have
 # less than 1e-4 of the probability, which is less than bfloat16 tells apart.
 SURELY_BLANK = 20.0
+WORDLESS = 0.9  # the blank's probability from which a window may be merged with its neighbours
 BIAS_SCALE = 10.0  # position biases grow to several nats, with weights' learning rates
 SAMPLED_TOKENS = 2000  # of those that no training text has, in a training step's softmax
 
@@ -163,10 +164,12 @@ class SalmonnSpeechTokenHead(nn.Module):
         classes = torch.cat([trained, self.num_trained + others, labels[labels != -100]]).unique()
         return classes, torch.where(labels == -100, labels, torch.searchsorted(classes, labels))
 
-    def embed(self, audio_embeds: torch.Tensor, speech_tokens: nn.Module, embedding: nn.Module) -> torch.Tensor:
+    def embed(
+        self, audio_embeds: torch.Tensor, speech_tokens: nn.Module, embedding: nn.Module
+    ) -> tuple[torch.Tensor, torch.BoolTensor]:
         """
         States `(audio tokens, d_model)`, behind each of which its clip's summary `(hidden size,)` may stand, to the
-        language model's space, `(audio tokens, hidden size)`.
+        language model's space, `(audio tokens, hidden size)`; and which of them carry no word, `(audio tokens,)`.
         """
         states, summary = audio_embeds.split([self.width, audio_embeds.shape[-1] - self.width], dim=-1)
         embeds = self.proj(states)
@@ -181,7 +184,9 @@ class SalmonnSpeechTokenHead(nn.Module):
         probabilities = scores.softmax(-1)
         rows = embedding_rows(embedding, self.token_ids)
         words = probabilities[:, 1:].to(rows.dtype) @ rows
-        return embeds.index_copy(0, worded, (words + probabilities[:, :1] * embeds[worded]).to(embeds.dtype))
+        wordless = torch.ones_like(blank[:, 0], dtype=torch.bool)
+        wordless[worded] = probabilities[:, 0] > WORDLESS
+        return embeds.index_copy(0, worded, (words + probabilities[:, :1] * embeds[worded]).to(embeds.dtype)), wordless
 
     def best(self, audio_embeds: torch.Tensor, speech_tokens: nn.Module) -> torch.Tensor:
         """Index of the likeliest output for each state, 0 for the blank."""
