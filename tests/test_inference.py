@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import noise
+from conftest import noise, tiny_config, tiny_model, tiny_processor
+from transformers import AutoModel
 
 from salmonn_hf.inference import Answerer, Transcriber, usual_dtype
 
@@ -47,6 +48,19 @@ def test_transcriber_gives_what_the_pipeline_gives(tiny_checkpoint):
     clips = [noise(0.6), noise(1.1, 1)]
     alone = [transcriber.pipeline(np.array(clip))["text"].strip() for clip in clips]
     assert transcriber(clips) == alone
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lora_is_folded_in_where_that_changes_nothing(tmp_path, dtype):
+    tiny_model(tiny_config(lora={"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]})).save_pretrained(
+        tmp_path
+    )
+    tiny_processor().save_pretrained(tmp_path)
+    model = Transcriber(str(tmp_path), dtype=dtype, device="cpu").model
+    assert (model.config.lora is None) == (dtype == "float32")
+    inputs = tiny_processor().apply_transcription_request([noise(0.5)])
+    before = AutoModel.from_pretrained(tmp_path, dtype=dtype)(**inputs).logits
+    torch.testing.assert_close(model(**inputs).logits, before, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

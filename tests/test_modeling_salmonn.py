@@ -203,6 +203,15 @@ def test_beams_keep_the_clips_of_a_prompt_together():
         torch.testing.assert_close(beam, greedy, atol=1e-4, rtol=1e-4)
 
 
+def test_audio_is_heard_once_whatever_the_beams():
+    model, processor = tiny_model(), tiny_processor()
+    heard = []
+    model.audio_tower.register_forward_pre_hook(lambda _, args: heard.append(len(args[0])))
+    inputs = processor.apply_transcription_request([noise(1.0), noise(2.0)])
+    model.generate(**inputs, max_new_tokens=3, num_beams=3)
+    assert heard == [2]
+
+
 def test_the_audio_token_is_never_generated():
     """Were it, the next step would look for audio embeddings that nobody gave."""
     model, processor = tiny_model(), tiny_processor()
