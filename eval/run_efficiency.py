@@ -237,12 +237,12 @@ class Bench:
     def throughput(self, seconds: float, batch_size: int, decode_steps: int) -> float:
         """Clips a second, features included, each with `decode_steps` tokens."""
         clips = [self.clip(seconds) for _ in range(batch_size)]
-        num_tokens = self.audio_tokens(clips[0])
+        input_ids = self.input_ids(self.audio_tokens(clips[0]), batch_size)
 
         def transcribe():
             features = self.features(clips)
             return self.model.generate(
-                self.input_ids(num_tokens, batch_size), **features, do_sample=False,
+                input_ids, attention_mask=torch.ones_like(input_ids), **features, do_sample=False,
                 min_new_tokens=decode_steps, max_new_tokens=decode_steps,
             )  # fmt: skip
 

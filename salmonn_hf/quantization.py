@@ -14,21 +14,23 @@ from transformers import PreTrainedModel
 
 # Rows up to which torch's kernels beat widening the weights for an ordinary product (measured on AVX-512).
 KERNEL_ROWS = {8: 12, 4: 128}
-BLOCK = 64  # rows of a matrix that torch's 4-bit CPU kernel keeps together
+BLOCK = 64  # rows and columns of which torch's CPU kernels take whole multiples, on any processor
 
 
 @cache
 def rows_of_nibbles() -> torch.Tensor:
     """
-    (2, 32): the row, of a block's 64, that each byte of the 4-bit CPU kernel's layout holds in its low and in its high
-    half. It differs between processors, so it is read off two packed blocks whose rows hold their own numbers.
+    The 4-bit CPU kernel's layout: a block of rows, 64 with AVX-512 and 32 with AVX2, column by column; of one column,
+    the row of the block that each byte holds in its low and in its high half, `(2, rows / 2)`. It differs between
+    processors, so it is read off packed matrices whose rows hold their own numbers.
     """
     numbers = torch.arange(BLOCK, dtype=torch.int32)[:, None].expand(BLOCK, BLOCK)
     low, high = (
-        torch._convert_weight_to_int4pack_for_cpu(part.contiguous(), 1).view(BLOCK, BLOCK // 2)[0].long()
+        torch._convert_weight_to_int4pack_for_cpu(part.contiguous(), 1).flatten()[: BLOCK // 2].long()
         for part in (numbers % 16, numbers // 16)
     )
-    return torch.stack([(low & 15) + 16 * (high & 15), (low >> 4) + 16 * (high >> 4)])
+    rows = torch.stack([(low & 15) + 16 * (high & 15), (low >> 4) + 16 * (high >> 4)])
+    return rows[:, : (int(rows.max()) + 1) // 2]  # what follows is the next column
 
 
 def two_per_byte(values: torch.Tensor) -> torch.Tensor:
@@ -111,10 +113,11 @@ class QuantizedMatrix(nn.Module):
         weight = self.weight
         if self.packed_scales is None:
             return one_per_byte(weight)
-        halves = weight.view(-1, self.columns, BLOCK // 2)
+        rows = rows_of_nibbles()
+        halves = weight.view(-1, self.columns, rows.shape[1])
         halves = torch.stack([halves & 15, halves >> 4], 1).transpose(2, 3).flatten(1, 2)
         values = torch.empty_like(halves)
-        values[:, rows_of_nibbles().flatten()] = halves
+        values[:, rows.flatten()] = halves
         return values.view(self.rows, self.columns)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -132,10 +135,11 @@ class QuantizedMatrix(nn.Module):
         elif self.packed_scales is None:
             values = one_per_byte(self.weight[flat]).to(torch.int8) - 8
         else:
-            place = torch.empty(BLOCK, dtype=torch.int64)
-            place[rows_of_nibbles().flatten()] = torch.arange(BLOCK)
-            half, byte = place[flat % BLOCK].div(BLOCK // 2, rounding_mode="floor"), place[flat % BLOCK] % (BLOCK // 2)
-            values = self.weight.view(-1, self.columns, BLOCK // 2)[flat // BLOCK, :, byte]
+            row_of_place = rows_of_nibbles()
+            block, size = row_of_place.numel(), row_of_place.shape[1]
+            place = row_of_place.flatten().argsort()[flat % block]
+            half, byte = place // size, place % size
+            values = self.weight.view(-1, self.columns, size)[flat // block, :, byte]
             values = (torch.where(half[:, None].bool(), values >> 4, values) & 15).to(torch.int8) - 8
         rows = values.reshape(*scales.shape, -1).to(scales.dtype) * scales[..., None]
         return rows.view(*ids.shape, self.columns)

@@ -17,6 +17,7 @@ from salmonn_hf.quantization import (
     QuantizedMatrix,
     linears,
     quantize_parts,
+    rows_of_nibbles,
     widen_linears,
 )
 from salmonn_hf.training import freeze_base_parts
@@ -92,6 +93,25 @@ def test_packing_keeps_every_value(matrix):
     exact = matrix.dequantize(torch.float32)
     matrix.float()
     assert torch.equal(matrix.weight, state["weight"]) and torch.equal(matrix.dequantize(), exact)
+
+
+@pytest.fixture
+def packing_in_blocks(request, monkeypatch):
+    """torch's packing as another processor might do it: in a byte a row and the one half a block further on."""
+
+    def pack(values, _):
+        blocks = values.to(torch.uint8).view(-1, 2, request.param // 2, values.shape[1])
+        return (blocks[:, 0] | blocks[:, 1] << 4).transpose(1, 2).reshape(len(values), -1)
+
+    rows_of_nibbles.cache_clear()
+    monkeypatch.setattr(torch, "_convert_weight_to_int4pack_for_cpu", pack)
+    yield
+    rows_of_nibbles.cache_clear()
+
+
+@pytest.mark.parametrize("packing_in_blocks", [16, 32, 64], indirect=True)
+def test_packing_of_any_processor_keeps_every_value(packing_in_blocks):
+    test_packing_keeps_every_value(QuantizedEmbedding(192, 64, 4, 32))
 
 
 def test_gradient_after_an_evaluation_pass():
