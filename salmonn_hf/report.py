@@ -110,7 +110,7 @@ def timings(run: Run) -> dict[str, dict]:
             "parts_seconds": protocol["ttft_by_part"],
             "file": f"{run.directory}/efficiency.json",
             "protocol": (
-                f"batch 1, {protocol['seconds_of_audio']:g} s of noise, {system['audio_tokens']} audio tokens, "
+                f"batch 1, {protocol['seconds_of_audio']:g} s of speech, {system['audio_tokens']} audio tokens, "
                 f"{system['dtype'].removeprefix('torch.')}, {machine['device']}, {machine['threads']} threads, median "
                 f"of {settings['rounds']} rounds"
             ),

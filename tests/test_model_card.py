@@ -91,7 +91,7 @@ def test_it_says_what_the_files_say(card, made):
         "| other.parquet | — | — | not at hand when the card was made | — |",
         "| folder | — | — | — | — |",
         "learning_rate: 0.0003",
-        "tiny: 0.51 GB peak memory, 0.060 s to the first token, 0.0123 s a token (batch 1, 10 s of noise, 50 audio",
+        "tiny: 0.51 GB peak memory, 0.060 s to the first token, 0.0123 s a token (batch 1, 10 s of speech, 50 audio",
         "Audio captioning was not evaluated.",
         "3 clips could not be read",
         'pipeline("automatic-speech-recognition", model="tiny")',

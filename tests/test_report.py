@@ -130,7 +130,7 @@ def test_both_pages_say_the_same(report, results):
         "Not computed, SPICE, SPIDEr: no jars",
         "0.3049",  # the seed's SPIDEr
         "0.012",  # our TPOT
-        "batch 1, 10 s of noise",
+        "batch 1, 10 s of speech",
         "label-2",
         "word word <b>|",
     ):
