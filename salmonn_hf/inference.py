@@ -18,7 +18,7 @@ def usual_dtype(device=None) -> str:
 
 
 def fold_lora(model):
-    """LoRA in the language model's own weights, where that rounds nothing: its products cost a third of each token."""
+    """LoRA into the language model's own weights, where that rounds nothing: its products then cost nothing."""
     quantized = "language_model" in (getattr(model.config, "quantization", None) or {})
     if getattr(model.config, "lora", None) is not None and model.dtype == torch.float32 and not quantized:
         model.merge_lora()

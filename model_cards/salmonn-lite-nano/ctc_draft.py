@@ -84,9 +84,9 @@ def best_tokens(ctc_head: nn.Module, audio_embeds: torch.Tensor, embedding: nn.M
 class CTCDraft(CandidateGenerator):
     """
     Candidates from the CTC head, for one prompt, given as `inputs_embeds`. The pass that reads it verifies the whole
-    draft. Where it was wrong, what the language model itself foretold behind that place is the
-    next draft, as in Jacobi decoding (Santilli et al., ACL 2023, https://arxiv.org/abs/2305.10427), if it has the
-    words that the CTC head hears there.
+    draft. Where it was wrong, what the language model itself foretold behind that place is the next draft, as in
+    Jacobi decoding (Santilli et al., ACL 2023, https://arxiv.org/abs/2305.10427), if it has the words that the CTC
+    head hears there.
 
     Args:
         draft_ids (`list[int]`): the transcript that the head reads, see `best_tokens`.
