@@ -706,6 +706,9 @@ def save_model(trainer: SalmonnTrainer, processor):
         partial = output_dir / ".partial"
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial, state_dict=state_dict)
+        if state_dict is not None:  # it noted the precision of the model itself
+            model.config.dtype = "bfloat16"
+            model.config.save_pretrained(partial)
         processor.save_pretrained(partial)
         for file in sorted(partial.iterdir()):
             os.replace(file, output_dir / file.name)
