@@ -717,3 +717,11 @@ def test_standardised_frames_have_mean_0_and_variance_1():
     normed = model.audio_norm(torch.cat(frames))
     torch.testing.assert_close(normed.mean(0), torch.zeros(16), atol=1e-4, rtol=0)
     torch.testing.assert_close(normed.std(0), torch.ones(16), atol=1e-3, rtol=0)
+
+
+def test_windows_of_a_qformer_cannot_be_merged(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    script = runpy.run_path(str(ROOT / "training" / "run_stage2.py"))
+    arguments = script["ModelArguments"](str(tmp_path), merged_windows=8)
+    with pytest.raises(ValueError, match="merged_windows is 8, but without speech_decoder_layers"):
+        script["load_model"](arguments, torch.float32)

@@ -72,7 +72,8 @@ def load_model(args: ModelArguments, dtype: torch.dtype) -> SalmonnForConditiona
     """
     config = SalmonnConfig.from_pretrained(args.model_name_or_path)
     if args.merged_windows is not None:
-        config.merged_windows = args.merged_windows
+        # Made anew, for its checks.
+        config = SalmonnConfig.from_dict(config.to_dict() | {"merged_windows": args.merged_windows})
     stored, rounded = config.quantization or {}, {}
     if args.language_model_bits:
         four = {"group_size": args.group_size} if args.language_model_bits == 4 else {}
