@@ -12,11 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-from transformers import pipeline
-
 import salmonn_hf
 from salmonn_hf.audio import SAMPLING_RATE
-from salmonn_hf.inference import usual_dtype
+from salmonn_hf.inference import Transcriber
 from salmonn_hf.metrics import word_error_rate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,17 +29,17 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def transcribe_files(transcriber, waveforms: dict):
+def transcribe_files(transcriber: Transcriber, waveforms: dict):
     for name, waveform in waveforms.items():
-        text = transcriber(waveform)["text"].strip()
+        (text,) = transcriber([waveform])
         print(f"{name}: {text}" if len(waveforms) > 1 else text)
 
 
-def transcribe_recordings(transcriber, clips: list[dict], waveforms: dict, setup_seconds: float):
+def transcribe_recordings(transcriber: Transcriber, clips: list[dict], waveforms: dict, setup_seconds: float):
     references, hypotheses, spent = [], [], 0.0
     for clip, waveform in zip(clips, waveforms.values(), strict=True):
         start = time.perf_counter()
-        text = transcriber(waveform)["text"].strip()
+        (text,) = transcriber([waveform])
         seconds = time.perf_counter() - start
         print(f"{clip['file']}  {clip['seconds']:.1f} s of audio in {seconds:.1f} s")
         print(f"  reference:  {clip['text']}\n  hypothesis: {text}\n", flush=True)
@@ -72,7 +70,7 @@ def main() -> int:
         return 2
 
     start = time.perf_counter()
-    transcriber = pipeline("automatic-speech-recognition", model=arguments.model, dtype=usual_dtype())
+    transcriber = Transcriber(arguments.model)
     setup_seconds = time.perf_counter() - start
 
     if arguments.audio:
