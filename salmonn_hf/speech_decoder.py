@@ -14,7 +14,7 @@ from transformers import WhisperForConditionalGeneration
 from transformers.models.whisper.modeling_whisper import WhisperDecoderLayer
 
 from .configuration_salmonn import SalmonnConfig
-from .quantization import embedding_rows
+from .quantization import QuantizedMatrix, embedding_rows
 from .windows import frame_mlp, num_windows
 
 # The blank's lead over the best token, in nats, from which a window carries no word: all tokens together then have
@@ -145,9 +145,12 @@ class SalmonnSpeechTokenHead(nn.Module):
     def token_scores(self, states: torch.Tensor, speech_tokens: nn.Module, classes=None) -> torch.Tensor:
         """States `(windows, d_model)` to their products with the tokens, in the better of their two spellings."""
         spellings = (self.speech_token_ids, self.capital_token_ids)
-        if not torch.is_grad_enabled() and classes is None and isinstance(speech_tokens, nn.Embedding):
+        if not torch.is_grad_enabled() and classes is None:
             # Of a clip's few states the products with all of Whisper's tokens take less time than to gather rows.
-            products = speech_tokens.weight.to(states.dtype) @ states.T
+            if isinstance(speech_tokens, QuantizedMatrix):
+                products = speech_tokens.product(states).T
+            else:
+                products = speech_tokens.weight.to(states.dtype) @ states.T
             return torch.maximum(*(products.index_select(0, ids) for ids in spellings)).T.contiguous()
         if classes is not None:
             spellings = (ids[classes] for ids in spellings)
@@ -233,3 +236,15 @@ def start_from_whisper(model, directory, examples: list[tuple[torch.Tensor, list
     nn.init.constant_(model.ctc_head.blank.bias, 10.0)  # about what Whisper's best tokens score
     model.ctc_head.proj.bias.copy_(model.get_input_embeddings().weight.float().mean(0))
     nn.init.normal_(model.ctc_head.proj.weight, std=0.002)
+
+
+@torch.no_grad()
+def drop_unused_tokens(model):
+    """Keep of Whisper's token embeddings those alone that the head scores. The model then has to be saved whole."""
+    head, embedding = model.ctc_head, model.speech_tokens
+    used = torch.cat([head.speech_token_ids, head.capital_token_ids]).unique().long()
+    for ids in (head.speech_token_ids, head.capital_token_ids):
+        ids.copy_(torch.searchsorted(used, ids.long()))
+    model.speech_tokens = nn.Embedding.from_pretrained(embedding.weight[used])
+    model.config.audio_config.vocab_size = len(used)
+    model.config.base_parts = None

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from conftest import tiny_config, tiny_model
-from transformers import WhisperForConditionalGeneration
+from transformers import AutoModel, WhisperForConditionalGeneration
 
-from salmonn_hf.speech_decoder import shared_tokens, start_from_whisper
+from salmonn_hf.quantization import quantize_parts
+from salmonn_hf.speech_decoder import drop_unused_tokens, shared_tokens, start_from_whisper
 
 WINDOWS = {"window_frames": 4, "window_stride": 4, "queries_per_window": 1}
 
@@ -95,12 +96,31 @@ def test_a_clip_in_a_batch_is_the_clip_alone_with_biases():
         torch.testing.assert_close(alone, states, atol=1e-5, rtol=1e-5)
 
 
-def test_scores_of_all_tokens_are_the_same_with_and_without_gradients():
-    head, tokens = decoder_model().ctc_head, decoder_model().speech_tokens
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_scores_of_all_tokens_are_the_same_with_and_without_gradients(bits):
+    model = decoder_model()
+    if bits:
+        quantize_parts(model, {"speech_tokens": {"bits": bits} | ({"group_size": 8} if bits == 4 else {})})
+    head, tokens = model.ctc_head, model.speech_tokens
     states = torch.randn(5, head.width)
     with torch.no_grad():
         without = head.token_scores(states, tokens)
     torch.testing.assert_close(without, head.token_scores(states, tokens))
+
+
+def test_without_unused_tokens_a_model_hears_the_same(tmp_path):
+    model = decoder_model()
+    head, clip = model.ctc_head, (torch.randn(1, 40, model.config.audio_config.d_model), torch.ones(1, 40).bool())
+    states, _ = model.connect_audio(*clip)
+    expected = head(states, model.speech_tokens)
+    used = set(head.speech_token_ids.tolist() + head.capital_token_ids.tolist())
+    assert len(used) < model.speech_tokens.num_embeddings
+    drop_unused_tokens(model)
+    assert model.speech_tokens.num_embeddings == len(used)
+    torch.testing.assert_close(head(states, model.speech_tokens), expected)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded.ctc_head(states, loaded.speech_tokens), expected)
 
 
 def test_layers_of_whisper_read_as_they_do_in_whisper():

@@ -27,6 +27,7 @@ from salmonn_hf.model_card import make_card, write_card
 from salmonn_hf.push import push_to_hub
 from salmonn_hf.quantization import quantize_parts
 from salmonn_hf.recipe import parse_recipe
+from salmonn_hf.speech_decoder import drop_unused_tokens
 from salmonn_hf.training import load_speech
 
 # The language model in another library's format, by transformers' own quantisers.
@@ -106,6 +107,8 @@ def calibration_batches(args: QuantizeArguments, processor) -> list[dict]:
 def quantize(model, processor, args: QuantizeArguments):
     """Quantise `model`, in float32, in place; parts that come later are calibrated on those before them."""
     parts = args.parts(model.config)
+    if "speech_tokens" in parts:
+        drop_unused_tokens(model)
     batches = calibration_batches(args, processor) if args.method == "gptq" else []
     decoder = model.language_model.base_model
     layers = {"audio_tower": model.audio_tower.layers, "language_model": getattr(decoder, "layers", None)}
