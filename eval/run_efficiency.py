@@ -119,9 +119,8 @@ class Memory:
         if self.on_cuda:
             torch.cuda.reset_peak_memory_stats()
         elif os.path.exists("/proc/self/clear_refs"):
-            Path("/proc/self/clear_refs").write_text(
-                "5"
-            )  # Linux: the resident peak starts again from what is resident
+            # Linux: the resident peak starts again from what is resident.
+            Path("/proc/self/clear_refs").write_text("5")
 
     def peak(self) -> int:
         if self.on_cuda:

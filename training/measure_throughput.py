@@ -47,6 +47,7 @@ UNTIMED = (
 class MeasureArguments:
     clips: int = field(default=96, metadata={"help": "Clips that each run trains on."})
     batch: int = field(default=16, metadata={"help": "Clips of a step."})
+    bf16: bool = field(default=True, metadata={"help": "False on processors without bfloat16 instructions."})
 
 
 def clips_per_second(recipe: dict, work: Path) -> float:
@@ -66,6 +67,7 @@ def main():
     recipe = yaml.safe_load(Path(given.recipe).read_text())
     recipe = {key: value for key, value in recipe.items() if key not in UNTIMED}
     recipe |= {
+        "bf16": arguments.bf16,
         "per_device_train_batch_size": arguments.batch,
         "max_steps": -(-arguments.clips // arguments.batch),
         "save_strategy": "no",
