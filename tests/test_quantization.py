@@ -46,7 +46,7 @@ def linear(rows=128, columns=64, bits=4, group_size=32, dtype=torch.bfloat16):
 
 
 def test_values_by_hand():
-    four = QuantizedMatrix(1, 4, 4, group_size=2).quantize(torch.tensor([[7.0, -3.2, 0.0, 14.0]]))
+    four = QuantizedMatrix(1, 4, 4, group_size=2).quantize(torch.tensor([[7.5, -3.2, 0.0, 15.0]]))
     assert four.scales.tolist() == [[1.0, 2.0]]
     assert four.weight.tolist() == [[(8 + 7) | (8 - 3) << 4, 8 | (8 + 7) << 4]]
     assert four.dequantize().tolist() == [[7.0, -3.0, 0.0, 14.0]]

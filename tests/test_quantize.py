@@ -10,7 +10,7 @@ from conftest import noise, tiny_config, tiny_model, tiny_processor, tiny_text_c
 from transformers import AutoModel, pipeline
 
 from salmonn_hf import SalmonnForConditionalGeneration
-from salmonn_hf.gptq import layer_inputs, quantize_layers, solve
+from salmonn_hf.gptq import layer_inputs, quantize_layers, solve, weighted_scales
 from salmonn_hf.joined_clips import speech_dataset
 from salmonn_hf.quantization import QuantizedLinear, linears, quantize_parts, quantized_linear
 
@@ -127,6 +127,16 @@ def test_layer_inputs_are_those_of_the_layer():
             hidden_states = layer(hidden_states, **kwargs)
         logits = model.language_model.lm_head(model.language_model.model.norm(hidden_states))
     torch.testing.assert_close(logits, expected.logits)
+
+
+def test_scales_fit_the_columns_that_matter():
+    """Seven values of a grid of steps of 0.1, beside a larger one: whose scale it is depends on what counts."""
+    rows = torch.tensor([[0.1, -0.2, 0.3, 0.5, -0.6, 0.7, 0.2, 1.0]])
+    unimportant = torch.tensor([1.0] * 7 + [1e-6])
+    assert weighted_scales(rows, unimportant).item() == pytest.approx(0.1, rel=0.03)
+    important = torch.tensor([1e-6] * 7 + [1.0])
+    scale = weighted_scales(rows, important)
+    assert ((rows / scale).round().clamp(-8, 7) * scale - rows)[0, 7].abs() < 0.01
 
 
 def test_gptq_beats_rounding_on_what_it_was_calibrated_on():

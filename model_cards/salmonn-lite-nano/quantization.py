@@ -83,7 +83,8 @@ class QuantizedMatrix(nn.Module):
         """Take the nearest values to `matrix` (rows, columns); `scales` by default those that reach its extremes."""
         groups = matrix.float().reshape(*self.scales.shape, -1)
         if scales is None:
-            scales = groups.abs().amax(-1).clamp(min=1e-8) / (127 if self.bits == 8 else 7)
+            # 4 bits reach from -8 to 7: half a step beyond 7 is no further off than between two values.
+            scales = groups.abs().amax(-1).clamp(min=1e-8) / (127 if self.bits == 8 else 7.5)
         self.scales = scales.reshape(self.scales.shape).to(matrix.dtype).contiguous()
         values = torch.round(groups / self.scales[..., None].float())
         if self.bits == 8:
