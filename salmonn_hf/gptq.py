@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .quantization import linears, quantized_linear, replace_module
+from .quantization import linears, quantize_vocabulary, quantized_linear, replace_module
 
 
 class LayerReached(Exception):
@@ -108,3 +108,22 @@ def quantize_layers(model: nn.Module, layers: nn.ModuleList, batches: list[dict]
         for name, linear in linears(layer).items():
             replace_module(layer, name, solve(linear, seen[name], bits, group_size))
         inputs = [((layer(*args, **kwargs), *args[1:]), kwargs) for args, kwargs in inputs]
+
+
+@torch.no_grad()
+def quantize_tied_vocabulary(language_model: nn.Module, model: nn.Module, batches: list[dict], group_size: int = 64):
+    """
+    Round token embeddings that are the head as well to 4 bits, in place, by the `weighted_scales` of what the head
+    gets when `model` runs on `batches`.
+    """
+    squares = []
+    handle = language_model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, args: squares.append(args[0].flatten(0, -2).float().square().sum(0))
+    )
+    for batch in batches:
+        model(**batch, use_cache=False)
+    handle.remove()
+    matrix = language_model.get_input_embeddings().weight
+    groups = zip(matrix.split(group_size, dim=1), sum(squares).split(group_size), strict=True)
+    scales = torch.stack([weighted_scales(columns, importance) for columns, importance in groups], dim=1)
+    quantize_vocabulary(language_model, 4, group_size, scales)

@@ -285,7 +285,9 @@ def widen_linears(part: nn.Module):
             replace_module(part, name, wide)
 
 
-def quantized_embedding(embedding: nn.Embedding, bits: int, group_size: int = 64) -> QuantizedEmbedding:
+def quantized_embedding(
+    embedding: nn.Embedding, bits: int, group_size: int = 64, scales: torch.Tensor | None = None
+) -> QuantizedEmbedding:
     """`embedding` with its weights rounded to their nearest values."""
     weight = embedding.weight
     with torch.device(weight.device):
@@ -293,14 +295,16 @@ def quantized_embedding(embedding: nn.Embedding, bits: int, group_size: int = 64
             *weight.shape, bits, group_size, embed_scale=getattr(embedding, "scalar_embed_scale", 1.0)
         )
     if weight.device.type != "meta":
-        quantized.quantize(weight)
+        quantized.quantize(weight, scales)
     return quantized
 
 
-def quantize_vocabulary(language_model: nn.Module, bits: int, group_size: int = 64):
+def quantize_vocabulary(
+    language_model: nn.Module, bits: int, group_size: int = 64, scales: torch.Tensor | None = None
+):
     """Replace the token embeddings and the head, in place; where the model ties them they stay one matrix."""
     head = language_model.get_output_embeddings()
-    quantized = quantized_embedding(language_model.get_input_embeddings(), bits, group_size)
+    quantized = quantized_embedding(language_model.get_input_embeddings(), bits, group_size, scales)
     language_model.set_input_embeddings(quantized)
     if language_model.config.tie_word_embeddings:
         language_model._tied_weights_keys, language_model.all_tied_weights_keys = None, {}  # nothing is left to tie
@@ -323,7 +327,8 @@ def quantize_parts(model: nn.Module, quantization: dict[str, dict]):
     """
     for part, settings in quantization.items():
         if part == "embedding":
-            quantize_vocabulary(model.language_model, **settings)
+            if isinstance(model.get_input_embeddings(), nn.Embedding):
+                quantize_vocabulary(model.language_model, **settings)
         elif isinstance(getattr(model, part, None), nn.Embedding):
             setattr(model, part, quantized_embedding(getattr(model, part), **settings))
         elif isinstance(getattr(model, part, None), nn.Module):

@@ -9,10 +9,16 @@ import torch
 from conftest import noise, tiny_config, tiny_model, tiny_processor, tiny_text_config
 from transformers import AutoModel, pipeline
 
-from salmonn_hf import SalmonnForConditionalGeneration
-from salmonn_hf.gptq import layer_inputs, quantize_layers, solve, weighted_scales
+from salmonn_hf import SalmonnForConditionalGeneration, SalmonnModel
+from salmonn_hf.gptq import layer_inputs, quantize_layers, quantize_tied_vocabulary, solve, weighted_scales
 from salmonn_hf.joined_clips import speech_dataset
-from salmonn_hf.quantization import QuantizedLinear, linears, quantize_parts, quantized_linear
+from salmonn_hf.quantization import (
+    QuantizedEmbedding,
+    QuantizedLinear,
+    linears,
+    quantize_parts,
+    quantized_linear,
+)
 
 SCRIPT = runpy.run_path(str(Path(__file__).resolve().parents[1] / "training" / "quantize.py"))
 SENTENCE = "A sentence that belongs to nobody else."
@@ -98,7 +104,7 @@ def test_parts_are_those_that_a_model_has():
     }
     assert arguments.parts(tiny_config()) == qformer
     decoder = tiny_config(speech_decoder_layers=1, frame_mlp_size=8, ctc_vocab_size=20, queries_per_window=1)
-    assert arguments.parts(decoder) == qformer | {"speech_tokens": {"bits": 4, "group_size": 64}}
+    assert arguments.parts(decoder) == qformer | {"speech_tokens": {"bits": 8}}
 
 
 def test_calibration_sees_audio_and_answers(trained):
@@ -151,6 +157,23 @@ def test_gptq_beats_rounding_on_what_it_was_calibrated_on():
     solved = solve(layer, inputs, 4, 32)
     assert torch.equal(solved.dequantize(), layer.weight)  # every value of the solution is one of the grid
     errors = [(x @ w.T - expected).pow(2).mean() for w in (solved.dequantize(), rounded)]
+    assert errors[0] < 0.7 * errors[1]
+
+
+def test_scales_of_embeddings_follow_what_the_head_gets(trained):
+    """Where a few features of the last hidden state are large, the head's columns for them are rounded with care."""
+    model = SalmonnForConditionalGeneration.from_pretrained(trained / "model", dtype=torch.float32).merge_lora()
+    language_model = model.language_model
+    language_model.model.norm.weight.data[::16] *= 50
+    matrix = language_model.get_input_embeddings().weight.detach().clone()
+    batches = [tiny_processor().apply_transcription_request([noise(0.6, seed=seed)]) for seed in range(4)]
+    with torch.no_grad():
+        states = torch.cat([SalmonnModel.forward(model, **batch).last_hidden_state[0] for batch in batches])
+    quantize_tied_vocabulary(language_model, model, batches, group_size=32)
+    assert language_model.get_output_embeddings().embedding is language_model.get_input_embeddings()
+    weighted = language_model.get_input_embeddings().dequantize()
+    nearest = QuantizedEmbedding(*matrix.shape, 4, 32).quantize(matrix).dequantize()
+    errors = [(states @ (rounded - matrix).T).square().mean() for rounded in (weighted, nearest)]
     assert errors[0] < 0.7 * errors[1]
 
 

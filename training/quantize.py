@@ -22,7 +22,7 @@ import torch
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from salmonn_hf import SalmonnConfig, SalmonnForConditionalGeneration, SalmonnProcessor, load_audio
-from salmonn_hf.gptq import quantize_layers
+from salmonn_hf.gptq import quantize_layers, quantize_tied_vocabulary
 from salmonn_hf.model_card import make_card, write_card
 from salmonn_hf.push import push_to_hub
 from salmonn_hf.quantization import quantize_parts
@@ -43,7 +43,7 @@ class QuantizeArguments:
     embedding_bits: int = field(default=8, metadata={"help": "Of token embeddings and language-model head."})
     encoder_bits: int = field(default=8, metadata={"help": "Of the encoders' layers."})
     connector_bits: int = field(default=8, metadata={"help": "Of Q-Former and projection."})
-    speech_tokens_bits: int = field(default=4, metadata={"help": "Of Whisper's tokens, with its decoder's layers."})
+    speech_tokens_bits: int = field(default=8, metadata={"help": "Of Whisper's tokens, with its decoder's layers."})
     group_size: int = field(default=64, metadata={"help": "Columns that share a scale in 4 bits."})
     method: str = field(
         default="gptq",
@@ -113,9 +113,12 @@ def quantize(model, processor, args: QuantizeArguments):
     decoder = model.language_model.base_model
     layers = {"audio_tower": model.audio_tower.layers, "language_model": getattr(decoder, "layers", None)}
     for part, settings in parts.items():
-        hears = part == "language_model" or args.calibration == "audio"
-        if batches and hears and settings["bits"] == 4 and layers.get(part) is not None:
-            quantize_layers(model, layers[part], batches, **settings)
+        hears = part in ("language_model", "embedding") or args.calibration == "audio"
+        if batches and hears and settings["bits"] == 4:
+            if layers.get(part) is not None:
+                quantize_layers(model, layers[part], batches, **settings)
+            elif part == "embedding" and model.config.text_config.tie_word_embeddings:
+                quantize_tied_vocabulary(model.language_model, model, batches, settings["group_size"])
         quantize_parts(model, {part: settings})  # what GPTQ has not done
     model.config.quantization = parts
     model.config.base_parts = None
