@@ -9,6 +9,17 @@ import yaml
 from test_training import ROOT, parts, stage1_recipe, whisper_with_tokens, write_parquet  # noqa: F401
 
 
+@pytest.mark.parametrize("flag, expected", [((), False), (("--bf16", "true"), True)])
+def test_precision_is_the_recipes_unless_given(flag, expected, tmp_path, monkeypatch):
+    clips = write_parquet(tmp_path / "clips.parquet", 2)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"train_files": [clips], "bf16": False}))
+    script, ran = runpy.run_path(str(ROOT / "training" / "measure_throughput.py")), []
+    monkeypatch.setitem(script["main"].__globals__, "clips_per_second", lambda recipe, _: ran.append(recipe) or 1.0)
+    monkeypatch.setattr(sys, "argv", ["measure_throughput.py", str(tmp_path / "recipe.yaml"), *flag])
+    script["main"]()
+    assert [recipe["bf16"] for recipe in ran] == [expected] * 4
+
+
 @pytest.mark.slow
 def test_all_three_ways_of_a_connector_from_whispers_decoder(parts, tmp_path, monkeypatch, capsys):  # noqa: F811
     """The reference way has a Q-Former in its place, and no clip but those of the first file is read."""

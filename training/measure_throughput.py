@@ -47,7 +47,9 @@ UNTIMED = (
 class MeasureArguments:
     clips: int = field(default=96, metadata={"help": "Clips that each run trains on."})
     batch: int = field(default=16, metadata={"help": "Clips of a step."})
-    bf16: bool = field(default=True, metadata={"help": "False on processors without bfloat16 instructions."})
+    bf16: bool | None = field(
+        default=None, metadata={"help": "False on processors without bfloat16 instructions; default: the recipe's."}
+    )
 
 
 def clips_per_second(recipe: dict, work: Path) -> float:
@@ -67,12 +69,13 @@ def main():
     recipe = yaml.safe_load(Path(given.recipe).read_text())
     recipe = {key: value for key, value in recipe.items() if key not in UNTIMED}
     recipe |= {
-        "bf16": arguments.bf16,
         "per_device_train_batch_size": arguments.batch,
         "max_steps": -(-arguments.clips // arguments.batch),
         "save_strategy": "no",
         "eval_strategy": "no",
     }
+    if arguments.bf16 is not None:
+        recipe["bf16"] = arguments.bf16
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
         clips = pq.read_table(recipe["train_files"][0]).slice(0, arguments.clips)
