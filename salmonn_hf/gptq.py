@@ -53,6 +53,11 @@ def weighted_quantizer(config, importance: torch.Tensor):
     return quantizer
 
 
+def squares_of_columns(inputs: torch.Tensor) -> torch.Tensor:
+    """How much each column of a matrix counts that is multiplied with `inputs` `(..., columns)`: `(columns,)`."""
+    return inputs.flatten(0, -2).float().square().sum(0)
+
+
 def weighted_scales(groups: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
     """For rows `(rows, columns)` in 4 bits, the scales `(rows,)` of least squared error, weighted by `(columns,)`."""
     extremes = groups.abs().amax(-1).clamp(min=1e-8)
@@ -72,7 +77,7 @@ def solve(linear: nn.Linear, inputs: list[torch.Tensor], bits: int, group_size: 
 
     config = QuantizeConfig(bits=bits, group_size=group_size, sym=True, desc_act=False, offload_to_disk=False)
     solver = GPTQ(linear, config)
-    importance = sum(batch.flatten(0, -2).float().square().sum(0) for batch in inputs)
+    importance = sum(squares_of_columns(batch) for batch in inputs)
     solver.quantizer = weighted_quantizer(config, importance)
     for batch in inputs:
         solver.add_batch(batch, None)
@@ -111,14 +116,14 @@ def quantize_layers(model: nn.Module, layers: nn.ModuleList, batches: list[dict]
 
 
 @torch.no_grad()
-def quantize_tied_vocabulary(language_model: nn.Module, model: nn.Module, batches: list[dict], group_size: int = 64):
+def quantize_tied_vocabulary(model: nn.Module, batches: list[dict], group_size: int = 64):
     """
-    Round token embeddings that are the head as well to 4 bits, in place, by the `weighted_scales` of what the head
-    gets when `model` runs on `batches`.
+    Round token embeddings of a `SalmonnModel` that are the head as well to 4 bits, in place, by the `weighted_scales`
+    of what the head gets when the model runs on `batches`.
     """
-    squares = []
+    language_model, squares = model.language_model, []
     handle = language_model.get_output_embeddings().register_forward_pre_hook(
-        lambda _, args: squares.append(args[0].flatten(0, -2).float().square().sum(0))
+        lambda _, args: squares.append(squares_of_columns(args[0]))
     )
     for batch in batches:
         model(**batch, use_cache=False)

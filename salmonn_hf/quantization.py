@@ -80,7 +80,7 @@ class QuantizedMatrix(nn.Module):
 
     @torch.no_grad()
     def quantize(self, matrix: torch.Tensor, scales: torch.Tensor | None = None):
-        """Take the nearest values to `matrix` (rows, columns); `scales` by default those that reach its extremes."""
+        """Take the nearest values to `matrix` (rows, columns); `scales` by default its extremes over 127, or 7.5."""
         groups = matrix.float().reshape(*self.scales.shape, -1)
         if scales is None:
             # 4 bits reach from -8 to 7: half a step beyond 7 is no further off than between two values.

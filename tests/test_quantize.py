@@ -169,7 +169,7 @@ def test_scales_of_embeddings_follow_what_the_head_gets(trained):
     batches = [tiny_processor().apply_transcription_request([noise(0.6, seed=seed)]) for seed in range(4)]
     with torch.no_grad():
         states = torch.cat([SalmonnModel.forward(model, **batch).last_hidden_state[0] for batch in batches])
-    quantize_tied_vocabulary(language_model, model, batches, group_size=32)
+    quantize_tied_vocabulary(model, batches, group_size=32)
     assert language_model.get_output_embeddings().embedding is language_model.get_input_embeddings()
     weighted = language_model.get_input_embeddings().dequantize()
     nearest = QuantizedEmbedding(*matrix.shape, 4, 32).quantize(matrix).dequantize()

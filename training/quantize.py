@@ -118,7 +118,7 @@ def quantize(model, processor, args: QuantizeArguments):
             if layers.get(part) is not None:
                 quantize_layers(model, layers[part], batches, **settings)
             elif part == "embedding" and model.config.text_config.tie_word_embeddings:
-                quantize_tied_vocabulary(model.language_model, model, batches, settings["group_size"])
+                quantize_tied_vocabulary(model, batches, settings["group_size"])
         quantize_parts(model, {part: settings})  # what GPTQ has not done
     model.config.quantization = parts
     model.config.base_parts = None
