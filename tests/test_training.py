@@ -356,6 +356,17 @@ def test_qlora_from_a_full_checkpoint(parts, stage1_model, start, tmp_path, monk
             run("run_stage2.py", qlora_recipe(parts, tmp_path / "x", tmp_path / start), tmp_path, monkeypatch)
 
 
+def test_a_larger_lora_is_cut_to_the_recipes_rank(parts, stage1_model, tmp_path, monkeypatch):
+    run("run_stage2.py", stage2_recipe(parts, tmp_path / "two", stage1_model, max_steps=2), tmp_path, monkeypatch)
+    for name, rank in (("smaller", 3), ("larger", 8)):
+        recipe = stage2_recipe(parts, tmp_path / name, tmp_path / "two", max_steps=2) | {"lora_r": rank}
+        run("run_stage2.py", recipe, tmp_path, monkeypatch)
+        trained = SalmonnForConditionalGeneration.from_pretrained(tmp_path / name)
+        assert trained.config.lora["r"] == min(rank, 4)
+        key = "language_model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
+        assert len(trained.state_dict()[key]) == min(rank, 4)
+
+
 def test_gradients_of_accumulated_batches_are_those_of_one(parts, tmp_path, monkeypatch):
     """Of unequal batches too: both losses are means over all target tokens of a step."""
     run("run_stage1.py", stage1_recipe(parts, tmp_path / "one", qformer_dropout=0.0), tmp_path, monkeypatch)

@@ -19,6 +19,7 @@ import torch
 from salmonn_hf import SalmonnConfig, SalmonnForConditionalGeneration, SalmonnProcessor
 from salmonn_hf.augmentation import Augmentation
 from salmonn_hf.data_arguments import DataArguments
+from salmonn_hf.lora_rank import cut_lora_rank
 from salmonn_hf.quantization import quantize_parts
 from salmonn_hf.recipe import parse_recipe
 from salmonn_hf.sources import SkippedClips
@@ -36,7 +37,9 @@ from salmonn_hf.training import (
 @dataclass
 class ModelArguments:
     model_name_or_path: str = field(metadata={"help": "SALMONN checkpoint to start from: directory or hub name."})
-    lora_r: int = field(default=8, metadata={"help": "Rank of a new LoRA adapter, if the checkpoint has none yet."})
+    lora_r: int | None = field(
+        default=None, metadata={"help": "Rank of a new LoRA adapter (8 by default); a larger one is cut to it."}
+    )
     lora_alpha: int = field(default=32)
     lora_dropout: float = field(default=0.1)
     lora_target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
@@ -114,12 +117,14 @@ def main():
     if model.config.lora is None:
         model.add_lora(
             {
-                "r": model_args.lora_r,
+                "r": model_args.lora_r or 8,
                 "lora_alpha": model_args.lora_alpha,
                 "lora_dropout": model_args.lora_dropout,
                 "target_modules": model_args.lora_target_modules,
             }
         )
+    elif model_args.lora_r is not None and model_args.lora_r < model.config.lora["r"]:
+        cut_lora_rank(model, model_args.lora_r)
     new_to_sounds = model_args.sound_layers is not None and model.config.sound_layers is None
     if new_to_sounds:
         model.add_sound_summary(model_args.sound_layers, model_args.sound_summary_size, model_args.sound_kinds)
