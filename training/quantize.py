@@ -11,6 +11,7 @@ The output is a full checkpoint with its processor and code. It loads by `AutoMo
 (`nf4`, `int8`, `torchao-int8`), with that library alone. It holds nothing of the calibration data.
 """
 
+import copy
 import logging
 import os
 import shutil
@@ -27,11 +28,13 @@ from salmonn_hf.model_card import make_card, write_card
 from salmonn_hf.push import push_to_hub
 from salmonn_hf.quantization import quantize_parts
 from salmonn_hf.recipe import parse_recipe
+from salmonn_hf.scale_tuning import tune_scales
 from salmonn_hf.speech_decoder import drop_unused_tokens
 from salmonn_hf.training import load_speech
 
 # The language model in another library's format, by transformers' own quantisers.
 LIBRARIES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao-int8": "torchao"}
+TUNING_BATCH = 16
 CARD = Path(__file__).resolve().parents[1] / "model_cards" / "template.md"
 
 
@@ -56,6 +59,12 @@ class QuantizeArguments:
     text_column: str = field(default="text", metadata={"help": "Column that holds the transcript."})
     calibration: str = field(default="audio", metadata={"help": "'text': prompts without audio, for comparison."})
     calibration_clips: int = field(default=64, metadata={"help": "Clips, drawn at random, in equal parts of files."})
+    tuning_clips: int = field(
+        default=0,
+        metadata={"help": "Of these, tune the language model's scales to what the unquantised one answers; 0: none."},
+    )
+    tuning_learning_rate: float = field(default=5e-4, metadata={"help": "Of the scales' relative changes."})
+    bf16: bool = field(default=False, metadata={"help": "Tune in bfloat16, where the processor has it."})
     merge_lora: bool = field(default=True, metadata={"help": "Fold LoRA in first; otherwise it stays, unquantised."})
     seed: int = field(default=0)
     hub_model_id: str | None = field(default=None, metadata={"help": "Push the result there, e.g. user/name."})
@@ -68,6 +77,8 @@ class QuantizeArguments:
             raise ValueError(f"calibration is {self.calibration!r}; choose 'audio' or 'text'.")
         if self.method == "gptq" and not self.train_files:
             raise ValueError("GPTQ needs train_files to calibrate on; or choose method 'nearest'.")
+        if self.tuning_clips and (self.method in LIBRARIES or not self.train_files):
+            raise ValueError("tuning_clips needs method 'gptq' or 'nearest' and train_files; or leave it at 0.")
 
     def parts(self, config: SalmonnConfig) -> dict[str, dict]:
         """`SalmonnConfig.quantization` of a model of `config` by this recipe."""
@@ -83,30 +94,47 @@ class QuantizeArguments:
         return {part: four if count == 4 else eight for part, count in bits.items() if count}
 
 
-def calibration_batches(args: QuantizeArguments, processor) -> list[dict]:
-    """One input of the model per clip: the transcription prompt with its audio, and the transcript as the answer."""
-    generator = torch.Generator().manual_seed(args.seed)
+def draw_clips(args: QuantizeArguments, count: int, seed: int) -> list[dict]:
+    """Clips, `audio` and `text`, drawn at random, in equal parts of the training files and by turns."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = []
+    for index, file in enumerate(args.train_files):
+        data = load_speech([file], args.text_column)
+        share = len(range(index, count, len(args.train_files)))
+        drawn += [data[row] for row in torch.randperm(len(data), generator=generator)[:share].tolist()]
+    return drawn
+
+
+def prompts(processor, examples: list[dict], with_audio: bool = True) -> dict:
+    """The model's inputs for clips: for each the transcription prompt with its audio, and its transcript as answer."""
     prompt = processor.apply_chat_template(
         processor.transcription_messages(), add_generation_prompt=True, tokenize=False
     )
-    batches = []
-    for index, file in enumerate(args.train_files):
-        data = load_speech([file], args.text_column)
-        count = len(range(index, args.calibration_clips, len(args.train_files)))
-        for row in torch.randperm(len(data), generator=generator)[:count].tolist():
-            example = data[row]
-            text = prompt + (example["text"] or "").strip() + processor.tokenizer.eos_token
-            if args.calibration == "text":
-                text = text.replace(processor.audio_token, "")
-                batches.append(dict(processor(text=text)))
-            else:
-                batches.append(dict(processor(text=text, audio=load_audio(example["audio"]))))
-    return batches
+    answers = [(example["text"] or "").strip() + processor.tokenizer.eos_token for example in examples]
+    if not with_audio:
+        return dict(processor(text=[prompt.replace(processor.audio_token, "") + answer for answer in answers]))
+    audio = [load_audio(example["audio"]) for example in examples]
+    return dict(processor(text=[prompt + answer for answer in answers], audio=audio))
+
+
+def calibration_batches(args: QuantizeArguments, processor) -> list[dict]:
+    """One input of the model per clip: GPTQ would count padding."""
+    examples = draw_clips(args, args.calibration_clips, args.seed)
+    return [prompts(processor, [example], args.calibration == "audio") for example in examples]
+
+
+def tuning_batches(args: QuantizeArguments, processor) -> list[dict]:
+    """Inputs of the model for `TUNING_BATCH` clips each, clips of all training files among each other."""
+    examples = draw_clips(args, args.tuning_clips, args.seed + 1)
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    batches = [order[start : start + TUNING_BATCH] for start in range(0, len(order), TUNING_BATCH)]
+    return [prompts(processor, [examples[place] for place in batch]) for batch in batches]
 
 
 def quantize(model, processor, args: QuantizeArguments):
     """Quantise `model`, in float32, in place; parts that come later are calibrated on those before them."""
     parts = args.parts(model.config)
+    teacher = copy.deepcopy(model) if args.tuning_clips else None
     if "speech_tokens" in parts:
         drop_unused_tokens(model)
     batches = calibration_batches(args, processor) if args.method == "gptq" else []
@@ -120,6 +148,11 @@ def quantize(model, processor, args: QuantizeArguments):
             elif part == "embedding" and model.config.text_config.tie_word_embeddings:
                 quantize_tied_vocabulary(model, batches, settings["group_size"])
         quantize_parts(model, {part: settings})  # what GPTQ has not done
+    if teacher is not None:
+        batches = tuning_batches(args, processor)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
+            nats = tune_scales(model, teacher, batches, args.tuning_learning_rate)
+        logging.info("scales tuned: %.4f nats from the unquantised model", nats)
     model.config.quantization = parts
     model.config.base_parts = None
 
