@@ -3,7 +3,7 @@ Scales of a quantised language model, tuned until it foretells what the unquanti
 
 As in PEQA (Kim et al., "Memory-Efficient Fine-Tuning of Compressed Large Language Models via sub-4-bit Integer
 Quantization", NeurIPS 2023) the small integers stay, and the checkpoint its size; the targets are not transcripts but
-the unquantised model's next-token distributions. What was measured is in docs/quantisation.md.
+the unquantised model's next-token distributions.
 """
 
 from collections.abc import Sequence
