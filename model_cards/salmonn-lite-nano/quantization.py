@@ -148,7 +148,8 @@ class QuantizedMatrix(nn.Module):
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x Wᵀ for `x` of shape `(..., columns)`."""
         flat = x.reshape(-1, self.columns)
-        trained = torch.is_grad_enabled() and x.requires_grad  # the kernels have no gradient
+        # The kernels have no gradient.
+        trained = torch.is_grad_enabled() and (x.requires_grad or self.scales.requires_grad)
         on_kernel = x.dtype == self.scales.dtype == torch.bfloat16 and x.device.type == "cpu" and not trained
         whole = self.rows % BLOCK == 0 and self.columns % BLOCK == 0  # the kernels read past the end of other shapes
         on_kernel = on_kernel and whole and len(flat) <= KERNEL_ROWS[self.bits]
@@ -161,7 +162,7 @@ class QuantizedMatrix(nn.Module):
             if self.packed_scales is None:
                 self.pack()
             product = torch._weight_int4pack_mm_for_cpu(flat, self.weight, self.group_size, self.packed_scales)
-        elif trained:
+        elif trained and not self.scales.requires_grad:
             product = WidenedProduct.apply(flat, self)
         elif self.bits == 8:
             product = F.linear(flat, self.weight.to(x.dtype)) * self.scales.to(x.dtype)
