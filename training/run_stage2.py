@@ -117,7 +117,7 @@ def main():
     if model.config.lora is None:
         model.add_lora(
             {
-                "r": model_args.lora_r or 8,
+                "r": 8 if model_args.lora_r is None else model_args.lora_r,
                 "lora_alpha": model_args.lora_alpha,
                 "lora_dropout": model_args.lora_dropout,
                 "target_modules": model_args.lora_target_modules,
