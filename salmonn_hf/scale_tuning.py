@@ -60,9 +60,12 @@ def divergence(model: nn.Module, teacher: nn.Module, batch: dict) -> torch.Tenso
     is_audio = batch["input_ids"] == model.config.audio_token_id
     behind = is_audio.flip(-1).int().cummax(-1).values.flip(-1) == 0  # left-padded rows end together
     kept = int(behind.sum(-1).max())
-    of_teacher, of_model = (
-        other(**batch, use_cache=False, logits_to_keep=kept).logits[:, :-1].float().log_softmax(-1)
-        for other in (teacher, model)
-    )
-    each = nn.functional.kl_div(of_model, of_teacher.detach(), log_target=True, reduction="none").sum(-1)
+    with torch.no_grad():
+        of_teacher = log_probs(teacher, batch, kept)
+    each = nn.functional.kl_div(log_probs(model, batch, kept), of_teacher, log_target=True, reduction="none").sum(-1)
     return each[behind[:, -kept:-1]].mean()
+
+
+def log_probs(model: nn.Module, batch: dict, kept: int) -> torch.Tensor:
+    """Of the last `kept` tokens, what follows all but the last: float32 `(batch, kept - 1, vocabulary)`."""
+    return model(**batch, use_cache=False, logits_to_keep=kept).logits[:, :-1].float().log_softmax(-1)

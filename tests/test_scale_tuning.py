@@ -25,15 +25,19 @@ def models(tie: bool = True):
     return model, teacher
 
 
-def batches(count: int, seed: int = 0) -> list[dict]:
-    processor = tiny_processor()
+def texts(processor) -> list[str]:
     prompt = processor.apply_chat_template(
         processor.transcription_messages(), add_generation_prompt=True, tokenize=False
     )
+    return [prompt + sentence for sentence in SENTENCES]
+
+
+def batches(count: int, seed: int = 0) -> list[dict]:
+    processor = tiny_processor()
     made = []
     for number in range(count):
         clips = [noise(0.4 + 0.3 * place, seed=seed + 10 * number + place) for place in range(4)]
-        made.append(dict(processor(text=[prompt + sentence for sentence in SENTENCES], audio=clips)))
+        made.append(dict(processor(text=texts(processor), audio=clips)))
     return made
 
 
@@ -82,15 +86,11 @@ def test_divergence_is_that_of_the_tokens_behind_the_audio():
     """Row by row without padding, by the definition of the divergence."""
     model, teacher = models()
     processor = tiny_processor()
-    prompt = processor.apply_chat_template(
-        processor.transcription_messages(), add_generation_prompt=True, tokenize=False
-    )
     clips = [noise(0.4 + 0.3 * place, seed=place) for place in range(4)]
-    texts = [prompt + sentence for sentence in SENTENCES]
     with torch.no_grad():
-        told = divergence(model, teacher, dict(processor(text=texts, audio=clips)))
+        told = divergence(model, teacher, dict(processor(text=texts(processor), audio=clips)))
         each = []
-        for text, clip in zip(texts, clips, strict=True):
+        for text, clip in zip(texts(processor), clips, strict=True):
             inputs = processor(text=[text], audio=[clip])
             last = int((inputs["input_ids"][0] == processor.audio_token_id).nonzero()[-1])
             p, q = (F.log_softmax(m(**inputs).logits[0, last + 1 : -1], dim=-1) for m in (teacher, model))
