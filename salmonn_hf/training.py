@@ -120,6 +120,7 @@ class ClipCollator:
         examples = [example for example in examples if "skipped" not in example] or [self.silence()]
         batch = {
             "clips": [example["clip"] for example in examples],
+            "tasks": [example["task"] for example in examples],
             "seconds": sum(example["seconds"] for example in examples),
             "skipped": skipped,
         }
@@ -279,19 +280,21 @@ def wordless_strength(model, frames: dict[str, torch.Tensor], center: torch.Tens
     return float((model.ctc_head.proj(states).float() - center).norm(dim=-1).mean())
 
 
-def freeze_base_parts(model, alignment_only: bool = False):
+def freeze_base_parts(model, alignment_only: bool = False, keep_words: bool = False):
     """
     Leave only what SALMONN trains with gradients: LayerNorms, Q-Former, projection, CTC head and LoRA, in float32; the
-    encoders and the language model keep their precision. `alignment_only`: LoRA stays frozen as well. A connector that
-    was quantised is widened first: its 8 bits could not be trained.
+    encoders and the language model keep their precision. `alignment_only`: LoRA stays frozen as well. `keep_words`:
+    so does what reads words from the frames, and LoRA and the vectors of a sound summary alone are trained. A
+    connector that was quantised is widened first: its 8 bits could not be trained.
     """
+    trained = ("sound_summary.kinds",) if keep_words else TRAINED_PARTS
     if "connector" in (model.config.quantization or {}):
         widen_linears(model.connector)
         model.config.quantization = {k: v for k, v in model.config.quantization.items() if k != "connector"}
     model.requires_grad_(False)
     for name, parameter in model.named_parameters():
         is_lora = ".lora_" in name
-        if name.startswith(TRAINED_PARTS) or (is_lora and not alignment_only):
+        if name.startswith(trained) or (is_lora and not alignment_only):
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
     model.train()  # puts the frozen encoders in evaluation mode
@@ -456,7 +459,7 @@ class SalmonnTrainer(Trainer):
 
     def encode(self, batch: dict) -> dict[str, torch.Tensor]:
         """A collated batch with its clips as encoder frames; those that are new go to the cache."""
-        batch = {name: value for name, value in batch.items() if name not in ("seconds", "skipped")}
+        batch = {name: value for name, value in batch.items() if name not in ("tasks", "seconds", "skipped")}
         clips = batch.pop("clips")
         model = self.accelerator.unwrap_model(self.model)
         frames = encode_clips(model, clips, self.cache)

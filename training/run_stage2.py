@@ -19,6 +19,7 @@ import torch
 from salmonn_hf import SalmonnConfig, SalmonnForConditionalGeneration, SalmonnProcessor
 from salmonn_hf.augmentation import Augmentation
 from salmonn_hf.data_arguments import DataArguments
+from salmonn_hf.distillation import DistillingTrainer
 from salmonn_hf.lora_rank import cut_lora_rank
 from salmonn_hf.quantization import quantize_parts
 from salmonn_hf.recipe import parse_recipe
@@ -62,6 +63,13 @@ class ModelArguments:
     )
     sound_summary_size: int = field(default=128, metadata={"help": "Hidden size of the MLP that they go through."})
     sound_kinds: int = field(default=320, metadata={"help": "How many kinds of sound it tells apart."})
+    teacher_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Learn of transcripts what this checkpoint foretells, in place of their text, so that other tasks "
+            "spoil nothing; what reads words from the frames then stays as it is."
+        },
+    )
     ctc_loss_weight: float = field(default=0.1, metadata={"help": "Weight of the alignment loss; 0 for none."})
 
 
@@ -128,8 +136,9 @@ def main():
     new_to_sounds = model_args.sound_layers is not None and model.config.sound_layers is None
     if new_to_sounds:
         model.add_sound_summary(model_args.sound_layers, model_args.sound_summary_size, model_args.sound_kinds)
-    freeze_base_parts(model)
-    use_ctc = model.ctc_head is not None and model_args.ctc_loss_weight > 0
+    distils = model_args.teacher_name_or_path is not None
+    freeze_base_parts(model, keep_words=distils)
+    use_ctc = model.ctc_head is not None and model_args.ctc_loss_weight > 0 and not distils
 
     skipped = SkippedClips(Path(training_args.output_dir, "skipped.tsv") if training_args.should_save else None)
     train, evaluation = data_args.load(skipped)
@@ -146,7 +155,13 @@ def main():
     checkpoint = last_checkpoint(training_args.output_dir)
     if new_to_sounds and checkpoint is None:
         start_sound_summary(model, train_dataset, collator, training_args.seed)
-    trainer = SalmonnTrainer(
+    trainer_class, of_teacher = SalmonnTrainer, {}
+    if distils:
+        teacher = SalmonnForConditionalGeneration.from_pretrained(
+            model_args.teacher_name_or_path, dtype=training_args.frozen_dtype
+        )
+        trainer_class, of_teacher = DistillingTrainer, {"teacher": teacher}
+    trainer = trainer_class(
         model=model,
         args=training_args,
         lora_learning_rate=model_args.lora_learning_rate,
@@ -155,6 +170,7 @@ def main():
         data_collator=collator,
         processing_class=processor,
         skipped=skipped,
+        **of_teacher,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     save_model(trainer, processor)
