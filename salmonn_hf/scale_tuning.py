@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .quantization import QuantizedMatrix
 
 
-def tune_scales(model: nn.Module, teacher: nn.Module, batches: Sequence[dict], learning_rate: float = 5e-4) -> float:
+def tune_scales(model: nn.Module, teacher: nn.Module, batches: Sequence[dict], learning_rate: float = 2e-3) -> float:
     r"""
     Tune the scales of `model.language_model`, token embeddings included, in place, by a step of Adam for each batch.
 

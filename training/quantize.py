@@ -63,7 +63,7 @@ class QuantizeArguments:
         default=0,
         metadata={"help": "Of these, tune the language model's scales to what the unquantised one answers; 0: none."},
     )
-    tuning_learning_rate: float = field(default=5e-4, metadata={"help": "Of the scales' relative changes."})
+    tuning_learning_rate: float = field(default=2e-3, metadata={"help": "Of the scales' relative changes."})
     bf16: bool = field(default=False, metadata={"help": "Tune in bfloat16, where the processor has it."})
     merge_lora: bool = field(default=True, metadata={"help": "Fold LoRA in first; otherwise it stays, unquantised."})
     seed: int = field(default=0)
