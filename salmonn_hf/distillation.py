@@ -6,6 +6,7 @@ their text, as in Li and Hoiem, "Learning without Forgetting", ECCV 2016.
 import torch
 from torch import nn
 
+from .scale_tuning import log_probs
 from .tasks import is_transcript
 from .training import SalmonnTrainer
 
@@ -38,9 +39,7 @@ class DistillingTrainer(SalmonnTrainer):
         loss = nn.functional.cross_entropy(logits[learnt], targets[learnt], reduction="sum")
         if told.any():
             wanted = self.foretold(inputs, distilled, kept)[told[distilled]]
-            loss = loss + nn.functional.kl_div(
-                logits[told].log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="sum"
-            )
+            loss = loss + nn.functional.kl_div(logits[told].log_softmax(-1), wanted, log_target=True, reduction="sum")
         loss = loss / num_items_in_batch
         if self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # whose gradients are averaged
@@ -48,10 +47,9 @@ class DistillingTrainer(SalmonnTrainer):
 
     @torch.no_grad()
     def foretold(self, inputs: dict, rows: torch.BoolTensor, kept: int) -> torch.Tensor:
-        """The teacher's logits for all but the first of the last `kept` tokens of these `rows`, in float32."""
-        names = ("input_ids", "attention_mask", "audio_frames", "audio_frames_mask")
-        if self.teacher.config.sound_layers is not None:
-            names += ("sound_frames", "sound_frames_mask")
+        """The teacher's log-probabilities behind all but the last of the last `kept` tokens of these `rows`."""
+        names = ["input_ids", "attention_mask", "audio_frames", "audio_frames_mask"]
+        if self.teacher.config.sound_width:
+            names += ["sound_frames", "sound_frames_mask"]
         with self.accelerator.autocast():
-            logits = self.teacher(**{name: inputs[name][rows] for name in names}, logits_to_keep=kept).logits
-        return logits[:, :-1].float()
+            return log_probs(self.teacher, {name: inputs[name][rows] for name in names}, kept)

@@ -371,11 +371,21 @@ def test_transcripts_learnt_from_a_teacher(parts, stage1_model, tmp_path, monkey
     """The teacher is the start itself, so there is nothing to learn of speech; and its words are read as before."""
     run("run_stage2.py", stage2_recipe(parts, tmp_path / "two", stage1_model, max_steps=2), tmp_path, monkeypatch)
     recipe = stage2_recipe(parts, tmp_path / "three", tmp_path / "two", max_steps=2)
-    recipe |= {"teacher_name_or_path": str(tmp_path / "two"), "lora_dropout": 0.0, "learning_rate": 0.0}
+    recipe |= {"teacher_name_or_path": str(tmp_path / "two"), "lora_dropout": 0.0}
     run("run_stage2.py", recipe, tmp_path, monkeypatch)
     assert all(abs(entry["loss"]) < 0.05 for entry in history(tmp_path / "three") if "loss" in entry)
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "three"))
     assert all(torch.equal(before[name], after[name]) for name in before if name.startswith(("connector", "ctc")))
+
+
+def test_a_teacher_with_a_sound_encoder_hears_the_sound_frames(parts, tmp_path, monkeypatch):
+    settings = {"sound_tower": str(parts / "beats"), "max_steps": 1}
+    run("run_stage1.py", stage1_recipe(parts, tmp_path / "one", **settings), tmp_path, monkeypatch)
+    run("run_stage2.py", stage2_recipe(parts, tmp_path / "two", tmp_path / "one", max_steps=1), tmp_path, monkeypatch)
+    recipe = stage2_recipe(parts, tmp_path / "three", tmp_path / "two", max_steps=1)
+    recipe |= {"teacher_name_or_path": str(tmp_path / "two"), "lora_dropout": 0.0}
+    run("run_stage2.py", recipe, tmp_path, monkeypatch)
+    assert all(abs(entry["loss"]) < 0.05 for entry in history(tmp_path / "three") if "loss" in entry)
 
 
 def test_gradients_of_accumulated_batches_are_those_of_one(parts, tmp_path, monkeypatch):
