@@ -87,14 +87,13 @@ class ClipDataset(torch.utils.data.Dataset):
             return {"path": path, "skipped": str(error)}
         texts = row["text"] if isinstance(row["text"], list) else [row["text"]]
         texts = [text for text in texts if text and text.strip()]
-        chosen = 0 if draw is None else self._seed(draw, index, "text") % len(texts)
         task = source.task or row.get("task")
         messages = self.messages(task, row.get("question") or "", draw, index) if task else None
         return {
             "clip": clip,
             "messages": messages,
             "task": task or "asr",
-            "text": texts[chosen],
+            "text": source.choose_text(texts, 0 if draw is None else self._seed(draw, index, "text")),
             "texts": texts,
             "path": path,
             "seconds": seconds,

@@ -50,8 +50,9 @@ class SalmonnConfig(PreTrainedConfig):
         speech_decoder_layers (`int`): so many of the last layers of Whisper's own decoder in place of the Q-Former,
             see [`SalmonnSpeechDecoder`]; 0 for a Q-Former. Of `qformer_config` its dropout alone then counts.
         sound_summary_size (`int`): with `speech_decoder_layers` and sound frames, hidden size of the MLP that tells
-            from all of a clip's sound frames of which kinds of sound it is, see [`SalmonnSoundSummary`].
+            from all of a clip's sound frames of which kind of sound it is, see [`SalmonnSoundSummary`].
         sound_kinds (`int`): how many kinds it tells apart.
+        sound_name_size (`int`): tokens of a kind's name, at most.
         window_context (`int`): frames on either side of a window that such a decoder's queries see as well.
         window_reach (`int`): up to so many windows apart such queries know one another's places; 0 for not at all.
         merged_windows (`int`): with `speech_decoder_layers`, so many windows in a row that carry no word come into the
@@ -101,7 +102,8 @@ class SalmonnConfig(PreTrainedConfig):
     window_reach: int = 0
     merged_windows: int = 1
     sound_summary_size: int = 0
-    sound_kinds: int = 320
+    sound_kinds: int = 400
+    sound_name_size: int = 24
     projector_norm: bool = False
     ctc_vocab_size: int = 0
     ctc_trained_size: int = 0

@@ -1,8 +1,8 @@
 """
-What a whole clip sounds like: kinds of sound that the language model learns to name, told by all of a clip's frames.
+What a whole clip sounds like: one of some hundred kinds of sound, and its name, told by all of a clip's frames.
 
-Words come one after another, window by window; what makes a sound is told better by all of its frames together. What
-was measured is in docs/nano.md.
+Words come one after another, window by window; what makes a sound is told better by all of its frames together. The
+language model reads its name as it reads speech, as embeddings of its own tokens. What was measured: docs/nano.md.
 """
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from .configuration_salmonn import SalmonnConfig
 from .ctc_head import token_directions
+from .quantization import embedding_rows
 
 FIT_STEPS, FIT_CLIPS, FIT_LEARNING_RATE = 800, 128, 4e-3  # of `fit_sound_summary`: seconds on two CPU cores
 LABEL_SMOOTHING = 0.1
@@ -18,11 +19,10 @@ CLUSTER_ROUNDS = 30
 
 class SalmonnSoundSummary(nn.Module):
     """
-    Mean and standard deviation over time of the sound frames, through an MLP, to the probabilities of `sound_kinds`
-    kinds of sound, each of which has a vector in the language model's space. Beside a [`SalmonnSpeechDecoder`], whose
-    windows carry these wherever they carry no word: of a clip's windows a kind has as large a share as it is likely,
-    the likeliest first. A mean of several kinds would be like none of them, as the language model never sees it of the
-    clips that it is trained on, which are told apart too well.
+    Mean and standard deviation over time of the sound frames, through an MLP, to the likeliest of `sound_kinds` kinds
+    of sound, each of which has a name: a caption, in the language model's tokens. Beside a [`SalmonnSpeechDecoder`],
+    a clip's first windows carry the name, a token each, wherever they carry no word. The first kind is that of clips
+    in which nothing is heard but speech, and has no name.
     """
 
     def __init__(self, config: SalmonnConfig):
@@ -36,34 +36,39 @@ class SalmonnSoundSummary(nn.Module):
             nn.Dropout(dropout),
             nn.Linear(config.sound_summary_size, config.sound_kinds),
         )
-        self.kinds = nn.Parameter(torch.zeros(config.sound_kinds, config.text_config.hidden_size))
-        self.merged_windows = config.merged_windows
+        # Padded with -1.
+        self.register_buffer("names", torch.full((config.sound_kinds, config.sound_name_size), -1, dtype=torch.int32))
+        self.marker = nn.Parameter(torch.zeros(config.text_config.hidden_size))  # a name is not what somebody says
 
     def forward(
-        self, sound_frames: torch.Tensor, sound_frames_mask: torch.BoolTensor, num_tokens: torch.LongTensor
+        self,
+        sound_frames: torch.Tensor,
+        sound_frames_mask: torch.BoolTensor,
+        num_tokens: torch.LongTensor,
+        embedding: nn.Module,
     ) -> torch.Tensor:
         r"""
         Args:
             sound_frames (`torch.Tensor` of shape `(clips, frames, width)`): as the encoder gave them.
             sound_frames_mask (`torch.BoolTensor` of shape `(clips, frames)`).
             num_tokens (`torch.LongTensor` of shape `(clips,)`): audio tokens of each clip.
+            embedding (`nn.Module`): the language model's token embeddings.
 
         Returns:
-            A kind's vector for each audio token, `(audio tokens of all clips, hidden size)`. No gradient goes through
-            the choice.
+            `(audio tokens of all clips, hidden size)`: on the first audio tokens of each clip the name of its kind;
+            each is the mean of several tokens where a name has more of them than the clip; zeros on the others.
         """
-        with torch.no_grad():
-            likely = self.logits(frame_statistics(sound_frames, sound_frames_mask)).float().softmax(-1)
-            shares, order = likely.sort(-1, descending=True)
-            clip_of_token = torch.arange(len(num_tokens), device=likely.device).repeat_interleave(num_tokens)
-            first_token = (num_tokens.cumsum(0) - num_tokens)[clip_of_token]
-            place = torch.arange(len(clip_of_token), device=likely.device) - first_token
-            # Windows that may be merged are of one kind: that which their middle falls to.
-            start, of_clip = place - place % self.merged_windows, num_tokens[clip_of_token]
-            middle = (start + (start + self.merged_windows).minimum(of_clip)) / 2
-            passed = shares.cumsum(-1)[clip_of_token] <= (middle / of_clip)[:, None]
-            rank = passed.sum(-1).clamp(max=len(self.kinds) - 1)  # the shares' sum is 1 but for rounding
-        return self.kinds[order[clip_of_token, rank]]
+        kind = self.logits(frame_statistics(sound_frames, sound_frames_mask)).argmax(-1)
+        names = self.names[kind].long()
+        named = names >= 0
+        length = named.sum(-1, keepdim=True)
+        place = torch.arange(names.shape[1], device=kind.device)
+        place = place * torch.minimum(length, num_tokens[:, None]) // length.clamp(min=1)
+        token = ((num_tokens.cumsum(0) - num_tokens)[:, None] + place)[named]
+        count = torch.bincount(token, minlength=int(num_tokens.sum()))[:, None]
+        rows = embedding_rows(embedding, names[named])
+        sums = rows.new_zeros(len(count), rows.shape[-1]).index_add(0, token, rows)
+        return torch.where(count > 0, sums / count.clamp(min=1) + self.marker, 0).to(rows.dtype)
 
     def logits(self, statistics: torch.Tensor) -> torch.Tensor:
         """What `frame_statistics` gives, `(clips, 2 * width)`, to `(clips, sound_kinds)`."""
@@ -112,15 +117,23 @@ def cluster(directions: torch.Tensor, number: int, generator: torch.Generator) -
     return clusters, centres
 
 
+def most_typical(captions: list[list]) -> int:
+    """Which of some captions, lists of words or token ids, has most in common with the others: by F1 of their sets."""
+    bags = [set(caption) for caption in captions]
+    shared = [sum(2 * len(bag & other) / (len(bag) + len(other)) for other in bags) for bag in bags]
+    return max(range(len(bags)), key=shared.__getitem__)
+
+
 def fit_sound_summary(model, statistics: torch.Tensor, captions: list[list[list[int]]], seed: int = 0) -> float:
     """
-    Give the summary of `model` its kinds and the MLP that tells them: clips whose captions say the same are of a kind,
-    by clusters of `caption_directions`, and the vector of a kind is the direction of its captions, of unit length. The
-    MLP is trained on what can be computed once, so this takes seconds. Returns its last loss, in nats per clip.
+    Give the summary of `model` its kinds, their names, and the MLP that tells them: clips whose captions say the same
+    are of a kind, by clusters of `caption_directions`, and its name is the most typical of its captions. The MLP is
+    trained on what can be computed once, so this takes seconds. Returns its last loss, in nats per clip.
 
     Args:
         statistics (`torch.Tensor` of shape `(clips, 2 * width)`): see `frame_statistics`.
-        captions (`list[list[list[int]]]`): of each clip the token ids of all its captions.
+        captions (`list[list[list[int]]]`): of each clip the token ids of all its captions; none where nothing is heard
+            but speech.
     """
     summary, generator = model.sound_summary.float(), torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -128,9 +141,19 @@ def fit_sound_summary(model, statistics: torch.Tensor, captions: list[list[list[
         deviation = normed.std(0) + 1e-6
         summary.norm.weight.copy_(1 / deviation)
         summary.norm.bias.copy_(-normed.mean(0) / deviation)
-        directions = caption_directions(model.get_input_embeddings(), captions)
-        clusters, centres = cluster(directions, len(summary.kinds), generator)
-        summary.kinds.copy_(centres)
+        described = torch.tensor([bool(clip) for clip in captions])
+        directions = caption_directions(model.get_input_embeddings(), [clip for clip in captions if clip])
+        kinds = torch.zeros(len(captions), dtype=torch.long)
+        kinds[described] = 1 + cluster(directions, len(summary.names) - 1, generator)[0]
+        summary.names.fill_(-1)
+        for kind in range(1, len(summary.names)):
+            said = [caption for clip in (kinds == kind).nonzero()[:, 0] for caption in captions[clip]]
+            if said:  # else a cluster that all clips have left
+                name = said[most_typical(said)][: summary.names.shape[1]]
+                summary.names[kind, : len(name)] = torch.tensor(name)
+        # Half as strong as what tells tokens apart: it is seen from the first step on, and the token still is.
+        tokens = embedding_rows(model.get_input_embeddings(), summary.names[summary.names >= 0].long()).float()
+        summary.marker.normal_(std=0.5 * float(tokens.std(0).mean()), generator=generator)
 
     mlp = summary.mlp.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(mlp.parameters(), weight_decay=0.1)
@@ -138,7 +161,7 @@ def fit_sound_summary(model, statistics: torch.Tensor, captions: list[list[list[
     for _ in range(FIT_STEPS):
         clips = torch.randint(len(captions), (FIT_CLIPS,), generator=generator)
         logits = summary.logits(statistics[clips])
-        loss = nn.functional.cross_entropy(logits, clusters[clips], label_smoothing=LABEL_SMOOTHING)
+        loss = nn.functional.cross_entropy(logits, kinds[clips], label_smoothing=LABEL_SMOOTHING)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

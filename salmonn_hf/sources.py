@@ -25,6 +25,7 @@ import soundfile
 from . import corpora
 from .audio import UNKNOWN_FRAMES, AudioError, load_audio
 from .corpora import UnusableClip, read_clip
+from .sound_summary import most_typical
 from .tasks import TRAIN_PROMPTS, is_transcript
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class Source:
         task (`str`, *optional*): one of SALMONN's, for all rows. Without it and without a `task` column, each is to be
             transcribed, and asked for in the processor's own words instead of a prompt drawn from the task's.
         speed (`float`): play the clips at so many times their speed.
+        typical_text (`bool`): of a list of texts take that which has most in common with the others, in every pass.
         streaming (`bool`): read it as it comes, without an index: for what does not fit on the disk.
 
     Raises:
@@ -84,6 +86,7 @@ class Source:
     weight: float = 1.0
     task: str | None = None
     speed: float = 1.0
+    typical_text: bool = False
     streaming: bool = False
 
     def __post_init__(self):
@@ -116,6 +119,12 @@ class Source:
         if "path" not in settings:
             raise ValueError(f"The source {settings} has no path; say where it is.")
         return cls(**settings)
+
+    def choose_text(self, texts: list[str], number: int = 0) -> str:
+        """One of a clip's texts: the most typical, or that of a `number`, counted round and round."""
+        if self.typical_text:
+            return texts[most_typical([text.lower().split() for text in texts])]
+        return texts[number % len(texts)]
 
     def open(self):
         """Its rows as a `datasets.Dataset` (or `IterableDataset`) of undecoded clips; of `COLUMNS`, those it has."""

@@ -28,11 +28,10 @@ from .caption_metrics import CaptionMetricsError, cider_d, require_java
 from .checkpoint import is_base_key
 from .clip_dataset import ClipDataset, MixtureSampler, StreamedClips, num_frames
 from .ctc_draft import merge_repeats
-from .ctc_head import token_directions
 from .feature_cache import encode_clips, pad_clips
 from .metrics import word_error_rate
 from .push import push_to_hub
-from .quantization import embedding_rows, widen_linears
+from .quantization import widen_linears
 from .sharding import (
     choose_what_is_sharded,
     gathered_state_dict,
@@ -49,9 +48,8 @@ from .tasks import CAPTION_TASKS, is_transcript, training_metric
 logger = logging.getLogger(__name__)
 
 # A summary's MLP is fitted before, by `start_sound_summary`: no gradient comes through the choice that it makes.
-TRAINED_PARTS = ("audio_norm", "sound_norm", "sound_summary.kinds", "connector", "ctc_head")
-SPEECH_CAPTION = "someone is speaking"  # what a sound summary is told of clips that have a transcript
-SPEECH_SHARE = 0.1  # of the clips that it is fitted to
+TRAINED_PARTS = ("audio_norm", "sound_norm", "sound_summary.marker", "connector", "ctc_head")
+SPEECH_SHARE = 0.1  # of transcribed clips, among those that a sound summary is fitted to
 ANSWER_TOKENS = 96  # of an answer that is no transcript, however short its clip
 
 
@@ -253,41 +251,27 @@ def start_sound_summary(model, dataset: ClipDataset, collator: ClipCollator, see
     order = torch.randperm(len(spoken), generator=torch.Generator().manual_seed(seed))
     spoken = [spoken[place] for place in order[: int(SPEECH_SHARE * len(heard))]]
 
-    center, _ = token_directions(model.get_input_embeddings())
-    statistics, captions, strengths = [], [], []
+    statistics, captions = [], []
     for index in heard + spoken:
         example = dataset[index]
         if "clip" not in example:  # it cannot be decoded
             continue
         frames = pad_clips(encode_clips(model, [example["clip"]], dataset.cache))
         statistics.append(frame_statistics(frames["sound_frames"], frames["sound_frames_mask"]).cpu())
-        texts = [SPEECH_CAPTION] if is_transcript(example["task"]) else example["texts"]
+        texts = [] if is_transcript(example["task"]) else example["texts"]
         captions.append([collator.caption_ids(text) for text in texts])
-        if len(strengths) < 50:
-            strengths.append(wordless_strength(model, frames, center))
     loss = fit_sound_summary(model, torch.cat(statistics), captions, seed)
-    # As strong as a token at least, and half as strong as what stands in its place already: it cannot be overlooked.
-    tokens = embedding_rows(model.get_input_embeddings(), torch.arange(model.config.text_config.vocab_size)).float()
-    strength = max(sum(strengths) / len(strengths) / 2, float((tokens - center).norm(dim=-1).mean()))
-    model.sound_summary.kinds.data *= strength
     logger.info("sound summary fitted to %d clips, %.2f nats per clip", len(captions), loss)
-
-
-@torch.no_grad()
-def wordless_strength(model, frames: dict[str, torch.Tensor], center: torch.Tensor) -> float:
-    """How far from `center`, on average, the windows of a clip lie that carry no word."""
-    states, _ = model.connect_audio(frames["audio_frames"], frames["audio_frames_mask"])
-    return float((model.ctc_head.proj(states).float() - center).norm(dim=-1).mean())
 
 
 def freeze_base_parts(model, alignment_only: bool = False, keep_words: bool = False):
     """
     Leave only what SALMONN trains with gradients: LayerNorms, Q-Former, projection, CTC head and LoRA, in float32; the
     encoders and the language model keep their precision. `alignment_only`: LoRA stays frozen as well. `keep_words`:
-    so does what reads words from the frames, and LoRA and the vectors of a sound summary alone are trained. A
+    so does what reads words from the frames, and LoRA and the marker of sounds' names alone are trained. A
     connector that was quantised is widened first: its 8 bits could not be trained.
     """
-    trained = ("sound_summary.kinds",) if keep_words else TRAINED_PARTS
+    trained = ("sound_summary.marker",) if keep_words else TRAINED_PARTS
     if "connector" in (model.config.quantization or {}):
         widen_linears(model.connector)
         model.config.quantization = {k: v for k, v in model.config.quantization.items() if k != "connector"}

@@ -76,6 +76,13 @@ def test_one_of_several_texts_is_drawn_in_training(tmp_path):
     assert data[0]["text"] == "one"
 
 
+def test_the_most_typical_of_several_texts_is_taken(tmp_path):
+    path = write(tmp_path / "a.parquet", [embedded(flac(0.4), "a", text=["a bell", "a dog barks", "the dog barks"])])
+    data = dataset(ClipTable(Source(path, typical_text=True)))
+    assert {data[number, 0]["text"] for number in range(8)} == {"a dog barks"}
+    assert data[0]["texts"] == ["a bell", "a dog barks", "the dog barks"]
+
+
 def test_augmentation_and_masks_depend_on_seed_pass_and_index_alone():
     settings = {
         "augmentation": Augmentation(

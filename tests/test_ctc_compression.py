@@ -158,15 +158,6 @@ def test_drafts_do_not_change_the_text():
     assert torch.equal(drafted, model.generate(**inputs, **options))
 
 
-def test_windows_that_may_be_merged_are_of_one_kind():
-    config = decoder_config(sound_layers=[1, 2], sound_summary_size=8, sound_kinds=5, merged_windows=4)
-    summary, frames = tiny_model(config).sound_summary, torch.randn(2, 30, 16)
-    carried = summary(frames, frames[..., 0] < 9, torch.tensor([10, 3]))
-    kinds = torch.cdist(carried, summary.kinds).argmin(-1).tolist()
-    for windows in (kinds[:4], kinds[4:8], kinds[8:10], kinds[10:]):
-        assert len(set(windows)) == 1
-
-
 @pytest.mark.parametrize("layers, limit, message", [(0, 3, "every window is kept"), (1, 0, "at least 1")])
 def test_settings_that_do_not_fit(layers, limit, message):
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""What a whole clip sounds like: kinds of sound by hand, in batches, in the model, and fitted to captions."""
+"""What a whole clip sounds like: names of kinds by hand, in batches, in the model, and fitted to captions."""
 
 import numpy as np
 import pytest
@@ -9,12 +9,25 @@ from test_speech_decoder import decoder_config, decoder_model, frames_of
 
 from salmonn_hf import SalmonnForConditionalGeneration
 from salmonn_hf.clip_dataset import StreamedClips
-from salmonn_hf.sound_summary import caption_directions, cluster, fit_sound_summary, frame_statistics
+from salmonn_hf.sound_summary import caption_directions, cluster, fit_sound_summary, frame_statistics, most_typical
 from salmonn_hf.training import freeze_base_parts, start_sound_summary
 
+NAMES = [[], [5, 6, 7], [9], [11, 12, 13, 14], []]
 
-def hearing_model(seed=0):
-    return tiny_model(decoder_config(sound_layers=[1, 2], sound_summary_size=8, sound_kinds=5), seed).eval()
+
+def hearing_model(seed=0, **changes):
+    sounds = {"sound_layers": [1, 2], "sound_summary_size": 8, "sound_kinds": 5, "sound_name_size": 4}
+    model = tiny_model(decoder_config(**sounds | changes), seed).eval()
+    for kind, name in enumerate(NAMES):
+        model.sound_summary.names[kind, : len(name)] = torch.tensor(name, dtype=torch.int32)
+    torch.nn.init.normal_(model.sound_summary.marker)
+    return model
+
+
+def heard_as(monkeypatch, model, kinds):
+    """Let the clips of `model` be of these kinds, whatever is heard."""
+    chosen = torch.nn.functional.one_hot(torch.tensor(kinds), len(NAMES)).float()
+    monkeypatch.setattr(model.sound_summary, "logits", lambda statistics: chosen)
 
 
 def test_statistics_are_of_a_clips_own_frames():
@@ -26,49 +39,75 @@ def test_statistics_are_of_a_clips_own_frames():
         torch.testing.assert_close(statistics.double(), torch.from_numpy(expected), atol=1e-5, rtol=1e-5)
 
 
-def test_windows_carry_kinds_in_the_shares_of_their_probabilities(monkeypatch):
-    summary = hearing_model().sound_summary
-    likely = torch.tensor([[0.1, 0.0, 0.6, 0.3, 0.0], [0.0, 0.98, 0.02, 0.0, 0.0], [0.2, 0.2, 0.2, 0.2, 0.2]])
-    monkeypatch.setattr(summary, "logits", lambda statistics: likely.log())
-    frames = torch.zeros(3, 1, 16)
-    carried = summary(frames, frames[..., 0] == 0, torch.tensor([10, 10, 1]))
-    kinds = torch.cdist(carried, summary.kinds).argmin(-1).tolist()
-    assert kinds[:10] == [2] * 6 + [3] * 3 + [0] and kinds[10:20] == [1] * 10 and len(kinds) == 21
+def test_a_clips_first_windows_carry_the_name_of_its_kind(monkeypatch):
+    """A token each; in clips that have fewer windows than the name has tokens, the mean of several."""
+    model = hearing_model()
+    heard_as(monkeypatch, model, [1, 0, 3, 3, 2])
+    embedding, marker = model.get_input_embeddings(), model.sound_summary.marker
+    frames, lengths = torch.zeros(5, 1, 16), torch.tensor([5, 2, 3, 1, 1])
+    carried = model.sound_summary(frames, frames[..., 0] == 0, lengths, embedding).split(lengths.tolist())
+    expected = [[[5], [6], [7], None, None], [None, None], [[11, 12], [13], [14]], [[11, 12, 13, 14]], [[9]]]
+    for clip, tokens in zip(carried, expected, strict=True):
+        for window, name in zip(clip, tokens, strict=True):
+            mean = torch.zeros_like(marker) if name is None else embedding.weight[name].mean(0) + marker
+            torch.testing.assert_close(window, mean)
 
 
-def test_every_window_carries_its_own_clips_kinds():
+def test_every_window_carries_its_own_clips_name():
     model, lengths = hearing_model(), [41, 3, 17]
     frames, mask = frames_of(model, lengths)
     sounds, width = torch.randn_like(frames), model.config.audio_config.d_model
     states, counts = model.connect_audio(frames, mask, sounds, mask)
     words, _ = model.connect_audio(frames, mask)
     torch.testing.assert_close(states[:, :width], words)
+    embedding = model.get_input_embeddings()
     for clip, length, own in zip(sounds, lengths, states.split(counts.tolist()), strict=True):
-        alone = model.sound_summary(clip[None, :length], mask.new_ones(1, length), torch.tensor([len(own)]))
-        torch.testing.assert_close(own[:, width:], alone)
+        of_clip = clip[None, :length], mask.new_ones(1, length), torch.tensor([len(own)])
+        torch.testing.assert_close(own[:, width:], model.sound_summary(*of_clip, embedding))
 
 
-def test_the_language_models_loss_reaches_the_kinds_alone():
+def test_the_language_models_loss_reaches_the_marker_alone(monkeypatch):
     model = hearing_model()
     freeze_base_parts(model)
+    heard_as(monkeypatch, model, [1])
     frames, mask = frames_of(model, [20])
     states, counts = model.connect_audio(frames, mask, torch.randn_like(frames), mask)
     model.embed_audio(states, counts)[0].sum().backward()
     summary = model.sound_summary
-    assert summary.kinds.grad.any() and not any(p.requires_grad for p in summary.mlp.parameters())
+    assert summary.marker.grad.any() and not any(p.requires_grad for p in summary.mlp.parameters())
 
 
-def test_the_summary_stands_where_no_word_does():
-    """It enters the embeddings by the blank's probability, and the CTC head does not see it."""
+def test_a_name_stands_where_no_word_does():
+    """It takes the place of what windows without a word carry else, and the CTC head does not see it."""
     model = hearing_model()
     states, _ = model.connect_audio(*frames_of(model, [41]))
-    summary = torch.randn(model.config.text_config.hidden_size).expand(len(states), -1)
-    both, embedding = torch.cat([states, summary], -1), model.get_input_embeddings()
+    name = torch.randn(model.config.text_config.hidden_size)
+    named = torch.arange(len(states)) < 3
+    both, embedding = torch.cat([states, named[:, None] * name], -1), model.get_input_embeddings()
     log_probs = model.ctc_head(both, model.speech_tokens)
     torch.testing.assert_close(log_probs, model.ctc_head(states, model.speech_tokens))
-    added, _ = model.ctc_head.embed(both, model.speech_tokens, embedding)
-    added = added - model.ctc_head.embed(states, model.speech_tokens, embedding)[0]
-    torch.testing.assert_close(added, log_probs[:, :1].exp() * summary, atol=1e-5, rtol=1e-4)
+    embeds, wordless = model.ctc_head.embed(states, model.speech_tokens, embedding)
+    changed, changed_wordless = model.ctc_head.embed(both, model.speech_tokens, embedding)
+    difference = log_probs[:, :1].exp() * (name - model.ctc_head.proj(states))
+    torch.testing.assert_close(changed - embeds, named[:, None] * difference, atol=1e-5, rtol=1e-4)
+    assert torch.equal(changed_wordless, wordless & ~named)  # windows with a name are not merged
+
+
+def test_clips_without_a_name_are_heard_as_by_a_model_of_words_alone(monkeypatch):
+    model = hearing_model()
+    frames, mask = frames_of(model, [41, 20])
+    heard_as(monkeypatch, model, [0, 0])
+    with_sounds = model.embed_audio(*model.connect_audio(frames, mask, torch.randn_like(frames), mask))
+    alone = model.embed_audio(*model.connect_audio(frames, mask))
+    for one, other in zip(with_sounds, alone, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_most_typical_caption_shares_most_with_the_others():
+    captions = ["a dog barks", "a dog barks twice", "the dog barks", "a bell"]
+    # mean F1 with the others: (6/7 + 2/3 + 2/5) / 3 of the first is the largest
+    assert most_typical([caption.split() for caption in captions]) == 0
+    assert most_typical([[1, 2], [3], [3, 4]]) == 1 and most_typical([[7, 7]]) == 0
 
 
 def test_captions_that_say_the_same_are_a_cluster():
@@ -98,14 +137,16 @@ def test_fitted_it_tells_new_clips_apart(monkeypatch):
     def clips(count):
         return (heard + 0.3 * torch.randn(count, *heard.shape, generator=generator)).flatten(0, 1)
 
-    captions = [[[5, 6], [5, 8]], [[20, 21]], [[30, 6]]]  # all clips of a kind are called the same
+    # All clips of a kind are called the same; of the last, nothing is heard but speech.
+    captions = [[[5, 6], [5, 8], [5, 6, 9, 10, 11]], [[20, 21]], []]
     fit_sound_summary(model, clips(40), captions * 40)
+    names = model.sound_summary.names
     with torch.no_grad():
         best = model.eval().sound_summary.logits(clips(20)).argmax(-1)
-    said = torch.nn.functional.cosine_similarity(
-        model.sound_summary.kinds[best][:, None], caption_directions(model.get_input_embeddings(), captions), dim=-1
-    )
-    assert (said.argmax(-1) == torch.arange(3).repeat(20)).float().mean() > 0.9
+    expected = torch.tensor([[5, 6, -1, -1], [20, 21, -1, -1], [-1] * 4]).repeat(20, 1)
+    assert (names[best] == expected).all(-1).float().mean() > 0.9
+    assert (names[0] == -1).all() and (best == 0).sum() > 0.9 * 20
+    assert model.sound_summary.marker.any()
 
 
 def test_a_model_that_hears_words_alone_learns_to_hear_sounds(tmp_path):

@@ -219,7 +219,7 @@ def test_both_stages_with_a_connector_from_whispers_decoder(parts, tmp_path, mon
     fit = training.fit_sound_summary
     monkeypatch.setattr(training, "fit_sound_summary", lambda *args: fits.append(args[2]) or fit(*args))
     monkeypatch.setattr(
-        SalmonnSoundSummary, "forward", lambda s, x, m, n: heard.append(x.abs().max()) or summary(s, x, m, n)
+        SalmonnSoundSummary, "forward", lambda s, x, *args: heard.append(x.abs().max()) or summary(s, x, *args)
     )
     monkeypatch.setattr("salmonn_hf.sound_summary.FIT_STEPS", 3)
     captions = [{"path": str(parts / "train.parquet"), "task": "audiocaption"}]
@@ -230,7 +230,7 @@ def test_both_stages_with_a_connector_from_whispers_decoder(parts, tmp_path, mon
     assert [len(clips) for clips in fits] == [12 + 1]  # and some of what is spoken
     assert max(heard) < 1e3  # without the noise, which would be heard as a deviation of the frames
     third = SalmonnForConditionalGeneration.from_pretrained(tmp_path / "three")
-    assert third.config.sound_layers == [2] and third.sound_summary.kinds.norm(dim=-1).min() > 0
+    assert third.config.sound_layers == [2] and (third.sound_summary.names >= 0).any()
 
 
 @pytest.fixture(scope="module")

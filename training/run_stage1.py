@@ -79,7 +79,7 @@ class ModelArguments:
     sound_summary_size: int = field(
         default=128, metadata={"help": "Hidden size of the MLP that sounds go through beside such layers."}
     )
-    sound_kinds: int = field(default=320, metadata={"help": "How many kinds of sound it tells apart."})
+    sound_kinds: int = field(default=400, metadata={"help": "How many kinds of sound it tells apart."})
     chat_template: str | None = field(
         default=None, metadata={"help": "Jinja file; default: the language model's own."}
     )

@@ -62,7 +62,7 @@ class ModelArguments:
         metadata={"help": "Let a checkpoint that hears words alone hear sounds, by these layers of its encoder."},
     )
     sound_summary_size: int = field(default=128, metadata={"help": "Hidden size of the MLP that they go through."})
-    sound_kinds: int = field(default=320, metadata={"help": "How many kinds of sound it tells apart."})
+    sound_kinds: int = field(default=400, metadata={"help": "How many kinds of sound it tells apart."})
     teacher_name_or_path: str | None = field(
         default=None,
         metadata={

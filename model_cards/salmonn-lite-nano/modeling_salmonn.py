@@ -352,7 +352,8 @@ class SalmonnModel(SalmonnPreTrainedModel):
         if self.config.speech_decoder_layers:
             states, num_tokens = self.connector(frames, audio_frames_mask, audio_frames)
             if sound_frames is not None:
-                summary = self.sound_summary(sound_frames, sound_frames_mask, num_tokens)
+                embedding = self.get_input_embeddings()
+                summary = self.sound_summary(sound_frames, sound_frames_mask, num_tokens, embedding)
                 states = torch.cat([states, summary.to(states.dtype)], dim=-1)
             return states, num_tokens
         if sound_frames is not None:

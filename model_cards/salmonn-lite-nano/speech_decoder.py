@@ -176,8 +176,10 @@ class SalmonnSpeechTokenHead(nn.Module):
         """
         states, summary = audio_embeds.split([self.width, audio_embeds.shape[-1] - self.width], dim=-1)
         embeds = self.proj(states)
+        named = torch.zeros_like(states[:, 0], dtype=torch.bool)
         if summary.shape[-1]:
-            embeds = embeds + summary
+            named = summary.any(-1)
+            embeds = torch.where(named[:, None], summary.to(embeds.dtype), embeds)
         blank, scores = self.blank(states).float(), self.token_scores(states, speech_tokens)
         # Most windows carry no word, and of these nothing but the best score has to be computed.
         with torch.no_grad():
@@ -189,7 +191,8 @@ class SalmonnSpeechTokenHead(nn.Module):
         words = probabilities[:, 1:].to(rows.dtype) @ rows
         wordless = torch.ones_like(blank[:, 0], dtype=torch.bool)
         wordless[worded] = probabilities[:, 0] > WORDLESS
-        return embeds.index_copy(0, worded, (words + probabilities[:, :1] * embeds[worded]).to(embeds.dtype)), wordless
+        read = words + probabilities[:, :1] * embeds[worded]
+        return embeds.index_copy(0, worded, read.to(embeds.dtype)), wordless & ~named
 
     def best(self, audio_embeds: torch.Tensor, speech_tokens: nn.Module) -> torch.Tensor:
         """Index of the likeliest output for each state, 0 for the blank."""
