@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import noise, tiny_config, tiny_model, tiny_processor, tiny_text_config
+from test_sources import embedded, flac, write
+from test_speech_decoder import decoder_config
 from transformers import AutoModel, pipeline
 
 from salmonn_hf import SalmonnForConditionalGeneration, SalmonnModel
@@ -34,6 +36,8 @@ def trained(tmp_path_factory):
     tiny_processor().save_pretrained(directory / "model")
     rows = [(noise(0.5 + 0.1 * n, seed=n), f"{n}.flac", SENTENCE) for n in range(4)]
     speech_dataset(rows).to_parquet(str(directory / "train.parquet"))
+    captions = [embedded(flac(0.5), f"{n}.flac", text=["a bell", "a dog barks", "the dog barks"]) for n in range(4)]
+    write(directory / "captions.parquet", captions)
     return directory
 
 
@@ -107,6 +111,9 @@ def test_parts_are_those_that_a_model_has():
     assert arguments.parts(tiny_config()) == qformer
     decoder = tiny_config(speech_decoder_layers=1, frame_mlp_size=8, ctc_vocab_size=20, queries_per_window=1)
     assert arguments.parts(decoder) == qformer | {"speech_tokens": {"bits": 8}}
+    arguments.encoder_bits = 8
+    hearing = decoder_config(sound_layers=[1], sound_summary_size=8)
+    assert arguments.parts(hearing)["sound_summary"] == {"bits": 8}
 
 
 def test_calibration_sees_audio_and_answers(trained):
@@ -119,6 +126,16 @@ def test_calibration_sees_audio_and_answers(trained):
     for batch in batches:
         text = processor.tokenizer.decode(batch["input_ids"][0])
         assert text.endswith(SENTENCE + "<|im_end|>") and "Transcribe the speech." in text
+    captions = {"path": str(trained / "captions.parquet"), "task": "audiocaption", "typical_text": True, "weight": 2}
+    with_captions = SCRIPT["QuantizeArguments"](
+        "model", "out", train_files=arguments.train_files, sources=[captions], calibration_clips=6
+    )
+    texts = [
+        processor.tokenizer.decode(batch["input_ids"][0])
+        for batch in SCRIPT["calibration_batches"](with_captions, processor)
+    ]
+    assert sum("Transcribe the speech." in text for text in texts) == 2
+    assert [text.endswith("a dog barks<|im_end|>") for text in texts] == [False] * 2 + [True] * 4
     arguments.calibration = "text"
     for batch in SCRIPT["calibration_batches"](arguments, processor):
         assert "input_features" not in batch and (batch["input_ids"] != processor.audio_token_id).all()

@@ -12,6 +12,7 @@ The output is a full checkpoint with its processor and code. It loads by `AutoMo
 """
 
 import copy
+import json
 import logging
 import os
 import shutil
@@ -22,15 +23,16 @@ from pathlib import Path
 import torch
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
-from salmonn_hf import SalmonnConfig, SalmonnForConditionalGeneration, SalmonnProcessor, load_audio
+from salmonn_hf import SalmonnConfig, SalmonnForConditionalGeneration, SalmonnProcessor, tasks
+from salmonn_hf.augmentation import change_speed
 from salmonn_hf.gptq import quantize_layers, quantize_tied_vocabulary
 from salmonn_hf.model_card import make_card, write_card
 from salmonn_hf.push import push_to_hub
 from salmonn_hf.quantization import quantize_parts
 from salmonn_hf.recipe import parse_recipe
 from salmonn_hf.scale_tuning import tune_scales
+from salmonn_hf.sources import ClipTable, Source, row_waveform
 from salmonn_hf.speech_decoder import drop_unused_tokens
-from salmonn_hf.training import load_speech
 
 # The language model in another library's format, by transformers' own quantisers.
 LIBRARIES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao-int8": "torchao"}
@@ -44,7 +46,7 @@ class QuantizeArguments:
     output_dir: str = field(metadata={"help": "Where the quantised checkpoint goes."})
     language_model_bits: int = field(default=4, metadata={"help": "4, 8, or 0 to leave a part as it is."})
     embedding_bits: int = field(default=8, metadata={"help": "Of token embeddings and language-model head."})
-    encoder_bits: int = field(default=8, metadata={"help": "Of the encoders' layers."})
+    encoder_bits: int = field(default=8, metadata={"help": "Of the encoders' layers, and of a sound summary."})
     connector_bits: int = field(default=8, metadata={"help": "Of Q-Former and projection."})
     speech_tokens_bits: int = field(default=8, metadata={"help": "Of Whisper's tokens, with its decoder's layers."})
     group_size: int = field(default=64, metadata={"help": "Columns that share a scale in 4 bits."})
@@ -57,8 +59,13 @@ class QuantizeArguments:
     )
     train_files: list[str] = field(default_factory=list, metadata={"help": "Parquet files to calibrate on."})
     text_column: str = field(default="text", metadata={"help": "Column that holds the transcript."})
+    sources: list[str] = field(
+        default_factory=list, metadata={"help": "More to calibrate on, as in a training recipe, of any task."}
+    )
     calibration: str = field(default="audio", metadata={"help": "'text': prompts without audio, for comparison."})
-    calibration_clips: int = field(default=64, metadata={"help": "Clips, drawn at random, in equal parts of files."})
+    calibration_clips: int = field(
+        default=64, metadata={"help": "Clips, drawn at random, of each source by its weight."}
+    )
     tuning_clips: int = field(
         default=0,
         metadata={"help": "Of these, tune the language model's scales to what the unquantised one answers; 0: none."},
@@ -75,16 +82,23 @@ class QuantizeArguments:
             raise ValueError(f"method is {self.method!r}; choose 'gptq' or 'nearest', or of {names}.")
         if self.calibration not in ("audio", "text"):
             raise ValueError(f"calibration is {self.calibration!r}; choose 'audio' or 'text'.")
-        if self.method == "gptq" and not self.train_files:
-            raise ValueError("GPTQ needs train_files to calibrate on; or choose method 'nearest'.")
-        if self.tuning_clips and (self.method in LIBRARIES or not self.train_files):
-            raise ValueError("tuning_clips needs method 'gptq' or 'nearest' and train_files; or leave it at 0.")
+        if self.method == "gptq" and not self.calibration_sources():
+            raise ValueError("GPTQ needs train_files or sources to calibrate on; or choose method 'nearest'.")
+        if self.tuning_clips and (self.method in LIBRARIES or not self.calibration_sources()):
+            raise ValueError(
+                "tuning_clips needs method 'gptq' or 'nearest' and train_files or sources; or leave it at 0."
+            )
+
+    def calibration_sources(self) -> list[Source]:
+        files = [Source(path=file, columns={"text": self.text_column}) for file in self.train_files]
+        return files + [Source.parse(settings) for settings in self.sources]
 
     def parts(self, config: SalmonnConfig) -> dict[str, dict]:
         """`SalmonnConfig.quantization` of a model of `config` by this recipe."""
         bits = {
             "audio_tower": self.encoder_bits,
             "sound_tower": self.encoder_bits if config.sound_config is not None else 0,
+            "sound_summary": self.encoder_bits if config.sound_summary_size else 0,
             "connector": self.connector_bits,
             "language_model": 0 if self.method in LIBRARIES else self.language_model_bits,
             "embedding": self.embedding_bits,
@@ -95,26 +109,42 @@ class QuantizeArguments:
 
 
 def draw_clips(args: QuantizeArguments, count: int, seed: int) -> list[dict]:
-    """Clips, `audio` and `text`, drawn at random, in equal parts of the training files and by turns."""
+    """`audio`, `messages` (`None`: a request for a transcript) and `text` of random clips, by the sources' weights."""
     generator = torch.Generator().manual_seed(seed)
+    sources = args.calibration_sources()
+    weights = torch.tensor([source.weight for source in sources])
+    # Shares that sum to `count`.
+    ends = (count * weights.cumsum(0) / weights.sum()).round().int().tolist()
     drawn = []
-    for index, file in enumerate(args.train_files):
-        data = load_speech([file], args.text_column)
-        share = len(range(index, count, len(args.train_files)))
-        drawn += [data[row] for row in torch.randperm(len(data), generator=generator)[:share].tolist()]
+    for source, share in zip(
+        sources, [end - start for start, end in zip([0, *ends], ends, strict=False)], strict=True
+    ):
+        table = ClipTable(source)
+        for index in torch.randperm(len(table), generator=generator)[:share].tolist():
+            row = table[index]
+            task = source.task or row.get("task")
+            texts = [row["text"]] if isinstance(row["text"], str) else row["text"]
+            audio = row_waveform(row)
+            drawn.append(
+                {
+                    "audio": audio if source.speed == 1.0 else change_speed(audio, source.speed),
+                    "messages": tasks.messages(task, row.get("question") or "") if task else None,
+                    "text": source.choose_text([text for text in texts if text and text.strip()]),
+                }
+            )
     return drawn
 
 
 def prompts(processor, examples: list[dict], with_audio: bool = True) -> dict:
-    """The model's inputs for clips: for each the transcription prompt with its audio, and its transcript as answer."""
-    prompt = processor.apply_chat_template(
-        processor.transcription_messages(), add_generation_prompt=True, tokenize=False
-    )
-    answers = [(example["text"] or "").strip() + processor.tokenizer.eos_token for example in examples]
+    """The model's inputs for clips: for each the prompt with its audio, and its text as answer."""
+    texts = []
+    for example in examples:
+        messages = example["messages"] or processor.transcription_messages()
+        prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        texts.append(prompt + example["text"].strip() + processor.tokenizer.eos_token)
     if not with_audio:
-        return dict(processor(text=[prompt.replace(processor.audio_token, "") + answer for answer in answers]))
-    audio = [load_audio(example["audio"]) for example in examples]
-    return dict(processor(text=[prompt + answer for answer in answers], audio=audio))
+        return dict(processor(text=[text.replace(processor.audio_token, "") for text in texts]))
+    return dict(processor(text=texts, audio=[example["audio"] for example in examples]))
 
 
 def calibration_batches(args: QuantizeArguments, processor) -> list[dict]:
@@ -139,7 +169,11 @@ def quantize(model, processor, args: QuantizeArguments):
         drop_unused_tokens(model)
     batches = calibration_batches(args, processor) if args.method == "gptq" else []
     decoder = model.language_model.base_model
-    layers = {"audio_tower": model.audio_tower.layers, "language_model": getattr(decoder, "layers", None)}
+    layers = {
+        "audio_tower": model.audio_tower.layers,
+        "connector": getattr(model.connector, "layers", None),  # of a Q-Former none, which GPTQ's loop could go along
+        "language_model": getattr(decoder, "layers", None),
+    }
     for part, settings in parts.items():
         hears = part in ("language_model", "embedding") or args.calibration == "audio"
         if batches and hears and settings["bits"] == 4:
@@ -183,6 +217,8 @@ def save(model, processor, output_dir: str, merged_parts: dict[str, str] | None 
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
     processor.save_pretrained(unfinished)
+    tokenizer = unfinished / "tokenizer.json"  # which is written with an indented line for each half of a merge
+    tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text("utf-8")), ensure_ascii=False), "utf-8")
     name = Path(output_dir).resolve().name
     write_card(make_card(unfinished.resolve(), [], CARD, name=name, merged_parts=merged_parts), unfinished)
     if os.path.isdir(output_dir):
