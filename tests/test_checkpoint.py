@@ -186,11 +186,13 @@ def test_a_full_checkpoint_keeps_an_unmerged_adapter(tmp_path):
     assert torch.equal(logits(AutoModel.from_pretrained(tmp_path)), logits(model))
 
 
-def test_the_committed_checkpoint_carries_this_code():
-    """After a change of the package: `save_code` from salmonn_hf.checkpoint on the directory."""
-    nano = Path(__file__).resolve().parents[1] / "model_cards" / "salmonn-lite-nano"
+def test_committed_checkpoints_carry_this_code():
+    """After a change of the package: `save_code` from salmonn_hf.checkpoint on the directories."""
     package = Path(salmonn_hf.__file__).parent
-    names = {file.name for file in nano.glob("*.py")}
-    assert {"modeling_salmonn.py", "pipeline_salmonn.py"} <= names
-    for name in names:
-        assert (nano / name).read_text() == (package / name).read_text(), name
+    configs = list((Path(__file__).resolve().parents[1] / "model_cards").glob("*/config.json"))
+    assert configs
+    for config in configs:
+        names = {file.name for file in config.parent.glob("*.py")}
+        assert {"modeling_salmonn.py", "pipeline_salmonn.py"} <= names
+        for name in names:
+            assert (config.parent / name).read_text() == (package / name).read_text(), config.parent / name

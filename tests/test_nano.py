@@ -17,6 +17,7 @@ from conftest import noise
 
 ROOT = Path(__file__).resolve().parents[1]
 NANO = ROOT / "model_cards" / "salmonn-lite-nano"
+SOUNDS = ROOT / "model_cards" / "salmonn-lite-nano-sounds"
 pytestmark = pytest.mark.slow
 
 
@@ -45,8 +46,9 @@ def transcriber():
     return pipeline("automatic-speech-recognition", model=str(NANO))
 
 
-def test_the_adapter_is_small():
-    assert sum(file.stat().st_size for file in NANO.glob("*.safetensors")) <= 30e6
+@pytest.mark.parametrize("adapter", [NANO, SOUNDS])
+def test_the_adapter_is_small(adapter):
+    assert sum(file.stat().st_size for file in adapter.glob("*.safetensors")) <= 30e6
 
 
 def test_held_out_speech(transcriber, speech):
@@ -59,6 +61,48 @@ def test_held_out_speech(transcriber, speech):
     score = word_error_rate(references, [hypotheses[i] for i in range(len(references))])
     print(score)
     assert score.wer <= 0.16
+
+
+def test_hearing_sounds_costs_the_words_one_point_at_most(speech):
+    from salmonn_hf.inference import Transcriber
+    from salmonn_hf.metrics import word_error_rate
+
+    waveforms, references = speech
+    order = sorted(range(len(waveforms)), key=lambda i: -len(waveforms[i]))
+    rates = []
+    for adapter in (NANO, SOUNDS):
+        transcriber, hypotheses = Transcriber(str(adapter)), {}
+        for start in range(0, len(order), 16):
+            rows = order[start : start + 16]
+            hypotheses |= zip(rows, transcriber([waveforms[i] for i in rows]), strict=True)
+        rates.append(word_error_rate(references, [hypotheses[i] for i in range(len(references))]).wer)
+    print(rates)
+    assert rates[1] <= rates[0] + 0.01
+
+
+def test_captions_beat_retrieval(shared_data):
+    """Captions that are derived from labels, short, and mostly those of training clips as well."""
+    from salmonn_hf.caption_baselines import NearestCaption, readable
+    from salmonn_hf.caption_metrics import score_captions
+    from salmonn_hf.evaluation import parquet_clips
+    from salmonn_hf.inference import Answerer
+    from salmonn_hf.tasks import TEST_PROMPTS
+
+    sounds = shared_data / "sounds"
+    answerer = Answerer(str(SOUNDS))
+    nearest = NearestCaption(parquet_clips([str(sounds / "train-00000-of-00001.parquet")], "captions"), answerer)
+    heard = list(readable(parquet_clips([str(sounds / "test-00000-of-00001.parquet")], "captions")))
+    heard.sort(key=lambda pair: -len(pair[1]))
+    scores = []
+    for model in (answerer, nearest):
+        captions = []
+        for start in range(0, len(heard), 16):
+            waveforms = [waveform for _, waveform in heard[start : start + 16]]
+            captions += model(waveforms, [TEST_PROMPTS["audiocaption"]] * len(waveforms))
+        scores.append(score_captions([clip.references for clip, _ in heard], captions))
+    ours, floor = ({name: score[name].value for name in ("CIDEr-D", "METEOR")} for score in scores)
+    print(ours, floor)
+    assert ours["CIDEr-D"] >= 1.2 * floor["CIDEr-D"] and ours["METEOR"] > floor["METEOR"]
 
 
 def test_ten_minutes_in_one_file(transcriber, speech):

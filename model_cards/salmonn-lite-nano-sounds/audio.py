@@ -1,0 +1,270 @@
+"""Any source of audio to one mono float32 waveform at the model's sampling rate."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from io import SEEK_END, BytesIO
+from numbers import Real
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+from huggingface_hub.utils import httpx
+from transformers.utils import is_torchcodec_usable
+
+SAMPLING_RATE = 16_000
+BLOCK_FRAMES = 1 << 20  # decoded at a time, so that hours of multi-channel audio need little memory
+FETCH_TIMEOUT_SECONDS = 30.0
+UNKNOWN_FRAMES = 2**63 - 1  # libsndfile's length of a streamed FLAC
+MP3_TOLERANCE_FRAMES = 2304  # two MPEG frames: encoders differ in what the length header counts
+MP3_BLOCK_FRAMES = 4096  # small, so that no more than that is read of the file but not given by libsndfile
+MP3_TAG_BYTES = 4096  # tags may follow the last frame
+STREAMED_WAV_BYTES = 0x7FFF0000  # writers that cannot seek back leave 0 or a number near 2³¹ or 2³² as the size
+
+
+class AudioError(ValueError):
+    """Audio that cannot be used. The message names the input, what is wrong with it, and what to do about it."""
+
+
+def load_audio(source, sampling_rate: int = SAMPLING_RATE) -> np.ndarray:
+    r"""
+    Read audio from wherever it is: any rate, any number of channels, any sample format.
+
+    Args:
+        source: one of
+
+            - the path or http(s) URL of a file, the `bytes` of one, or a binary stream. soundfile decodes it; formats
+              that it does not know (m4a, mp4, webm) need torchcodec.
+            - an array, tensor or list of floats, already at `sampling_rate`: 1-D, or 2-D with the channels in the
+              smaller axis. Floats are taken as they are (full scale is [-1, 1]), integers of 8, 16 or 32 bits are
+              scaled by the range of their type.
+            - `{"array": ..., "sampling_rate": ...}`, where `"array"` may be called `"raw"`; or
+              `{"bytes": ..., "path": ...}`, as `datasets` gives with `Audio(decode=False)`.
+            - a torchcodec `AudioDecoder`, as `datasets` gives by default.
+        sampling_rate (`int`): of the result, in Hz.
+
+    Returns:
+        `np.ndarray` of shape `(samples,)`, float32: the mean of the channels. May share memory with `source`.
+
+    Raises:
+        AudioError: if there is no such file, it is not audio, is cut short or damaged; if samples are NaN or infinite
+            or there are none; or if an array's type, shape or sampling rate is none of the above. Silence is no error.
+    """
+    if hasattr(source, "get_all_samples"):
+        return _from_decoder(source, "the AudioDecoder", sampling_rate)
+    if not isinstance(source, Mapping):
+        return _load(source, _describe(source), sampling_rate, sampling_rate)
+
+    keys = [key for key in ("array", "raw", "bytes", "path") if source.get(key) is not None]
+    if not keys:
+        raise AudioError(
+            f'The dict with keys {list(source)} holds no audio; give {{"array": ..., "sampling_rate": ...}} or '
+            '{"bytes": ..., "path": ...}.'
+        )
+    audio = source[keys[0]]
+    name = str(source["path"]) if source.get("path") else _describe(audio)
+    if keys[0] in ("bytes", "path"):
+        return _load(audio, name, sampling_rate, sampling_rate)
+    rate = source.get("sampling_rate")
+    if not isinstance(rate, Real) or rate <= 0:
+        raise AudioError(
+            f"The sampling_rate of {name} is {rate!r}; give the number of samples per second it was made at."
+        )
+    return _load(audio, name, rate, sampling_rate)
+
+
+def _describe(source) -> str:
+    if isinstance(source, (str, Path)):
+        return str(source)
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        return f"array of shape {tuple(source.shape)}"
+    if isinstance(source, (bytes, bytearray, list, tuple)):
+        return f"{type(source).__name__} of length {len(source)}"
+    return f"{type(source).__name__} object"
+
+
+def _load(source, name: str, from_rate: float, to_rate: int) -> np.ndarray:
+    """`from_rate` is that of a bare array; a file tells its own."""
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        source = _fetch(source)
+    if isinstance(source, (str, Path)):
+        with _open(Path(source)) as stream:
+            return _from_stream(stream, name, to_rate)
+    if isinstance(source, (bytes, bytearray)):
+        return _from_stream(BytesIO(source), name, to_rate)
+    if hasattr(source, "read") and hasattr(source, "seek"):
+        return _from_stream(source, name, to_rate)
+    if isinstance(source, (np.ndarray, torch.Tensor, list, tuple)):
+        return _join([_to_mono(_to_float_array(source, name), name)], name, from_rate, to_rate)
+    raise AudioError(f"{name} is not audio; give a path, URL, bytes, an array, or a dict with an array and its rate.")
+
+
+def _fetch(url: str) -> bytes:
+    try:
+        response = httpx.get(url, follow_redirects=True, timeout=FETCH_TIMEOUT_SECONDS)
+        response.raise_for_status()
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise AudioError(
+            f"{url} could not be fetched ({error}); check the address, or pass a downloaded file."
+        ) from error
+    return response.content
+
+
+def _open(path: Path) -> BinaryIO:
+    if path.is_dir():
+        raise AudioError(f"{path} is a directory; give the path of one audio file in it.")
+    if not path.exists():
+        raise AudioError(f"{path} does not exist (looked for it in {Path.cwd()}); check the path.")
+    return path.open("rb")
+
+
+# Files
+
+
+class _ForwardReader(soundfile.SoundFile):
+    """Reads front to end. soundfile's own class seeks after each block, which a streamed FLAC does not survive."""
+
+    def seekable(self):
+        return False
+
+
+def _from_stream(stream: BinaryIO, name: str, sampling_rate: int) -> np.ndarray:
+    stream.seek(0)
+    try:
+        file = _ForwardReader(stream)
+    except (soundfile.LibsndfileError, TypeError):  # TypeError: a .raw file, which has no header
+        return _from_torchcodec(stream, name, sampling_rate)
+    with file:
+        try:
+            return _join(_mono_blocks(file, stream, name), name, file.samplerate, sampling_rate)
+        except soundfile.LibsndfileError as error:
+            raise AudioError(f"{name} is damaged or cut short ({error}); get a whole copy of it.") from error
+
+
+def _from_torchcodec(stream: BinaryIO, name: str, sampling_rate: int) -> np.ndarray:
+    # An import outside such a condition would make the package a requirement of checkpoints with a copy of this code.
+    if is_torchcodec_usable("audio"):
+        from torchcodec.decoders import AudioDecoder
+    else:
+        raise AudioError(
+            f"{name} is not an audio file that soundfile can read. For m4a, mp4, webm install torchcodec and FFmpeg; "
+            "or convert it first: ffmpeg -i INPUT output.flac"
+        )
+    stream.seek(0)
+    try:
+        decoder = AudioDecoder(stream.read())
+    except (RuntimeError, ValueError) as error:
+        raise AudioError(f"{name} is not an audio file ({error}); check what it is.") from error
+    return _from_decoder(decoder, name, sampling_rate)
+
+
+def _mono_blocks(file: soundfile.SoundFile, stream: BinaryIO, name: str) -> Iterator[np.ndarray]:
+    """The mean of a file's channels, block by block; at the end an error if the file promises more than it held."""
+    frames = 0
+    block_frames = MP3_BLOCK_FRAMES if file.format == "MP3" else BLOCK_FRAMES
+    while len(block := file.read(block_frames, dtype="float32", always_2d=True)):
+        frames += len(block)
+        yield block.mean(axis=1)
+    if file.format == "MP3":
+        _check_mp3_is_whole(file, stream, frames, name)
+    elif file.format in ("WAV", "WAVEX"):
+        _check_wav_is_whole(file, name)
+    elif frames < file.frames != UNKNOWN_FRAMES:
+        raise AudioError(
+            f"{name} is damaged: {frames} of its {file.frames} frames are readable; get a whole copy of it."
+        )
+
+
+def _check_mp3_is_whole(file: soundfile.SoundFile, stream: BinaryIO, frames: int, name: str):
+    position = stream.tell()
+    unread = stream.seek(0, SEEK_END) - position
+    if _has_length_header(stream):
+        if frames < file.frames - MP3_TOLERANCE_FRAMES:
+            raise AudioError(
+                f"{name} is cut short: {frames} of its {file.frames} frames are there; get a whole copy of it."
+            )
+    elif unread > MP3_TAG_BYTES:
+        # Without the header libsndfile guesses the length from the first frame's bit rate, and stops there.
+        raise AudioError(
+            f"{name} is an MP3 of variable bit rate without a length header, of which libsndfile reads only a part; "
+            "convert it first: ffmpeg -i INPUT output.flac"
+        )
+
+
+def _has_length_header(stream: BinaryIO) -> bool:
+    """Whether an MP3's first frame is the Xing or Info frame that counts the others."""
+    stream.seek(0)
+    tag = stream.read(10)
+    if tag.startswith(b"ID3"):
+        size = (tag[6] << 21) + (tag[7] << 14) + (tag[8] << 7) + tag[9]
+        stream.seek(10 + size)
+    first_frame = stream.read(256)
+    return b"Xing" in first_frame or b"Info" in first_frame
+
+
+def _check_wav_is_whole(file: soundfile.SoundFile, name: str):
+    # libsndfile quietly shortens a WAV to the bytes that are there, but says so in its log.
+    sizes = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, flags=re.MULTILINE)
+    if sizes and 0 < int(sizes[1]) < STREAMED_WAV_BYTES and int(sizes[2]) < int(sizes[1]):
+        raise AudioError(
+            f"{name} is cut short: {sizes[2]} of its {sizes[1]} bytes of samples are there; get a whole copy of it."
+        )
+
+
+def _from_decoder(decoder, name: str, sampling_rate: int) -> np.ndarray:
+    try:
+        samples = decoder.get_all_samples()
+    except RuntimeError as error:
+        raise AudioError(f"{name} is damaged or cut short ({error}); get a whole copy of it.") from error
+    return _join([samples.data.mean(0).cpu().numpy()], name, samples.sample_rate, sampling_rate)
+
+
+# Arrays
+
+
+def _to_float_array(samples, name: str) -> np.ndarray:
+    if isinstance(samples, torch.Tensor):
+        samples = samples.detach().cpu()
+        samples = (samples.float() if samples.is_floating_point() else samples).numpy()
+    elif not isinstance(samples, np.ndarray):
+        try:
+            samples = np.asarray(samples)
+        except ValueError as error:
+            raise AudioError(f"The {name} is not one list of numbers ({error}); pass the clips one by one.") from error
+    if samples.dtype.kind == "f":
+        return samples.astype(np.float32, copy=False)
+    if samples.dtype.kind in "iu" and samples.dtype.itemsize <= 4:
+        half_range = 2.0 ** (8 * samples.dtype.itemsize - 1)
+        return samples.astype(np.float32) / np.float32(half_range) - np.float32(samples.dtype.kind == "u")
+    raise AudioError(
+        f"The {name} has dtype {samples.dtype}; give floats in [-1, 1], or integers of 8, 16 or 32 bits at full range."
+    )
+
+
+def _to_mono(samples: np.ndarray, name: str) -> np.ndarray:
+    if samples.ndim == 1:
+        return samples
+    if samples.ndim == 2 and samples.size > 0:
+        return samples.mean(axis=int(samples.shape[1] < samples.shape[0]), dtype=np.float32)
+    if samples.ndim == 2:
+        return samples.reshape(0)
+    raise AudioError(f"The {name} has {samples.ndim} dimensions; give (samples,) or (channels, samples).")
+
+
+def _join(blocks: Iterable[np.ndarray], name: str, from_rate: float, to_rate: int) -> np.ndarray:
+    """Resample consecutive blocks of one waveform and put them together."""
+    parts = []
+    resampler = (
+        soxr.ResampleStream(from_rate, to_rate, 1, dtype="float32", quality="HQ") if from_rate != to_rate else None
+    )
+    for block in blocks:
+        if not np.isfinite(block).all():
+            raise AudioError(f"{name} holds NaN or infinite samples; mend what made it.")
+        parts.append(block if resampler is None else resampler.resample_chunk(block))
+    if resampler is not None:
+        parts.append(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
+    if sum(map(len, parts)) == 0:
+        raise AudioError(f"{name} has no samples; leave it out, or make the recording again.")
+    return np.concatenate(parts) if len(parts) > 1 else np.ascontiguousarray(parts[0])

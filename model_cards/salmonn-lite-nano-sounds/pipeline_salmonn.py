@@ -1,0 +1,261 @@
+"""The "automatic-speech-recognition" pipeline of SALMONN: audio of any kind and any length to text."""
+
+from collections.abc import Callable, Iterable, Iterator, Sized
+from itertools import islice
+
+from transformers import AutomaticSpeechRecognitionPipeline, GenerationConfig, pipeline
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from .audio import load_audio
+from .processing_salmonn import SalmonnProcessor
+from .repetition import RepetitionGuard, clean_answer
+from .segmentation import TARGET_SECONDS, is_silent, split_at_pauses
+
+TASK = "automatic-speech-recognition"
+
+
+class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline):
+    r"""
+    Transcribes audio with [`SalmonnForConditionalGeneration`].
+
+    Audio is cut at pauses into segments that the encoder can hear, and each is transcribed on its own, `batch_size` at
+    a time, from one file or several. Digital silence gives empty text without asking the model. Inputs and results are
+    streamed: no more than the features of one batch are in memory.
+
+    ```python
+    >>> transcriber = pipeline("automatic-speech-recognition", model="path/to/checkpoint")
+    >>> transcriber("interview.mp3", return_timestamps=True)
+    {'text': ..., 'chunks': [{'text': ..., 'timestamp': (0.0, 9.31)}, ...]}
+    ```
+
+    Args:
+        model ([`SalmonnForConditionalGeneration`]).
+        processor ([`SalmonnProcessor`], *optional*): default: one with the settings saved beside the model, around
+            `tokenizer` and `feature_extractor`.
+        device, dtype, batch_size and generation parameters: as in any pipeline.
+    """
+
+    # All optional: a processor alone is enough, and so are a tokenizer and a feature extractor.
+    _load_processor = None
+    _load_tokenizer = None
+    _load_feature_extractor = None
+    # Greedy. Whisper allows itself 448 tokens for 30 s; a shorter segment may have its share, see `_transcribe`.
+    _default_generation_config = GenerationConfig(max_new_tokens=448)
+
+    def __init__(self, model, processor=None, tokenizer=None, feature_extractor=None, **kwargs):
+        if processor is None:
+            processor = processor_from_parts(model, tokenizer, feature_extractor)
+        super().__init__(
+            model,
+            processor=processor,
+            tokenizer=processor.tokenizer,
+            feature_extractor=processor.feature_extractor,
+            **kwargs,
+        )
+        self.type = "seq2seq"
+
+    def __call__(self, inputs, **kwargs):
+        r"""
+        Transcribe one input or many.
+
+        Args:
+            inputs: what [`load_audio`] takes (path, URL, bytes, array at the model's sampling rate, dict with an array
+                and its rate, ...), or a list, generator or dataset of these. A dataset's column is
+                `transformers.pipelines.pt_utils.KeyDataset(dataset, "audio")`.
+            return_timestamps (`bool`, *optional*): add "chunks", the text and time of each segment.
+            prompt (`str`, *optional*): ask this instead of the prompt that the processor was saved with.
+            language (`str`, *optional*): the language to write, e.g. "English".
+            batch_size (`int`, *optional*): segments that the model transcribes at once. It changes the speed alone.
+            chunk_length_s (`float`, *optional*): the longest segment. Default: as long as the encoder can hear, 30 s.
+            target_length_s (`float`, *optional*): cut at any pause rather than make a segment longer than this.
+            speculation_type (`str`, *optional*): "ctc" transcribes a clip in fewer passes of the language model, which
+                verifies a draft of the CTC head; the text is the same. With batches of one, the default.
+            generate_kwargs (`dict`, *optional*): for `model.generate`; they may also be given one by one.
+
+        Returns:
+            `dict` with "text" and, if asked for, "chunks": `[{"text": str, "timestamp": (start, end)}, ...]` in
+            seconds. A list of them for a list, an iterator for a generator or dataset.
+
+        Raises:
+            AudioError: for an input that cannot be used, naming it.
+            ValueError: for word-level timestamps.
+        """
+        if isinstance(inputs, list) and len(inputs) == 0:
+            return []
+        # From its tenth call on the base class advises against single inputs on a GPU; one input may be hours here.
+        self.call_count = 0
+        return super().__call__(inputs, **kwargs)
+
+    def _sanitize_parameters(
+        self,
+        return_timestamps=None,
+        prompt=None,
+        language=None,
+        chunk_length_s=None,
+        target_length_s=None,
+        generate_kwargs=None,
+        **more_generate_kwargs,
+    ):
+        if return_timestamps not in (None, False, True):
+            raise ValueError(
+                f"return_timestamps={return_timestamps!r}: SALMONN gives times of segments only; use True or False."
+            )
+        preprocess = {"chunk_length_s": chunk_length_s, "target_length_s": target_length_s}
+        forward = {"prompt": prompt, "language": language, **(generate_kwargs or {}), **more_generate_kwargs}
+        postprocess = {"return_timestamps": return_timestamps}
+        return tuple(
+            {key: value for key, value in params.items() if value is not None}
+            for params in (preprocess, forward, postprocess)
+        )
+
+    def preprocess(self, inputs, chunk_length_s=None, target_length_s=TARGET_SECONDS) -> Iterator[dict]:
+        """The segments of one input, as waveforms; features are made of them batch by batch."""
+        sampling_rate = self.feature_extractor.sampling_rate
+        waveform = load_audio(inputs, sampling_rate)
+        max_seconds = chunk_length_s or self.feature_extractor.chunk_length
+        for start, end in split_at_pauses(waveform, sampling_rate, max_seconds, target_length_s):
+            segment = waveform[start:end]
+            yield {
+                "waveform": segment,
+                "is_silent": is_silent(segment),
+                "timestamp": (start / sampling_rate, end / sampling_rate),
+                "is_last": end == len(waveform),
+            }
+
+    def _forward(self, model_inputs, prompt=None, language=None, **generate_kwargs) -> dict:
+        segments = model_inputs["segments"]
+        spoken = [segment["waveform"] for segment in segments if not segment["is_silent"]]
+        texts = iter(self._transcribe(spoken, prompt, language, generate_kwargs) if spoken else [])
+        return {
+            "segments": [
+                {
+                    "text": "" if segment["is_silent"] else next(texts),
+                    "timestamp": segment["timestamp"],
+                    "is_last": segment["is_last"],
+                }
+                for segment in segments
+            ]
+        }
+
+    def _transcribe(self, waveforms, prompt, language, generate_kwargs) -> list[str]:
+        inputs = self.processor.apply_transcription_request(waveforms, prompt=prompt, language=language).to(
+            self.device
+        )
+        prepared = self._prepare_generate_kwargs(generate_kwargs)
+        limits = [None] * len(waveforms)
+        if "max_new_tokens" in prepared and "max_new_tokens" not in generate_kwargs:
+            # Nobody says more than 15 tokens a second: where a model repeats itself without end, stop it. Each segment
+            # has its own limit, whatever is beside it in the batch.
+            limits = [16 + 15 * len(waveform) // self.feature_extractor.sampling_rate for waveform in waveforms]
+            prepared["max_new_tokens"] = max(limits)
+        config = prepared.get("generation_config", self.model.generation_config)
+        if prepared.get("speculation_type", config.speculation_type) == "ctc":
+            if len(waveforms) == 1:
+                prepared["tokenizer"] = self.tokenizer
+            else:
+                prepared["speculation_type"] = None  # drafts are for one clip at a time; a batch has the same texts
+        prepared["stopping_criteria"] = [*prepared.get("stopping_criteria", []), RepetitionGuard()]
+        output = self.model.generate(**inputs, **prepared)
+        sequences = getattr(output, "sequences", output)  # an object with return_dict_in_generate
+        if len(sequences) != len(waveforms):
+            raise ValueError(
+                f"generate gave {len(sequences)} texts for {len(waveforms)} segments; leave num_return_sequences at 1."
+            )
+        answers = sequences[:, inputs["input_ids"].shape[1] :].tolist()
+        answers = [clean_answer(answer[:limit], self.tokenizer) for answer, limit in zip(answers, limits, strict=True)]
+        return self.processor.batch_decode(answers, skip_special_tokens=True)
+
+    def postprocess(self, model_outputs, return_timestamps=False) -> dict:
+        # One space between words, whatever the segments begin and end with.
+        chunks = [
+            {"text": " ".join(segment["text"].split()), "timestamp": segment["timestamp"]} for segment in model_outputs
+        ]
+        chunks = [chunk for chunk in chunks if chunk["text"]]
+        result = {"text": " ".join(chunk["text"] for chunk in chunks)}
+        if return_timestamps:
+            result["chunks"] = chunks
+        return result
+
+    def get_iterator(
+        self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params
+    ) -> "TranscriptIterator":
+        """
+        Batches of waveforms, of which the processor makes one padded input; the base class's data loader would pad
+        tensors without knowing what they are. `num_workers` has no use here.
+        """
+        return TranscriptIterator(
+            inputs,
+            batch_size,
+            segment=lambda source: self.preprocess(source, **preprocess_params),
+            transcribe=lambda segments: self.forward({"segments": segments}, **forward_params)["segments"],
+            join=lambda segments: self.postprocess(segments, **postprocess_params),
+        )
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Save the model and its processor, from which `pipeline` makes this pipeline again."""
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory, **kwargs)
+
+
+class TranscriptIterator:
+    """Reads inputs as it goes, and gives one result per input, in order; its length is theirs."""
+
+    def __init__(self, inputs: Iterable, batch_size: int, segment: Callable, transcribe: Callable, join: Callable):
+        self.inputs = inputs
+        self.batch_size = batch_size
+        self.segment = segment
+        self.transcribe = transcribe
+        self.join = join
+
+    def __len__(self):
+        return len(self.inputs)
+
+    def __iter__(self):
+        # A torch dataset has a length and items, but need not end by itself when iterated over.
+        indexed = isinstance(self.inputs, Sized)
+        sources = (self.inputs[i] for i in range(len(self.inputs))) if indexed else self.inputs
+        segments = (segment for source in sources for segment in self.segment(source))
+        transcribed = []
+        while batch := list(islice(segments, self.batch_size)):
+            for segment in self.transcribe(batch):
+                transcribed.append(segment)
+                if segment["is_last"]:
+                    yield self.join(transcribed)
+                    transcribed = []
+
+
+def processor_from_parts(model, tokenizer, feature_extractor) -> SalmonnProcessor:
+    """The processor that was saved beside `model`, or one that fits it, with this tokenizer and feature extractor."""
+    if tokenizer is None or feature_extractor is None:
+        raise ValueError(
+            "The pipeline needs a processor=, or a tokenizer= and a feature_extractor=. If they should have come with "
+            f"the checkpoint '{model.name_or_path}', AutoProcessor.from_pretrained on it tells why they did not."
+        )
+    settings = {
+        "audio_token": tokenizer.convert_ids_to_tokens(model.config.audio_token_id),
+        "window_frames": model.config.window_frames,
+        "window_stride": model.config.window_stride,
+        "queries_per_window": model.config.queries_per_window,
+    }
+    if model.name_or_path:
+        saved, _ = SalmonnProcessor.get_processor_dict(model.name_or_path)
+        settings |= saved
+    return SalmonnProcessor.from_args_and_dict([feature_extractor, tokenizer], settings)
+
+
+class SpeechRecognitionPipelineForAnyModel(SalmonnAutomaticSpeechRecognitionPipeline):
+    """Makes SALMONN's pipeline for a SALMONN model and transformers' own for any other."""
+
+    def __new__(cls, model, processor=None, **kwargs):
+        if model.config.model_type == "salmonn":
+            return SalmonnAutomaticSpeechRecognitionPipeline(model, processor=processor, **kwargs)
+        # Back through the factory, by whose rules the stock pipeline takes, and misses, its parts.
+        return pipeline(model=model, pipeline_class=AutomaticSpeechRecognitionPipeline, **kwargs)
+
+
+def register_pipeline():
+    """Let `pipeline("automatic-speech-recognition")` know SALMONN. It stays the same for all other models."""
+    PIPELINE_REGISTRY.supported_tasks[TASK]["impl"] = SpeechRecognitionPipelineForAnyModel
+
+
+__all__ = ["SalmonnAutomaticSpeechRecognitionPipeline", "register_pipeline"]

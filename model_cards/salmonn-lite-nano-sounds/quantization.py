@@ -1,0 +1,340 @@
+"""Weights of 4 and 8 bits: Linear and Embedding modules that keep them, and their place in SALMONN.
+
+Symmetric, weight-only. 8 bits: one scale per row. 4 bits: two values per byte, one scale per group of a row's columns.
+Products in bfloat16 on a CPU run on torch's own kernels; elsewhere the weights are widened first. The weights are
+buffers, which no optimiser sees; gradients pass through them to what comes before, at any time.
+"""
+
+from functools import cache
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+# Rows up to which torch's kernels beat widening the weights for an ordinary product (measured on AVX-512).
+KERNEL_ROWS = {8: 12, 4: 128}
+BLOCK = 64  # rows and columns of which torch's CPU kernels take whole multiples, on any processor
+
+
+@cache
+def rows_of_nibbles() -> torch.Tensor:
+    """
+    The 4-bit CPU kernel's layout: a block of rows, 64 with AVX-512 and 32 with AVX2, column by column; of one column,
+    the row of the block that each byte holds in its low and in its high half, `(2, rows / 2)`. It differs between
+    processors, so it is read off packed matrices whose rows hold their own numbers.
+    """
+    numbers = torch.arange(BLOCK, dtype=torch.int32)[:, None].expand(BLOCK, BLOCK)
+    low, high = (
+        torch._convert_weight_to_int4pack_for_cpu(part.contiguous(), 1).flatten()[: BLOCK // 2].long()
+        for part in (numbers % 16, numbers // 16)
+    )
+    rows = torch.stack([(low & 15) + 16 * (high & 15), (low >> 4) + 16 * (high >> 4)])
+    return rows[:, : (int(rows.max()) + 1) // 2]  # what follows is the next column
+
+
+def two_per_byte(values: torch.Tensor) -> torch.Tensor:
+    """Values 0 to 15, uint8 `(..., columns)`, as bytes `(..., columns / 2)`: the even column in the low half."""
+    return values[..., ::2] | values[..., 1::2] << 4
+
+
+def one_per_byte(weight: torch.Tensor) -> torch.Tensor:
+    """The inverse of `two_per_byte`."""
+    return torch.stack([weight & 15, weight >> 4], -1).flatten(-2)
+
+
+class QuantizedMatrix(nn.Module):
+    r"""
+    A matrix W of shape `(rows, columns)`.
+
+    Args:
+        bits (`int`): 8 or 4.
+        group_size (`int`): with 4 bits, columns that share a scale; must divide `columns`.
+
+    Attributes:
+        weight: int8 of shape `(rows, columns)`; with 4 bits uint8 of shape `(rows, columns / 2)`, the even column in
+            the low half of a byte, values offset by 8. After the first product on a CPU it has that kernel's layout
+            instead; `state_dict` always gives this one.
+        scales: `(rows,)`; with 4 bits `(rows, columns / group_size)`.
+
+    Raises:
+        ValueError: if `group_size` does not divide `columns`.
+    """
+
+    def __init__(self, rows: int, columns: int, bits: int, group_size: int = 64):
+        nn.Module.__init__(self)
+        if bits not in (4, 8):
+            raise ValueError(f"bits is {bits}; weights are kept in 4 or 8 bits.")
+        if bits == 4 and (columns % group_size or columns % 2):
+            raise ValueError(f"group_size {group_size} does not divide {columns} columns; choose one that does.")
+        self.rows, self.columns, self.bits, self.group_size = rows, columns, bits, group_size
+        self.packed_scales = None
+        if bits == 8:
+            weight, scales = torch.zeros(rows, columns, dtype=torch.int8), torch.ones(rows)
+        else:
+            weight = torch.full((rows, columns // 2), 0x88, dtype=torch.uint8)
+            scales = torch.ones(rows, columns // group_size)
+        self.register_buffer("weight", weight)
+        self.register_buffer("scales", scales)
+        self._is_hf_initialized = True  # a language model would draw its Linears from a normal distribution
+
+    @torch.no_grad()
+    def quantize(self, matrix: torch.Tensor, scales: torch.Tensor | None = None):
+        """Take the nearest values to `matrix` (rows, columns); `scales` by default its extremes over 127, or 7.5."""
+        groups = matrix.float().reshape(*self.scales.shape, -1)
+        if scales is None:
+            # 4 bits reach from -8 to 7: half a step beyond 7 is no further off than between two values.
+            scales = groups.abs().amax(-1).clamp(min=1e-8) / (127 if self.bits == 8 else 7.5)
+        self.scales = scales.reshape(self.scales.shape).to(matrix.dtype).contiguous()
+        values = torch.round(groups / self.scales[..., None].float())
+        if self.bits == 8:
+            self.weight = values.clamp(-127, 127).to(torch.int8).view(self.rows, self.columns)
+        else:
+            values = (values.clamp(-8, 7) + 8).to(torch.uint8).view(self.rows, self.columns)
+            self.weight = two_per_byte(values)
+        self.packed_scales = None
+        return self
+
+    def pack(self):
+        """Bring the weights, in place, into the layout of torch's 4-bit CPU kernel."""
+        self.weight = torch._convert_weight_to_int4pack_for_cpu(self.nibbles().to(torch.int32), 1)
+        scales = self.scales.T
+        self.packed_scales = torch.stack([scales, torch.zeros_like(scales)], -1).contiguous()
+        self.scales = self.packed_scales[..., 0].T  # a view: the scales are kept once
+
+    def unpack(self):
+        """The inverse of `pack`: the layout on disk, in tensors of their own."""
+        if self.packed_scales is not None:
+            self.weight = two_per_byte(self.nibbles())
+            self.scales = self.scales.clone(memory_format=torch.contiguous_format)
+            self.packed_scales = None
+
+    def nibbles(self) -> torch.Tensor:
+        """The 4-bit values, 0 to 15, one a byte: uint8 of shape `(rows, columns)`."""
+        weight = self.weight
+        if self.packed_scales is None:
+            return one_per_byte(weight)
+        rows = rows_of_nibbles()
+        halves = weight.view(-1, self.columns, rows.shape[1])
+        halves = torch.stack([halves & 15, halves >> 4], 1).transpose(2, 3).flatten(1, 2)
+        values = torch.empty_like(halves)
+        values[:, rows.flatten()] = halves
+        return values.view(self.rows, self.columns)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """W, of shape `(rows, columns)`; in the precision of the scales by default."""
+        scales = self.scales.to(dtype or self.scales.dtype)
+        values = self.weight if self.bits == 8 else self.nibbles().to(torch.int8) - 8
+        return (values.reshape(*scales.shape, -1).to(scales.dtype) * scales[..., None]).view(self.rows, self.columns)
+
+    def select(self, ids: torch.Tensor) -> torch.Tensor:
+        """The rows `ids` of W: `(*ids.shape, columns)`."""
+        flat = ids.flatten()
+        scales = self.scales[flat]
+        if self.bits == 8:
+            values = self.weight[flat]
+        elif self.packed_scales is None:
+            values = one_per_byte(self.weight[flat]).to(torch.int8) - 8
+        else:
+            row_of_place = rows_of_nibbles()
+            block, size = row_of_place.numel(), row_of_place.shape[1]
+            place = row_of_place.flatten().argsort()[flat % block]
+            half, byte = place // size, place % size
+            values = self.weight.view(-1, self.columns, size)[flat // block, :, byte]
+            values = (torch.where(half[:, None].bool(), values >> 4, values) & 15).to(torch.int8) - 8
+        rows = values.reshape(*scales.shape, -1).to(scales.dtype) * scales[..., None]
+        return rows.view(*ids.shape, self.columns)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """x Wᵀ for `x` of shape `(..., columns)`."""
+        flat = x.reshape(-1, self.columns)
+        # The kernels have no gradient.
+        trained = torch.is_grad_enabled() and (x.requires_grad or self.scales.requires_grad)
+        on_kernel = x.dtype == self.scales.dtype == torch.bfloat16 and x.device.type == "cpu" and not trained
+        whole = self.rows % BLOCK == 0 and self.columns % BLOCK == 0  # the kernels read past the end of other shapes
+        on_kernel = on_kernel and whole and len(flat) <= KERNEL_ROWS[self.bits]
+        if on_kernel and self.bits == 8:
+            if self.weight.data_ptr() % 64 or self.scales.data_ptr() % 64:
+                # A file may be mapped at any address; the kernel's aligned loads would end the process.
+                self.weight, self.scales = self.weight.clone(), self.scales.clone()
+            product = torch._weight_int8pack_mm(flat, self.weight, self.scales)
+        elif on_kernel and self.group_size in (32, 64, 128, 256):
+            if self.packed_scales is None:
+                self.pack()
+            product = torch._weight_int4pack_mm_for_cpu(flat, self.weight, self.group_size, self.packed_scales)
+        elif trained and not self.scales.requires_grad:
+            product = WidenedProduct.apply(flat, self)
+        elif self.bits == 8:
+            product = F.linear(flat, self.weight.to(x.dtype)) * self.scales.to(x.dtype)
+        else:
+            product = F.linear(flat, self.dequantize(x.dtype))
+        return product.view(*x.shape[:-1], self.rows)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.packed_scales is not None:
+            destination[prefix + "weight"] = two_per_byte(self.nibbles())
+            destination[prefix + "scales"] = self.scales.contiguous()
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.unpack()  # what comes has the layout on disk, and is copied into these tensors
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn, recurse=True):
+        self.unpack()  # another device or precision has another layout
+        return super()._apply(fn, recurse)
+
+
+class WidenedProduct(torch.autograd.Function):
+    """
+    x Wᵀ for a `QuantizedMatrix` W. The backward pass widens the weights anew: those of all layers, kept from the
+    forward pass, would take the memory that few bits save.
+    """
+
+    @staticmethod
+    def forward(ctx, x, matrix):
+        ctx.matrix, ctx.dtype = matrix, x.dtype
+        return F.linear(x, matrix.dequantize(x.dtype))
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return (upstream @ ctx.matrix.dequantize(upstream.dtype)).to(ctx.dtype), None
+
+
+class QuantizedLinear(QuantizedMatrix, nn.Linear):
+    """A Linear over a `QuantizedMatrix`; also an `nn.Linear`, so that PEFT can put LoRA beside it."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, bits: int, group_size: int = 64):
+        super().__init__(out_features, in_features, bits, group_size)
+        self.in_features, self.out_features = in_features, out_features
+        self.register_parameter("bias", nn.Parameter(torch.zeros(out_features)) if bias else None)
+
+    def forward(self, x):
+        product = self.product(x)
+        return product if self.bias is None else product + self.bias
+
+
+class QuantizedEmbedding(QuantizedMatrix):
+    """Token embeddings; `embed_scale` is Gemma's √hidden."""
+
+    def __init__(self, rows: int, columns: int, bits: int, group_size: int = 64, embed_scale: float = 1.0):
+        super().__init__(rows, columns, bits, group_size)
+        self.num_embeddings, self.embedding_dim, self.embed_scale = rows, columns, embed_scale
+
+    def forward(self, input_ids):
+        return self.select(input_ids) * self.embed_scale
+
+
+class TiedHead(nn.Module):
+    """The language-model head that shares a `QuantizedEmbedding`."""
+
+    def __init__(self, embedding: QuantizedEmbedding):
+        super().__init__()
+        self.__dict__["embedding"] = embedding  # not a submodule: its tensors are the embedding's
+
+    def forward(self, x):
+        return self.embedding.product(x)
+
+
+def embedding_rows(embedding: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Rows of an embedding module's matrix, quantised or not, without Gemma's scale."""
+    return embedding.select(ids) if isinstance(embedding, QuantizedMatrix) else embedding.weight.detach()[ids]
+
+
+def linears(part: nn.Module) -> dict[str, nn.Linear]:
+    """The Linears of a part that can be quantised, by name: not LoRA's own, nor a language model's head."""
+    head = part.get_output_embeddings() if isinstance(part, PreTrainedModel) else None
+    return {
+        name: module
+        for name, module in part.named_modules()
+        if isinstance(module, nn.Linear) and ".lora_" not in name and module is not head
+    }
+
+
+def replace_module(root: nn.Module, name: str, module: nn.Module):
+    parent, _, child = name.rpartition(".")
+    setattr(root.get_submodule(parent), child, module)
+
+
+def quantized_linear(linear: nn.Linear, bits: int, group_size: int = 64, scales: torch.Tensor | None = None):
+    """`linear` with its weights rounded to their nearest values."""
+    with torch.device(linear.weight.device):
+        quantized = QuantizedLinear(linear.in_features, linear.out_features, linear.bias is not None, bits, group_size)
+    if linear.weight.device.type != "meta":
+        quantized.quantize(linear.weight, scales)
+    if linear.bias is not None:
+        quantized.bias = linear.bias
+    return quantized
+
+
+def quantize_linears(part: nn.Module, bits: int, group_size: int = 64):
+    """Replace the Linears of a part, in place, by quantised ones; those that already are stay."""
+    for name, linear in linears(part).items():
+        if not isinstance(linear, QuantizedLinear):
+            try:
+                replace_module(part, name, quantized_linear(linear, bits, group_size))
+            except ValueError as error:
+                raise ValueError(f"{type(part).__name__}.{name} cannot be quantised: {error}") from error
+
+
+def widen_linears(part: nn.Module):
+    """Replace the quantised Linears of a part, in place, by ordinary ones of the same values, which can be trained."""
+    for name, linear in linears(part).items():
+        if isinstance(linear, QuantizedLinear):
+            wide = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+            wide.weight, wide.bias = nn.Parameter(linear.dequantize()), linear.bias
+            replace_module(part, name, wide)
+
+
+def quantized_embedding(
+    embedding: nn.Embedding, bits: int, group_size: int = 64, scales: torch.Tensor | None = None
+) -> QuantizedEmbedding:
+    """`embedding` with its weights rounded to their nearest values."""
+    weight = embedding.weight
+    with torch.device(weight.device):
+        quantized = QuantizedEmbedding(
+            *weight.shape, bits, group_size, embed_scale=getattr(embedding, "scalar_embed_scale", 1.0)
+        )
+    if weight.device.type != "meta":
+        quantized.quantize(weight, scales)
+    return quantized
+
+
+def quantize_vocabulary(
+    language_model: nn.Module, bits: int, group_size: int = 64, scales: torch.Tensor | None = None
+):
+    """Replace the token embeddings and the head, in place; where the model ties them they stay one matrix."""
+    head = language_model.get_output_embeddings()
+    quantized = quantized_embedding(language_model.get_input_embeddings(), bits, group_size, scales)
+    language_model.set_input_embeddings(quantized)
+    if language_model.config.tie_word_embeddings:
+        language_model._tied_weights_keys, language_model.all_tied_weights_keys = None, {}  # nothing is left to tie
+        language_model.set_output_embeddings(TiedHead(quantized))
+    else:
+        language_model.set_output_embeddings(quantized_linear(head, bits, group_size))
+
+
+def quantize_parts(model: nn.Module, quantization: dict[str, dict]):
+    r"""
+    Quantise a `SalmonnModel` in place.
+
+    Args:
+        quantization: part name to `{"bits": 4 or 8, "group_size": int}`, as `SalmonnConfig.quantization`. Parts are
+            "embedding" (tokens and head) and the model's submodules "audio_tower", "sound_tower", "connector",
+            "speech_tokens" and "language_model" (its Linears without the head).
+
+    Raises:
+        ValueError: for a part that the model does not have, or a matrix that `group_size` does not divide.
+    """
+    for part, settings in quantization.items():
+        if part == "embedding":
+            if isinstance(model.get_input_embeddings(), nn.Embedding):
+                quantize_vocabulary(model.language_model, **settings)
+        elif isinstance(getattr(model, part, None), nn.Embedding):
+            setattr(model, part, quantized_embedding(getattr(model, part), **settings))
+        elif isinstance(getattr(model, part, None), nn.Module):
+            quantize_linears(getattr(model, part), **settings)
+        else:
+            children = dict(model.named_children()).items()
+            parts = [name for name, child in children if linears(child) or isinstance(child, nn.Embedding)]
+            raise ValueError(f"There is no part {part!r} to quantise; choose of embedding, {', '.join(parts)}.")
