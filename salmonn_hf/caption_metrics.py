@@ -192,9 +192,11 @@ def find_corenlp(directory: str | Path | None = None) -> Path:
         jars = [jar.name for jar in place.glob("stanford-corenlp-*.jar")]
         if any("models" in jar for jar in jars) and any("models" not in jar for jar in jars):
             return place
+    # The message goes into reports and model cards: it names no directory of this machine that nobody gave.
+    searched = directory or "$CORENLP_HOME or pycocoevalcap's spice/lib"
     raise CaptionMetricsError(
         f"No SPICE and no SPIDEr: stanford-corenlp-3.6.0.jar and stanford-corenlp-3.6.0-models.jar are not in "
-        f"{' or '.join(map(str, places))}. Take them from CoreNLP 3.6.0 and name their directory in CORENLP_HOME."
+        f"{searched}. Take them from CoreNLP 3.6.0 and name their directory in CORENLP_HOME."
     )
 
 

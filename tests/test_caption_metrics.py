@@ -141,6 +141,14 @@ def test_without_corenlp_there_is_no_score_by_the_name_of_spice(words_only, tmp_
     assert find_corenlp() == tmp_path
 
 
+def test_what_a_card_says_of_spice_names_no_directory_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("CORENLP_HOME", str(tmp_path))
+    with pytest.raises(CaptionMetricsError) as raised:
+        find_corenlp()
+    told = str(raised.value)
+    assert str(tmp_path) not in told and str(caption_metrics.spice_directory()) not in told
+
+
 def test_spice_tells_what_its_program_says(tmp_path):
     with pytest.raises(CaptionMetricsError, match="(?s)SPICE failed.*"):
         caption_metrics.spice([["a dog"]], [["a dog"]], tmp_path)
