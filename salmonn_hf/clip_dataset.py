@@ -10,7 +10,7 @@ from . import tasks
 from .augmentation import Augmentation, change_speed
 from .corpora import UnusableClip
 from .feature_cache import FeatureCache, clip_key
-from .sources import ClipTable, Source, row_waveform
+from .sources import ClipTable, Source, row_texts, row_waveform
 
 
 class ClipDataset(torch.utils.data.Dataset):
@@ -85,8 +85,7 @@ class ClipDataset(torch.utils.data.Dataset):
             clip = self.clip(row, source.speed, draw, index)
         except UnusableClip as error:
             return {"path": path, "skipped": str(error)}
-        texts = row["text"] if isinstance(row["text"], list) else [row["text"]]
-        texts = [text for text in texts if text and text.strip()]
+        texts = row_texts(row)
         task = source.task or row.get("task")
         messages = self.messages(task, row.get("question") or "", draw, index) if task else None
         return {
@@ -310,9 +309,8 @@ class StreamedClips(torch.utils.data.IterableDataset):
 
     def item(self, source: Source, row: dict, number: int, index: int):
         seconds = row.get("seconds")
-        texts = row["text"] if isinstance(row["text"], list) else [row["text"]]
         reason = None
-        if not any(text and text.strip() for text in texts):
+        if not row_texts(row):
             reason = "no text"
         elif seconds is not None and not self.min_seconds <= seconds <= self.max_seconds:
             reason = f"too {'short' if seconds < self.min_seconds else 'long'} ({seconds:.2f} s)"

@@ -348,6 +348,12 @@ def _decoded_seconds(audio: dict) -> float:
         return 0.0
 
 
+def row_texts(row: dict) -> list[str]:
+    """The texts of a row's clip that are not empty."""
+    texts = row["text"] if isinstance(row["text"], list) else [row["text"]]
+    return [text for text in texts if text and text.strip()]
+
+
 def row_waveform(row: dict) -> np.ndarray:
     """
     A row's clip, `(samples,)`, float32 at 16 kHz.

@@ -31,7 +31,7 @@ from salmonn_hf.push import push_to_hub
 from salmonn_hf.quantization import quantize_parts
 from salmonn_hf.recipe import parse_recipe
 from salmonn_hf.scale_tuning import tune_scales
-from salmonn_hf.sources import ClipTable, Source, row_waveform
+from salmonn_hf.sources import ClipTable, Source, row_texts, row_waveform
 from salmonn_hf.speech_decoder import drop_unused_tokens
 
 # The language model in another library's format, by transformers' own quantisers.
@@ -113,23 +113,20 @@ def draw_clips(args: QuantizeArguments, count: int, seed: int) -> list[dict]:
     generator = torch.Generator().manual_seed(seed)
     sources = args.calibration_sources()
     weights = torch.tensor([source.weight for source in sources])
-    # Shares that sum to `count`.
-    ends = (count * weights.cumsum(0) / weights.sum()).round().int().tolist()
+    ends = (count * weights.cumsum(0) / weights.sum()).round().int()
+    shares = ends.diff(prepend=torch.zeros(1, dtype=ends.dtype)).tolist()  # they sum to `count`
     drawn = []
-    for source, share in zip(
-        sources, [end - start for start, end in zip([0, *ends], ends, strict=False)], strict=True
-    ):
+    for source, share in zip(sources, shares, strict=True):
         table = ClipTable(source)
         for index in torch.randperm(len(table), generator=generator)[:share].tolist():
             row = table[index]
             task = source.task or row.get("task")
-            texts = [row["text"]] if isinstance(row["text"], str) else row["text"]
             audio = row_waveform(row)
             drawn.append(
                 {
                     "audio": audio if source.speed == 1.0 else change_speed(audio, source.speed),
                     "messages": tasks.messages(task, row.get("question") or "") if task else None,
-                    "text": source.choose_text([text for text in texts if text and text.strip()]),
+                    "text": source.choose_text(row_texts(row)),
                 }
             )
     return drawn
