@@ -250,4 +250,6 @@ def drop_unused_tokens(model):
         ids.copy_(torch.searchsorted(used, ids.long()))
     model.speech_tokens = nn.Embedding.from_pretrained(embedding.weight[used])
     model.config.audio_config.vocab_size = len(used)
+    for name in ("decoder_start_token_id", "pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(model.config.audio_config, name, 0)  # none of them is kept, and a start token has to be a number
     model.config.base_parts = None

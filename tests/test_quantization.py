@@ -76,6 +76,15 @@ def test_weights_mapped_from_a_file_at_an_odd_address(rows):
         assert torch.equal(layer(x), expected)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_no_ids_select_no_rows(bits):
+    matrix = QuantizedEmbedding(192, 64, bits, 32)
+    assert matrix.select(torch.zeros(0, dtype=torch.int64)).shape == (0, 64)
+    if bits == 4:
+        matrix.quantize(torch.randn(192, 64, dtype=torch.bfloat16)).pack()
+        assert matrix.select(torch.zeros(0, dtype=torch.int64)).shape == (0, 64)
+
+
 @pytest.mark.parametrize("matrix", [QuantizedLinear(64, 192, False, 4, 32), QuantizedEmbedding(192, 64, 4, 32)])
 def test_packing_keeps_every_value(matrix):
     torch.manual_seed(1)

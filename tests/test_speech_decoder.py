@@ -108,8 +108,9 @@ def test_scores_of_all_tokens_are_the_same_with_and_without_gradients(bits):
     torch.testing.assert_close(without, head.token_scores(states, tokens))
 
 
-def test_without_unused_tokens_a_model_hears_the_same(tmp_path):
+def test_without_unused_tokens_a_model_hears_the_same(tmp_path, caplog):
     model = decoder_model()
+    model.config.audio_config.bos_token_id = model.config.audio_config.vocab_size - 1
     head, clip = model.ctc_head, (torch.randn(1, 40, model.config.audio_config.d_model), torch.ones(1, 40).bool())
     states, _ = model.connect_audio(*clip)
     expected = head(states, model.speech_tokens)
@@ -120,6 +121,7 @@ def test_without_unused_tokens_a_model_hears_the_same(tmp_path):
     torch.testing.assert_close(head(states, model.speech_tokens), expected)
     model.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path)
+    assert "within the vocabulary" not in caplog.text
     torch.testing.assert_close(loaded.ctc_head(states, loaded.speech_tokens), expected)
 
 
