@@ -137,10 +137,13 @@ class SalmonnSpeechTokenHead(nn.Module):
         Returns:
             float32 log-probabilities of shape `(..., 1 + classes)`: the blank, then the tokens.
         """
+        return self.logits(audio_embeds, speech_tokens, classes).log_softmax(-1)
+
+    def logits(self, audio_embeds: torch.Tensor, speech_tokens: nn.Module, classes=None) -> torch.Tensor:
+        """As `forward`, before the softmax."""
         states = audio_embeds[..., : self.width].flatten(0, -2)  # as a plain matrix product, see SalmonnCTCHead
         scores = self.token_scores(states, speech_tokens, classes).float() * self.log_scale.exp()
-        log_probs = torch.cat([self.blank(states).float(), scores], dim=-1).log_softmax(-1)
-        return log_probs.unflatten(0, audio_embeds.shape[:-1])
+        return torch.cat([self.blank(states).float(), scores], dim=-1).unflatten(0, audio_embeds.shape[:-1])
 
     def token_scores(self, states: torch.Tensor, speech_tokens: nn.Module, classes=None) -> torch.Tensor:
         """States `(windows, d_model)` to their products with the tokens, in the better of their two spellings."""
@@ -196,7 +199,7 @@ class SalmonnSpeechTokenHead(nn.Module):
 
     def best(self, audio_embeds: torch.Tensor, speech_tokens: nn.Module) -> torch.Tensor:
         """Index of the likeliest output for each state, 0 for the blank."""
-        return self(audio_embeds, speech_tokens).argmax(-1)
+        return self.logits(audio_embeds, speech_tokens).argmax(-1)
 
 
 def shared_tokens(tokenizer, speech_tokenizer) -> list[tuple[int, int, int]]:
