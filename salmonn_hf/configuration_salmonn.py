@@ -65,6 +65,7 @@ class SalmonnConfig(PreTrainedConfig):
             many byte-pair merges (see `training.ctc_tokenizer`); `None` for all.
         ctc_loss_weight (`float`): weight of the CTC loss beside the next-token loss when `ctc_labels` are given.
         lora (`dict`, *optional*): `peft.LoraConfig` arguments of the adapter inside the language model.
+        audio_lora (`dict`, *optional*): the same for one inside the speech encoder.
         base_parts (`dict`, *optional*): for an adapter checkpoint, which frozen parts its file leaves out and where
             they come from, e.g. `{"audio_tower": "openai/whisper-base.en", "language_model": "google/gemma-2-2b-it"}`.
         quantization (`dict`, *optional*): parts kept in 4 or 8 bits, see `quantization.quantize_parts`, e.g.
@@ -110,6 +111,7 @@ class SalmonnConfig(PreTrainedConfig):
     ctc_merges: int | None = None
     ctc_loss_weight: float | int = 0.0
     lora: dict | None = None
+    audio_lora: dict | None = None
     base_parts: dict | None = None
     quantization: dict | None = None
     tie_word_embeddings: bool = False  # the language model ties its own

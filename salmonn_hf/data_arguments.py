@@ -6,7 +6,7 @@ import jinja2
 
 from .augmentation import Augmentation
 from .clip_dataset import ClipDataset, StreamedClips
-from .feature_cache import FeatureCache, encoder_identity
+from .feature_cache import FeatureCache, encoder_identity, trains_encoder
 from .joined_clips import join_clips
 from .sources import ClipTable, SkippedClips, Source
 from .tasks import SYSTEM_PROMPT
@@ -101,7 +101,7 @@ class DataArguments:
         """The training and the evaluation set of what `load` gave; `None` for no evaluation."""
         extractor = processor.feature_extractor
         cache = None
-        if self.feature_cache:
+        if self.feature_cache and not trains_encoder(model):
             identity = encoder_identity(model, extractor)
             cache = FeatureCache(self.feature_cache, identity, self.feature_cache_gigabytes)
         prompts = {

@@ -192,16 +192,7 @@ def encode_clips(model, clips: list[dict], cache: FeatureCache | None = None) ->
     missing = [index for index, clip in enumerate(clips) if "audio_frames" not in clip]
     encoded = {}
     for group in [[index] for index in missing] if device.type == "cpu" else [missing] * bool(missing):
-        inputs = {}
-        for name in ("input_features", "input_values"):
-            if name in clips[group[0]]:
-                # Time is the last axis of both.
-                rows = [clips[index][name].to(device).movedim(-1, 0) for index in group]
-                inputs[name] = pad_sequence(rows, batch_first=True).movedim(1, -1)
-                inputs[f"{name}_mask"] = pad_sequence(
-                    [torch.ones(len(row), dtype=torch.int64, device=device) for row in rows], batch_first=True
-                )
-        outputs = model.encode_audio(**inputs)
+        outputs = model.encode_audio(**pad_features([clips[index] for index in group], device))
         for row, index in enumerate(group):
             encoded[index] = {
                 name: outputs[name][row, : int(outputs[f"{name}_mask"][row].sum())]
@@ -215,6 +206,23 @@ def encode_clips(model, clips: list[dict], cache: FeatureCache | None = None) ->
         encoded.get(index) or {name: clip[name].to(device) for name in names if name in clip}
         for index, clip in enumerate(clips)
     ]
+
+
+def pad_features(clips: list[dict[str, torch.Tensor]], device: torch.device) -> dict[str, torch.Tensor]:
+    """Features of clips as `SalmonnModel.encode_audio` takes them: right-padded, with their masks."""
+    batch = {}
+    for name in ("input_features", "input_values"):
+        if name in clips[0]:
+            rows = [clip[name].to(device).movedim(-1, 0) for clip in clips]  # time is the last axis of both
+            batch[name] = pad_sequence(rows, batch_first=True).movedim(1, -1)
+            ones = [torch.ones(len(row), dtype=torch.int64, device=device) for row in rows]
+            batch[f"{name}_mask"] = pad_sequence(ones, batch_first=True)
+    return batch
+
+
+def trains_encoder(model) -> bool:
+    """Whether the speech encoder changes in training, by LoRA: its frames are then not to be kept."""
+    return any(parameter.requires_grad for parameter in model.audio_tower.parameters())
 
 
 def pad_clips(clips: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .configuration_salmonn import SalmonnConfig
 from .files import write_whole
+from .lora import LORA_FIELDS
 from .modeling_salmonn import SalmonnForConditionalGeneration
 from .report import Run, markdown_table, metrics_table, read_run, remarks, timings
 from .tasks import TEST_PROMPTS
@@ -48,7 +49,7 @@ def count_parts(config: SalmonnConfig) -> dict[str, int]:
     for name, parameter in model.named_parameters():
         part = name.split(".")[0]
         if ".lora_" in name:
-            part = "LoRA"
+            part = f"LoRA in {part}"
         elif part == "speech_tokens":  # comes with Whisper, as the encoder does
             part = "audio_tower"
         elif part not in ("audio_tower", "sound_tower", "language_model"):
@@ -76,8 +77,12 @@ def parts_table(config: SalmonnConfig, bases: dict[str, str], licence: str) -> s
     connector = f"LayerNorms, {connector_name(config)}, projection"
     connector += ", CTC head" if config.ctc_vocab_size else ""
     rows.append([connector, "trained", f"{counts['connector'] / 1e6:.1f} M", licence])
-    if counts["LoRA"]:
-        rows.append([f"LoRA, rank {config.lora['r']}", "trained", f"{counts['LoRA'] / 1e6:.1f} M", licence])
+    for part, lora in LORA_FIELDS.items():
+        if settings := getattr(config, lora):
+            count = counts[f"LoRA in {part}"]
+            rows.append(
+                [f"LoRA in the {kinds[part]}, rank {settings['r']}", "trained", f"{count / 1e6:.1f} M", licence]
+            )
     table = markdown_table(rows)
     if config.quantization is None:
         return table

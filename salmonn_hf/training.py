@@ -8,6 +8,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import islice
@@ -28,7 +29,7 @@ from .caption_metrics import CaptionMetricsError, cider_d, require_java
 from .checkpoint import is_base_key
 from .clip_dataset import ClipDataset, MixtureSampler, StreamedClips, num_frames
 from .ctc_draft import merge_repeats
-from .feature_cache import encode_clips, pad_clips
+from .feature_cache import encode_clips, pad_clips, pad_features, trains_encoder
 from .metrics import word_error_rate
 from .push import push_to_hub
 from .quantization import widen_linears
@@ -267,18 +268,19 @@ def start_sound_summary(model, dataset: ClipDataset, collator: ClipCollator, see
 def freeze_base_parts(model, alignment_only: bool = False, keep_words: bool = False):
     """
     Leave only what SALMONN trains with gradients: LayerNorms, Q-Former, projection, CTC head and LoRA, in float32; the
-    encoders and the language model keep their precision. `alignment_only`: LoRA stays frozen as well. `keep_words`:
-    so does what reads words from the frames, and LoRA and the marker of sounds' names alone are trained. A
-    connector that was quantised is widened first: its 8 bits could not be trained.
+    encoders and the language model keep their precision. `alignment_only`: the language model's LoRA stays frozen as
+    well. `keep_words`: so does what reads words from the frames, the speech encoder's LoRA included; the language
+    model's LoRA and the marker of sounds' names alone are trained. A connector that was quantised is widened: its
+    8 bits could not be trained.
     """
     trained = ("sound_summary.marker",) if keep_words else TRAINED_PARTS
+    adapters = ("language_model.",) * (not alignment_only) + ("audio_tower.",) * (not keep_words)
     if "connector" in (model.config.quantization or {}):
         widen_linears(model.connector)
         model.config.quantization = {k: v for k, v in model.config.quantization.items() if k != "connector"}
     model.requires_grad_(False)
     for name, parameter in model.named_parameters():
-        is_lora = ".lora_" in name
-        if name.startswith(trained) or (is_lora and not alignment_only):
+        if name.startswith(trained) or (".lora_" in name and name.startswith(adapters)):
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
     model.train()  # puts the frozen encoders in evaluation mode
@@ -307,6 +309,9 @@ class SalmonnTrainingArguments(TrainingArguments):
     )
     frame_noise: float = field(
         default=0.0, metadata={"help": "Noise on the speech encoder's frames, as a share of their deviation."}
+    )
+    audio_lora_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of LoRA in the speech encoder; default: that of LoRA in the language model."}
     )
     speech_decoder_learning_rate: float | None = field(
         default=None, metadata={"help": "Of the layers taken from Whisper's decoder; default: learning_rate."}
@@ -345,7 +350,8 @@ class SalmonnTrainer(Trainer):
     `audio_seconds_per_second`, over all processes, without evaluation.
 
     Raises:
-        ValueError: if the evaluation set does not give `metric_for_best_model`.
+        ValueError: if the evaluation set does not give `metric_for_best_model`; if frames that are to be masked, or
+            noised, come from an encoder that is trained.
         CaptionMetricsError: if it has captions, and what scores them, Java among it, is not installed.
     """
 
@@ -358,6 +364,12 @@ class SalmonnTrainer(Trainer):
         self.staging = None
         if self.eval_dataset is not None:
             self.check_metrics()
+        masks_frames = getattr(getattr(self.train_dataset, "clips", self.train_dataset), "masked_frames", 0)
+        if trains_encoder(self.model) and (masks_frames or getattr(self.args, "frame_noise", 0)):
+            raise ValueError(
+                "masked_frames and frame_noise change what a frozen speech encoder gave; with LoRA inside the encoder "
+                "leave them out, and set time_masks, frequency_masks or snr_db instead."
+            )
         patience = getattr(self.args, "early_stopping_patience", None)
         if patience is not None:
             self.add_callback(EarlyStoppingCallback(patience))
@@ -446,6 +458,8 @@ class SalmonnTrainer(Trainer):
         batch = {name: value for name, value in batch.items() if name not in ("tasks", "seconds", "skipped")}
         clips = batch.pop("clips")
         model = self.accelerator.unwrap_model(self.model)
+        if trains_encoder(model):  # with gradients, so in its own forward pass
+            return batch | pad_features(clips, model.audio_tower.device)
         frames = encode_clips(model, clips, self.cache)
         # A summary is made of means and deviations, which noise would change as no audio does.
         of_windows = model.config.sound_layers is not None and not model.config.sound_summary_size
@@ -487,8 +501,10 @@ class SalmonnTrainer(Trainer):
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            lora = self.lora_learning_rate or self.args.learning_rate
             rates = {
-                "lora": self.lora_learning_rate or self.args.learning_rate,
+                "lora": lora,
+                "audio lora": self.args.audio_lora_learning_rate or lora,
                 "speech decoder": self.args.speech_decoder_learning_rate or self.args.learning_rate,
                 "other": self.args.learning_rate,
             }
@@ -631,7 +647,9 @@ class SalmonnTrainer(Trainer):
             examples = [(item, example) for item, example in examples if "skipped" not in example]
             if not examples:
                 continue
-            frames = encode_clips(model, [example["clip"] for _, example in examples], dataset.cache)
+            # Frozen encoders have a precision of their own, in which the cache keeps their frames.
+            with self.accelerator.autocast() if trains_encoder(model) else nullcontext():
+                frames = encode_clips(model, [example["clip"] for _, example in examples], dataset.cache)
             batch = {key: value.to(model.device) for key, value in pad_clips(frames).items()}
             with self.accelerator.autocast():
                 if collator.alignment_only:
@@ -656,7 +674,7 @@ class SalmonnTrainer(Trainer):
 def parameter_kind(name: str) -> str:
     """Which learning rate a trained parameter has."""
     if ".lora_" in name:
-        return "lora"
+        return "audio lora" if name.startswith("audio_tower.") else "lora"
     # The connector's own names for what `start_from_whisper` fills.
     from_whisper = name == "connector.query" or name.startswith(("connector.layers.", "connector.layer_norm."))
     return "speech decoder" if from_whisper else "other"

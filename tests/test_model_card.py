@@ -104,12 +104,19 @@ def test_it_says_what_the_files_say(card, made):
 
 
 def test_parts_are_all_the_model(made):
-    config = tiny_config(lora={"r": 4, "target_modules": ["q_proj"]}, ctc_vocab_size=10)
+    lora = {"r": 4, "target_modules": ["q_proj"]}
+    config = tiny_config(lora=lora, audio_lora=lora | {"r": 2}, ctc_vocab_size=10)
     counts = count_parts(config)
     model = tiny_model(config)
     assert sum(counts.values()) == sum(parameter.numel() for parameter in model.parameters())
-    assert counts["LoRA"] == sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name) > 0
-    assert counts["audio_tower"] == sum(p.numel() for p in model.audio_tower.parameters())
+    of_part = {}
+    for part in ("language_model", "audio_tower"):
+        named = list(getattr(model, part).named_parameters())
+        of_part[part] = sum(p.numel() for name, p in named if ".lora_" in name)
+        assert counts[f"LoRA in {part}"] == of_part[part] > 0
+        assert counts[part] == sum(p.numel() for name, p in named if ".lora_" not in name)
+    table = parts_table(config, {}, "mit")
+    assert "LoRA in the language model, rank 4" in table and "LoRA in the speech encoder, rank 2" in table
 
 
 def test_a_connector_from_whispers_decoder_is_called_so():

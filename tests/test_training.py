@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, WhisperF
 from salmonn_hf import BeatsConfig, BeatsModel, SalmonnForConditionalGeneration, speech_decoder, tasks, training
 from salmonn_hf.caption_metrics import CaptionMetricsError
 from salmonn_hf.clip_dataset import num_frames
-from salmonn_hf.feature_cache import encode_clips, pad_clips
+from salmonn_hf.feature_cache import encode_clips, pad_clips, trains_encoder
 from salmonn_hf.quantization import linears, quantize_parts, quantized_linear
 from salmonn_hf.sound_summary import SalmonnSoundSummary
 from salmonn_hf.training import (
@@ -367,6 +367,27 @@ def test_a_larger_lora_is_cut_to_the_recipes_rank(parts, stage1_model, tmp_path,
         assert len(trained.state_dict()[key]) == min(rank, 4)
 
 
+def test_lora_in_the_encoder_is_trained_and_resumed(parts, stage1_model, tmp_path, monkeypatch):
+    """Its frames change with each step: none are kept, and masks go on what the encoder hears."""
+    changes = {"audio_lora_r": 2, "time_masks": 1, "frequency_masks": 1, "lora_dropout": 0.0, "bf16": True}
+    changes |= {"feature_cache": "cache"}
+    monkeypatch.chdir(tmp_path)
+    for name, steps in (("two", 4), ("broken", 2), ("broken", 4)):
+        recipe = stage2_recipe(parts, tmp_path / name, stage1_model, max_steps=steps, save_steps=2) | changes
+        run("run_stage2.py", recipe | {"lr_scheduler_type": "constant"}, tmp_path, monkeypatch)
+    assert not (tmp_path / "cache").exists()
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "broken"))
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+    in_encoder = {key: value for key, value in whole.items() if key.startswith("audio_tower.")}
+    assert in_encoder and all(".lora_" in key for key in in_encoder)
+    assert all(value.any() for key, value in in_encoder.items() if ".lora_B." in key)  # which start at zero
+    trained = SalmonnForConditionalGeneration.from_pretrained(tmp_path / "two")
+    assert trained.config.audio_lora["r"] == 2 and trained.config.audio_lora["lora_alpha"] == 4
+    with pytest.raises(ValueError, match="frame_noise change what a frozen speech encoder gave"):
+        recipe = stage2_recipe(parts, tmp_path / "noise", tmp_path / "two", frame_noise=0.1)
+        run("run_stage2.py", recipe, tmp_path, monkeypatch)
+
+
 def test_transcripts_learnt_from_a_teacher(parts, stage1_model, tmp_path, monkeypatch):
     """The teacher is the start itself, so there is nothing to learn of speech; and its words are read as before."""
     run("run_stage2.py", stage2_recipe(parts, tmp_path / "two", stage1_model, max_steps=2), tmp_path, monkeypatch)
@@ -683,20 +704,33 @@ def test_only_salmonns_own_parts_train():
         assert parameter.dtype == (torch.float32 if trained else torch.bfloat16), name
     freeze_base_parts(model, alignment_only=True)
     assert not any(p.requires_grad for n, p in model.named_parameters() if ".lora_" in n)
+    assert not trains_encoder(model)
+    model.add_lora({"r": 2, "target_modules": ["q_proj"]}, "audio_tower")
+    for keep_words, trained in ((False, "audio_tower."), (True, "language_model.")):
+        freeze_base_parts(model, alignment_only=not keep_words, keep_words=keep_words)
+        adapters = {n: p.requires_grad for n, p in model.named_parameters() if ".lora_" in n}
+        assert all(requires == name.startswith(trained) for name, requires in adapters.items())
+        assert trains_encoder(model) != keep_words
 
 
 def test_what_comes_from_whisper_and_lora_have_learning_rates_of_their_own(tmp_path):
     windows = {"window_frames": 4, "window_stride": 4, "queries_per_window": 1, "frame_mlp_size": 8}
     model = tiny_model(tiny_config(ctc_vocab_size=3, speech_decoder_layers=1, **windows))
-    model.add_lora({"r": 2, "target_modules": ["q_proj"]})
+    for part in ("language_model", "audio_tower"):
+        model.add_lora({"r": 2, "target_modules": ["q_proj"]}, part)
     freeze_base_parts(model)
     arguments = SalmonnTrainingArguments(
-        output_dir=str(tmp_path), learning_rate=1e-3, speech_decoder_learning_rate=1e-4, use_cpu=True
+        output_dir=str(tmp_path),
+        learning_rate=1e-3,
+        speech_decoder_learning_rate=1e-4,
+        audio_lora_learning_rate=2e-3,
+        use_cpu=True,
     )
     trainer = SalmonnTrainer(model=model, args=arguments, lora_learning_rate=1e-2)
     rates = {id(p): group["lr"] for group in trainer.create_optimizer().param_groups for p in group["params"]}
     expected = {"connector.query": 1e-4, "connector.layers": 1e-4, "connector.layer_norm": 1e-4}
     expected |= {"connector.frame_mlp": 1e-3, "audio_norm": 1e-3, "ctc_head": 1e-3, "language_model": 1e-2}
+    expected["audio_tower"] = 2e-3
     seen = set()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -20,7 +20,7 @@ from salmonn_hf import SalmonnConfig, SalmonnForConditionalGeneration, SalmonnPr
 from salmonn_hf.augmentation import Augmentation
 from salmonn_hf.data_arguments import DataArguments
 from salmonn_hf.distillation import DistillingTrainer
-from salmonn_hf.lora_rank import cut_lora_rank
+from salmonn_hf.lora import cut_lora_rank
 from salmonn_hf.quantization import quantize_parts
 from salmonn_hf.recipe import parse_recipe
 from salmonn_hf.sources import SkippedClips
@@ -34,6 +34,8 @@ from salmonn_hf.training import (
     start_sound_summary,
 )
 
+ENCODER_LINEARS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+
 
 @dataclass
 class ModelArguments:
@@ -44,6 +46,10 @@ class ModelArguments:
     lora_alpha: int = field(default=32)
     lora_dropout: float = field(default=0.1)
     lora_target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    audio_lora_r: int | None = field(
+        default=None,
+        metadata={"help": "Rank of a new LoRA adapter in all layers of the speech encoder as well; default: none."},
+    )
     lora_learning_rate: float | None = field(default=None, metadata={"help": "Default: that of everything else."})
     language_model_bits: int = field(
         default=0,
@@ -133,6 +139,9 @@ def main():
         )
     elif model_args.lora_r is not None and model_args.lora_r < model.config.lora["r"]:
         cut_lora_rank(model, model_args.lora_r)
+    if model_args.audio_lora_r is not None and model.config.audio_lora is None:
+        rank = model_args.audio_lora_r
+        model.add_lora({"r": rank, "lora_alpha": 2 * rank, "target_modules": ENCODER_LINEARS}, "audio_tower")
     new_to_sounds = model_args.sound_layers is not None and model.config.sound_layers is None
     if new_to_sounds:
         model.add_sound_summary(model_args.sound_layers, model_args.sound_summary_size, model_args.sound_kinds)

@@ -6,6 +6,7 @@ would not have chosen, and that one's replacement. The text is that of greedy de
 first reads the prompt as well.
 """
 
+import os
 import re
 
 import torch
@@ -13,6 +14,8 @@ from torch import nn
 from transformers.generation import CandidateGenerator
 
 PASS_TOKENS = 24  # of a draft that one pass verifies; those behind the first wrong one cost time for nothing
+REACH = 4  # tokens of a draft among which the language model's next one is looked for
+WORD_STARTS = ("\u0120", "\u2581")  # a space, in byte-level BPE and in SentencePiece
 # Of a transcript that begins with one, a question mark is likelier at the end than a full stop.
 QUESTION_WORDS = set(
     "who what where when why how which whose is are am was were do does did can could will would shall should have "
@@ -84,9 +87,8 @@ def best_tokens(ctc_head: nn.Module, audio_embeds: torch.Tensor, embedding: nn.M
 class CTCDraft(CandidateGenerator):
     """
     Candidates from the CTC head, for one prompt, given as `inputs_embeds`. The pass that reads it verifies the whole
-    draft. Where it was wrong, what the language model itself foretold behind that place is the next draft, as in
-    Jacobi decoding (Santilli et al., ACL 2023, https://arxiv.org/abs/2305.10427), if it has the words that the CTC
-    head hears there.
+    draft. Where that was wrong, what the language model itself foretold behind that place mends the next draft, as in
+    Jacobi decoding (Santilli et al., ACL 2023, https://arxiv.org/abs/2305.10427): see `mend`.
 
     Args:
         draft_ids (`list[int]`): the transcript that the head reads, see `best_tokens`.
@@ -101,40 +103,105 @@ class CTCDraft(CandidateGenerator):
     def __init__(self, draft_ids: list[int], embedding: nn.Module, tokenizer, eos_token_id: int):
         self.embedding, self.tokenizer, self.eos_token_id = embedding, tokenizer, eos_token_id
         self.draft, self.prompt_length = words(tokenizer.decode(draft_ids)), None
-        self.candidates, self.foretold = [], []
+        self.candidates, self.mended, self.is_first = [], [], True
 
     def get_candidates(self, input_ids, model_kwargs=None, is_first_iteration=False, **kwargs):
         """`input_ids` `(1, tokens)` with the rest of the draft behind them, and no logits."""
         if is_first_iteration:
             self.prompt_length = input_ids.shape[1]
-        text = self.tokenizer.decode(input_ids[0, self.prompt_length :], clean_up_tokenization_spaces=False)
-        rest = continuation(text, self.draft)
-        if rest is None or not self.draft:
+        drafted = self.rest_of_draft(input_ids[0, self.prompt_length :])
+        candidates = self.mended if self.mended and self.is_near(drafted) else drafted
+        if not candidates:
             return input_ids, None
-        drafted = self.tokenizer(rest, add_special_tokens=False)["input_ids"] + [self.eos_token_id]
-        self.candidates = self.nearest(drafted)[:PASS_TOKENS]
+        self.candidates = candidates[:PASS_TOKENS]
         candidates = input_ids.new_tensor([self.candidates])
         if is_first_iteration:
             embeds = self.embedding(candidates)
             model_kwargs["inputs_embeds"] = torch.cat([model_kwargs["inputs_embeds"], embeds], dim=1)
         return torch.cat([input_ids, candidates], dim=1), None
 
-    def nearest(self, drafted: list[int]) -> list[int]:
-        """Of a draft of the CTC head, and of what was foretold with and without the wrong token, the one to verify."""
-        heard = words(self.tokenizer.decode(drafted))
-        for foretold in sorted(self.foretold, key=lambda tokens: tokens[:1] != drafted[:1]):
-            said = words(self.tokenizer.decode(foretold))
-            if alignment_costs(said, heard)[-1] <= len(heard) / 4:
-                return foretold
-        return drafted
+    def rest_of_draft(self, token_ids: torch.Tensor) -> list[int]:
+        """What the CTC head hears behind the tokens `(tokens,)` that the language model has written."""
+        text = self.tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)
+        rest = continuation(text, self.draft) if self.draft else None
+        return [] if rest is None else self.token_ids(rest) + [self.eos_token_id]
+
+    def is_near(self, drafted: list[int]) -> bool:
+        """Whether the mended candidates have most of the words that the CTC head hears there, if it hears any."""
+        heard, said = (words(self.tokenizer.decode(ids)) for ids in (drafted, self.mended))
+        return alignment_costs(said, heard)[-1] <= max(1, len(heard) / 2) or not drafted
 
     def update_candidate_strategy(self, input_ids, scores, num_matches):
+        """Mend the rest of the candidates with what the pass foretold behind each of them: `scores[0]`."""
+        foretold = scores[0].argmax(-1).tolist()
+        self.mended = []
+        if num_matches < len(self.candidates) and foretold[num_matches] != self.eos_token_id:
+            self.mended = self.mend(foretold, num_matches)
+        self.is_first = False
+
+    def mend(self, foretold: list[int], matches: int) -> list[int]:
         """
-        Keep what the pass foretold behind the first wrong candidate, which the language model either replaced, or put
-        another token before.
+        The candidates to verify next. `foretold[i]` is what the language model says in the place of candidate `i`:
+        it follows what it has read, so behind a wrong candidate it may be wrong as well, but not for long. A token
+        that stands in the draft a little further on is taken to have left out what lies between; a mark, or a piece
+        of a word, to stand before the candidate in whose place it comes; any other token to replace it.
         """
-        behind = scores[0, num_matches + 1 :].argmax(-1).tolist() if num_matches < len(self.candidates) else []
-        if self.eos_token_id in behind:
-            behind = behind[: behind.index(self.eos_token_id) + 1]
-        wrong = self.candidates[num_matches : num_matches + 1]
-        self.foretold = [behind, wrong + behind] if behind else []
+        said, drafted = foretold[matches], self.candidates
+        skipped = self.find(said, drafted[matches:])
+        place, mended, sure = matches + (skipped or 0), [], skipped is not None
+        alike = len(os.path.commonprefix([self.word(said), self.word(drafted[matches])])) > 1
+        again = matches == 0 and not self.is_first  # what replaced the last candidate is no whole word yet
+        if not sure and drafted[matches] != self.eos_token_id:
+            if self.stands_before(said, drafted[matches]) or (again and not alike):
+                mended, sure = self.behind(said, drafted[matches]), True
+        while place + 1 < len(foretold) and mended[-1:] != [self.eos_token_id]:
+            token, place = foretold[place + 1], place + 1
+            skipped = self.find(token, drafted[place:])
+            if skipped is not None:
+                mended.append(token)
+                place, sure = place + skipped, True
+            elif place == len(drafted):
+                mended.append(token)
+            elif token != self.eos_token_id and self.stands_before(token, drafted[place]):
+                mended += [token, *self.behind(token, drafted[place])]
+                sure = True
+            else:  # of two wrong tokens in a row the second is rather the draft's
+                mended.append(token if sure else drafted[place])
+                sure = not sure
+        if mended[:1] == [self.eos_token_id] and not self.is_mark(said):
+            return []  # a transcript ends with a mark, which the CTC head's draft has
+        return mended
+
+    def find(self, token: int, drafted: list[int]) -> int | None:
+        """How many of the next tokens `drafted` stand before `token`, however it is spelt; `None`: all of them."""
+        if self.is_mark(token) or not self.word(token):
+            return 0 if drafted[:1] == [token] else None
+        near = [self.word(other) for other in drafted[:REACH]]
+        return near.index(self.word(token)) if self.word(token) in near else None
+
+    def stands_before(self, token: int, drafted: int) -> bool:
+        """Whether a token that comes in a drafted one's place is a mark, or a word's later piece, and that is not."""
+        if self.is_mark(token):
+            return not self.is_mark(drafted)
+        return self.starts_word(drafted) and not self.starts_word(token)
+
+    def behind(self, token: int, drafted: int) -> list[int]:
+        """A drafted token as it is spelt behind `token`: a capital at a sentence's start, no space behind a hyphen."""
+        text = self.tokenizer.decode([drafted])
+        if self.tokenizer.decode([token]) in (".", "!", "?"):
+            return self.token_ids(" " + text.strip().capitalize())
+        return self.token_ids(text.strip()) if self.tokenizer.decode([token]) == "-" else [drafted]
+
+    def token_ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def starts_word(self, token: int) -> bool:
+        # A padded vocabulary has ids without a token.
+        return (self.tokenizer.convert_ids_to_tokens(token) or "").startswith(WORD_STARTS)
+
+    def word(self, token: int) -> str:
+        return self.tokenizer.decode([token]).strip().lower()
+
+    def is_mark(self, token: int) -> bool:
+        word = self.word(token)  # of a lone space nothing is left, and that begins a word
+        return token == self.eos_token_id or (word != "" and not any(letter.isalnum() for letter in word))

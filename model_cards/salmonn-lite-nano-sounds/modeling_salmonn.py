@@ -21,6 +21,7 @@ from .configuration_salmonn import SalmonnConfig
 from .ctc_compression import leave_out, merge_wordless
 from .ctc_head import SalmonnCTCHead, caption_loss, ctc_loss, token_directions
 from .generation_salmonn import SalmonnGenerationMixin
+from .lora import LORA_FIELDS, add_lora, merge_lora
 from .modeling_beats import BeatsModel
 from .quantization import quantize_parts
 from .sound_summary import SalmonnSoundSummary
@@ -244,16 +245,14 @@ class SalmonnModel(SalmonnPreTrainedModel):
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         if config.quantization is not None:
             quantize_parts(self, config.quantization)
-        if config.lora is not None:
-            self.add_lora(config.lora)
+        for part, field in LORA_FIELDS.items():
+            if (settings := getattr(config, field)) is not None:
+                self.add_lora(settings, part)
         self.post_init()
 
-    def add_lora(self, lora: dict):
-        """Put a LoRA adapter (`peft.LoraConfig` arguments) into the language model, in place."""
-        from peft import LoraConfig, inject_adapter_in_model
-
-        self.config.lora = lora
-        inject_adapter_in_model(LoraConfig(**lora), self.language_model)
+    def add_lora(self, lora: dict, part: str = "language_model"):
+        """Put a LoRA adapter (`peft.LoraConfig` arguments) into a part, this or the "audio_tower", in place."""
+        add_lora(self, lora, part)
 
     def add_sound_summary(self, sound_layers: list[int], size: int, kinds: int):
         """Let a model whose speech decoder hears words alone hear sounds as well, see [`SalmonnSoundSummary`]."""
@@ -264,24 +263,12 @@ class SalmonnModel(SalmonnPreTrainedModel):
 
     def merge_lora(self):
         """
-        Fold the LoRA adapter into the language model's weights and drop it: the model is then a full one.
+        Fold the LoRA adapters into the weights of their parts and drop them: the model is then a full one.
 
         Raises:
-            ValueError: if the language model is quantised.
+            ValueError: if such a part is quantised.
         """
-        if "language_model" in (self.config.quantization or {}):
-            raise ValueError(
-                "LoRA cannot be merged into 4 or 8 bits; merge it into the model before quantising that. An adapter "
-                "checkpoint loads without: config.quantization = None, then from_pretrained(..., config=config)."
-            )
-        from peft.tuners.lora import LoraLayer
-
-        for module in list(self.language_model.modules()):
-            for name, child in list(module.named_children()):
-                if isinstance(child, LoraLayer):
-                    child.merge(safe_merge=True)
-                    setattr(module, name, child.get_base_layer())
-        self.config.lora = None
+        merge_lora(self)
         self.config.base_parts = None
         return self
 

@@ -137,10 +137,13 @@ class SalmonnSpeechTokenHead(nn.Module):
         Returns:
             float32 log-probabilities of shape `(..., 1 + classes)`: the blank, then the tokens.
         """
+        return self.logits(audio_embeds, speech_tokens, classes).log_softmax(-1)
+
+    def logits(self, audio_embeds: torch.Tensor, speech_tokens: nn.Module, classes=None) -> torch.Tensor:
+        """As `forward`, before the softmax."""
         states = audio_embeds[..., : self.width].flatten(0, -2)  # as a plain matrix product, see SalmonnCTCHead
         scores = self.token_scores(states, speech_tokens, classes).float() * self.log_scale.exp()
-        log_probs = torch.cat([self.blank(states).float(), scores], dim=-1).log_softmax(-1)
-        return log_probs.unflatten(0, audio_embeds.shape[:-1])
+        return torch.cat([self.blank(states).float(), scores], dim=-1).unflatten(0, audio_embeds.shape[:-1])
 
     def token_scores(self, states: torch.Tensor, speech_tokens: nn.Module, classes=None) -> torch.Tensor:
         """States `(windows, d_model)` to their products with the tokens, in the better of their two spellings."""
@@ -196,7 +199,7 @@ class SalmonnSpeechTokenHead(nn.Module):
 
     def best(self, audio_embeds: torch.Tensor, speech_tokens: nn.Module) -> torch.Tensor:
         """Index of the likeliest output for each state, 0 for the blank."""
-        return self(audio_embeds, speech_tokens).argmax(-1)
+        return self.logits(audio_embeds, speech_tokens).argmax(-1)
 
 
 def shared_tokens(tokenizer, speech_tokenizer) -> list[tuple[int, int, int]]:
@@ -250,4 +253,6 @@ def drop_unused_tokens(model):
         ids.copy_(torch.searchsorted(used, ids.long()))
     model.speech_tokens = nn.Embedding.from_pretrained(embedding.weight[used])
     model.config.audio_config.vocab_size = len(used)
+    for name in ("decoder_start_token_id", "pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(model.config.audio_config, name, 0)  # none of them is kept, and a start token has to be a number
     model.config.base_parts = None

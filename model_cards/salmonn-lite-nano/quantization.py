@@ -142,7 +142,8 @@ class QuantizedMatrix(nn.Module):
             half, byte = place // size, place % size
             values = self.weight.view(-1, self.columns, size)[flat // block, :, byte]
             values = (torch.where(half[:, None].bool(), values >> 4, values) & 15).to(torch.int8) - 8
-        rows = values.reshape(*scales.shape, -1).to(scales.dtype) * scales[..., None]
+        width = self.group_size if self.bits == 4 else self.columns  # which -1 could not tell for no ids at all
+        rows = values.reshape(*scales.shape, width).to(scales.dtype) * scales[..., None]
         return rows.view(*ids.shape, self.columns)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
