@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 # Rows up to which torch's kernels beat widening the weights for an ordinary product (measured on AVX-512).
 KERNEL_ROWS = {8: 12, 4: 128}
+PACKED_ROWS = 4096  # at a time, whole blocks
 BLOCK = 64  # rows and columns of which torch's CPU kernels take whole multiples, on any processor
 
 
@@ -97,7 +98,14 @@ class QuantizedMatrix(nn.Module):
 
     def pack(self):
         """Bring the weights, in place, into the layout of torch's 4-bit CPU kernel."""
-        self.weight = torch._convert_weight_to_int4pack_for_cpu(self.nibbles().to(torch.int32), 1)
+        # It wants each value in 32 bits: of all rows of a vocabulary at once these would be gigabytes.
+        self.unpack()
+        packed = torch.empty_like(self.weight)
+        for start in range(0, self.rows, PACKED_ROWS):
+            rows = slice(start, start + PACKED_ROWS)
+            nibbles = one_per_byte(self.weight[rows]).to(torch.int32)
+            packed[rows] = torch._convert_weight_to_int4pack_for_cpu(nibbles, 1)
+        self.weight = packed
         scales = self.scales.T
         self.packed_scales = torch.stack([scales, torch.zeros_like(scales)], -1).contiguous()
         self.scales = self.packed_scales[..., 0].T  # a view: the scales are kept once

@@ -11,6 +11,7 @@ from conftest import LANGUAGE_MODELS, noise, tiny_config, tiny_model, tiny_proce
 from safetensors.torch import load, load_file, save_file
 from transformers import AutoModel, pipeline
 
+from salmonn_hf import quantization
 from salmonn_hf.quantization import (
     QuantizedEmbedding,
     QuantizedLinear,
@@ -74,6 +75,18 @@ def test_weights_mapped_from_a_file_at_an_odd_address(rows):
             shifted = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
             setattr(layer, name, shifted.copy_(tensor))
         assert torch.equal(layer(x), expected)
+
+
+def test_rows_are_packed_a_few_at_a_time(monkeypatch):
+    """The kernel's layout is made of blocks of rows: packed one by one they are the whole."""
+    matrix = QuantizedLinear(64, 320, False, 4, 32).quantize(torch.randn(320, 64, dtype=torch.bfloat16))
+    whole = torch._convert_weight_to_int4pack_for_cpu(matrix.nibbles().to(torch.int32), 1)
+    name, rows = "_convert_weight_to_int4pack_for_cpu", []
+    convert = getattr(torch, name)
+    monkeypatch.setattr(quantization, "PACKED_ROWS", 128)
+    monkeypatch.setattr(torch, name, lambda part, tiles: rows.append(len(part)) or convert(part, tiles))
+    matrix.pack()
+    assert rows == [128, 128, 64] and torch.equal(matrix.weight.view_as(whole), whole)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
