@@ -189,10 +189,13 @@ def encode_clips(model, clips: list[dict], cache: FeatureCache | None = None) ->
             frames)` (and `input_values` `(samples,)`), with `key` if the result is to be kept in `cache`.
     """
     device = model.audio_tower.device
+    # LoRA in training is in float32, beside frozen weights in bfloat16.
+    mixed = len({parameter.dtype for parameter in model.audio_tower.parameters()}) > 1
     missing = [index for index, clip in enumerate(clips) if "audio_frames" not in clip]
     encoded = {}
     for group in [[index] for index in missing] if device.type == "cpu" else [missing] * bool(missing):
-        outputs = model.encode_audio(**pad_features([clips[index] for index in group], device))
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+            outputs = model.encode_audio(**pad_features([clips[index] for index in group], device))
         for row, index in enumerate(group):
             encoded[index] = {
                 name: outputs[name][row, : int(outputs[f"{name}_mask"][row].sum())]

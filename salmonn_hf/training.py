@@ -8,7 +8,6 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import islice
@@ -647,9 +646,7 @@ class SalmonnTrainer(Trainer):
             examples = [(item, example) for item, example in examples if "skipped" not in example]
             if not examples:
                 continue
-            # Frozen encoders have a precision of their own, in which the cache keeps their frames.
-            with self.accelerator.autocast() if trains_encoder(model) else nullcontext():
-                frames = encode_clips(model, [example["clip"] for _, example in examples], dataset.cache)
+            frames = encode_clips(model, [example["clip"] for _, example in examples], dataset.cache)
             batch = {key: value.to(model.device) for key, value in pad_clips(frames).items()}
             with self.accelerator.autocast():
                 if collator.alignment_only:

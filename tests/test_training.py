@@ -388,6 +388,23 @@ def test_lora_in_the_encoder_is_trained_and_resumed(parts, stage1_model, tmp_pat
         run("run_stage2.py", recipe, tmp_path, monkeypatch)
 
 
+def test_the_encoder_is_adapted_in_stage_1_and_its_features_kept_in_stage_2(parts, tmp_path, monkeypatch):
+    """LoRA in float32 beside weights in bfloat16, in all that encodes clips."""
+    stage1 = stage1_recipe(parts, tmp_path / "one", feature_cache=str(tmp_path / "cache"), bf16=True)
+    run("run_stage1.py", stage1 | {"audio_lora_r": 2, "time_masks": 1}, tmp_path, monkeypatch)
+    assert not (tmp_path / "cache").exists()
+    start = load_file(tmp_path / "one" / "model.safetensors")
+    in_encoder = [key for key in start if key.startswith("audio_tower.")]
+    assert in_encoder and all(start[key].any() for key in in_encoder if ".lora_B." in key)
+    changes = {"freeze_encoder_lora": True, "feature_cache": str(tmp_path / "cache"), "bf16": True}
+    recipe = stage2_recipe(parts, tmp_path / "two", tmp_path / "one", max_steps=2)
+    run("run_stage2.py", recipe | changes, tmp_path, monkeypatch)
+    assert list((tmp_path / "cache").glob("*/*.safetensors"))
+    trained = load_file(tmp_path / "two" / "model.safetensors")
+    assert all(torch.equal(trained[key], start[key]) for key in in_encoder)
+    assert any("language_model" in key for key in trained)
+
+
 def test_transcripts_learnt_from_a_teacher(parts, stage1_model, tmp_path, monkeypatch):
     """The teacher is the start itself, so there is nothing to learn of speech; and its words are read as before."""
     run("run_stage2.py", stage2_recipe(parts, tmp_path / "two", stage1_model, max_steps=2), tmp_path, monkeypatch)

@@ -20,6 +20,7 @@ from salmonn_hf.augmentation import Augmentation
 from salmonn_hf.base_parts import resolve_base_part
 from salmonn_hf.checkpoint import config_from_base_parts, from_base_parts
 from salmonn_hf.data_arguments import DataArguments
+from salmonn_hf.lora import encoder_lora
 from salmonn_hf.recipe import parse_recipe
 from salmonn_hf.sources import SkippedClips
 from salmonn_hf.speech_decoder import shared_tokens, start_from_whisper
@@ -51,6 +52,9 @@ class ModelArguments:
     encoder_dtype: str | None = field(
         default=None,
         metadata={"help": "Of the frozen encoders; default: bfloat16, or float32 with bf16 off."},
+    )
+    audio_lora_r: int | None = field(
+        default=None, metadata={"help": "Rank of a LoRA adapter in all layers of the speech encoder; default: none."}
     )
     pad_to_30_seconds: bool = field(default=False, metadata={"help": "Every clip as 30 s: SALMONN's own geometry."})
     audio_token: str = field(default="<|audio|>", metadata={"help": "Token of its vocabulary that text never uses."})
@@ -160,6 +164,8 @@ def main():
     for tower in ("audio_tower", "sound_tower"):
         if hasattr(model, tower) and model_args.encoder_dtype:
             getattr(model, tower).to(getattr(torch, model_args.encoder_dtype))
+    if model_args.audio_lora_r is not None:
+        model.add_lora(encoder_lora(model_args.audio_lora_r), "audio_tower")
     model.ctc_head.token_ids.copy_(torch.tensor(ctc_token_ids))
     if not model_args.speech_decoder_layers:
         model.match_projection_to_embeddings()

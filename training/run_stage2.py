@@ -20,7 +20,7 @@ from salmonn_hf import SalmonnConfig, SalmonnForConditionalGeneration, SalmonnPr
 from salmonn_hf.augmentation import Augmentation
 from salmonn_hf.data_arguments import DataArguments
 from salmonn_hf.distillation import DistillingTrainer
-from salmonn_hf.lora import cut_lora_rank
+from salmonn_hf.lora import cut_lora_rank, encoder_lora
 from salmonn_hf.quantization import quantize_parts
 from salmonn_hf.recipe import parse_recipe
 from salmonn_hf.sources import SkippedClips
@@ -33,8 +33,6 @@ from salmonn_hf.training import (
     save_model,
     start_sound_summary,
 )
-
-ENCODER_LINEARS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 
 
 @dataclass
@@ -49,6 +47,9 @@ class ModelArguments:
     audio_lora_r: int | None = field(
         default=None,
         metadata={"help": "Rank of a new LoRA adapter in all layers of the speech encoder as well; default: none."},
+    )
+    freeze_encoder_lora: bool = field(
+        default=False, metadata={"help": "Leave LoRA in the speech encoder as it is: its features are then kept."}
     )
     lora_learning_rate: float | None = field(default=None, metadata={"help": "Default: that of everything else."})
     language_model_bits: int = field(
@@ -140,13 +141,14 @@ def main():
     elif model_args.lora_r is not None and model_args.lora_r < model.config.lora["r"]:
         cut_lora_rank(model, model_args.lora_r)
     if model_args.audio_lora_r is not None and model.config.audio_lora is None:
-        rank = model_args.audio_lora_r
-        model.add_lora({"r": rank, "lora_alpha": 2 * rank, "target_modules": ENCODER_LINEARS}, "audio_tower")
+        model.add_lora(encoder_lora(model_args.audio_lora_r), "audio_tower")
     new_to_sounds = model_args.sound_layers is not None and model.config.sound_layers is None
     if new_to_sounds:
         model.add_sound_summary(model_args.sound_layers, model_args.sound_summary_size, model_args.sound_kinds)
     distils = model_args.teacher_name_or_path is not None
     freeze_base_parts(model, keep_words=distils)
+    if model_args.freeze_encoder_lora:
+        model.audio_tower.requires_grad_(False)
     use_ctc = model.ctc_head is not None and model_args.ctc_loss_weight > 0 and not distils
 
     skipped = SkippedClips(Path(training_args.output_dir, "skipped.tsv") if training_args.should_save else None)

@@ -7,6 +7,12 @@ from torch import nn
 LORA_FIELDS = {"language_model": "lora", "audio_tower": "audio_lora"}
 
 
+def encoder_lora(rank: int) -> dict:
+    """`peft.LoraConfig` arguments of an adapter in all layers of a Whisper encoder, attention and MLP."""
+    linears = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+    return {"r": rank, "lora_alpha": 2 * rank, "target_modules": linears}
+
+
 def add_lora(model: nn.Module, lora: dict, part: str):
     """Put a LoRA adapter (`peft.LoraConfig` arguments) into a `part` of a `SalmonnModel`, in place."""
     from peft import LoraConfig, inject_adapter_in_model
