@@ -180,10 +180,10 @@ def digest(clips: list[Clip]) -> str:
 
 
 def begin(output: Path, settings: dict):
-    """Write the settings down, or compare them with those of the run that is to go on."""
+    """Write the settings down, or compare them with those of the run that is to go on: one that has answers."""
     output.mkdir(parents=True, exist_ok=True)
-    file = output / "run.json"
-    if not file.exists():
+    file, answers = output / "run.json", [output / "predictions.jsonl", *output.glob("parts/*.jsonl")]
+    if not file.exists() or not any(map(read_lines, answers)):
         write_whole(file, json.dumps(settings, indent=2) + "\n")
         return
     before = json.loads(file.read_text())

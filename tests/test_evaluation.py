@@ -192,6 +192,17 @@ def test_refuses_to_go_on_with_other_settings(tmp_path):
         predict(clips_of(SECONDS)[::-1], Listener, tmp_path, {"model": "listener"}, batch_size=2)
 
 
+def test_a_run_whose_model_cannot_be_loaded_stands_in_no_others_way(tmp_path):
+    def missing():
+        raise OSError("no such model")
+
+    with pytest.raises(OSError):
+        predict(clips_of(SECONDS), missing, tmp_path, {"model": "mistyped"}, batch_size=2)
+    assert len(evaluate(tmp_path, Listener())) == len(SECONDS)
+    with pytest.raises(ValueError, match="model 'listener'; this one has 'mistyped'"):
+        predict(clips_of(SECONDS), missing, tmp_path, {"model": "mistyped"}, batch_size=2)
+
+
 # Scores
 
 
