@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from . import tasks
-from .augmentation import Augmentation, change_speed
+from .augmentation import Augmentation
 from .corpora import UnusableClip
 from .feature_cache import FeatureCache, clip_key
 from .sources import ClipTable, Source, row_texts, row_waveform
@@ -110,9 +110,7 @@ class ClipDataset(torch.utils.data.Dataset):
                 clip["key"] = clip_key(row, speed)
                 clip |= self.cache.get(clip["key"]) or {}
             if "audio_frames" not in clip:
-                waveform = row_waveform(row)
-                if speed != 1.0:
-                    waveform = change_speed(waveform, speed)
+                waveform = row_waveform(row, speed)
                 if augments:
                     rng = np.random.default_rng(self._seed(draw, index, "waveform"))
                     waveform = augmentation.augment(waveform, rng)

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModel, AutoProcessor, pipeline
 
 from .base_parts import REGISTRY_COPIES, resolve_base_part
-from .lora import LORA_FIELDS
+from .lora import adapted_parts
 from .repetition import RepetitionGuard, clean_answer
 
 
@@ -20,7 +20,7 @@ def usual_dtype(device=None) -> str:
 
 def fold_lora(model):
     """LoRA into the language model's own weights, where that rounds nothing: its products then cost nothing."""
-    adapted = [part for part, field in LORA_FIELDS.items() if getattr(model.config, field, None) is not None]
+    adapted = adapted_parts(model.config)
     quantized = getattr(model.config, "quantization", None) or {}
     if adapted and model.dtype == torch.float32 and not any(part in quantized for part in adapted):
         model.merge_lora()

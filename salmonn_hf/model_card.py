@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .configuration_salmonn import SalmonnConfig
 from .files import write_whole
-from .lora import LORA_FIELDS
+from .lora import LORA_FIELDS, adapted_parts
 from .modeling_salmonn import SalmonnForConditionalGeneration
 from .report import Run, markdown_table, metrics_table, read_run, remarks, timings
 from .tasks import TEST_PROMPTS
@@ -77,12 +77,9 @@ def parts_table(config: SalmonnConfig, bases: dict[str, str], licence: str) -> s
     connector = f"LayerNorms, {connector_name(config)}, projection"
     connector += ", CTC head" if config.ctc_vocab_size else ""
     rows.append([connector, "trained", f"{counts['connector'] / 1e6:.1f} M", licence])
-    for part, lora in LORA_FIELDS.items():
-        if settings := getattr(config, lora):
-            count = counts[f"LoRA in {part}"]
-            rows.append(
-                [f"LoRA in the {kinds[part]}, rank {settings['r']}", "trained", f"{count / 1e6:.1f} M", licence]
-            )
+    for part in adapted_parts(config):
+        count, rank = counts[f"LoRA in {part}"], getattr(config, LORA_FIELDS[part])["r"]
+        rows.append([f"LoRA in the {kinds[part]}, rank {rank}", "trained", f"{count / 1e6:.1f} M", licence])
     table = markdown_table(rows)
     if config.quantization is None:
         return table

@@ -21,7 +21,7 @@ from .configuration_salmonn import SalmonnConfig
 from .ctc_compression import leave_out, merge_wordless
 from .ctc_head import SalmonnCTCHead, caption_loss, ctc_loss, token_directions
 from .generation_salmonn import SalmonnGenerationMixin
-from .lora import LORA_FIELDS, add_lora, merge_lora
+from .lora import LORA_FIELDS, adapted_parts, add_lora, merge_lora
 from .modeling_beats import BeatsModel
 from .quantization import quantize_parts
 from .sound_summary import SalmonnSoundSummary
@@ -245,9 +245,8 @@ class SalmonnModel(SalmonnPreTrainedModel):
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         if config.quantization is not None:
             quantize_parts(self, config.quantization)
-        for part, field in LORA_FIELDS.items():
-            if (settings := getattr(config, field)) is not None:
-                self.add_lora(settings, part)
+        for part in adapted_parts(config):
+            self.add_lora(getattr(config, LORA_FIELDS[part]), part)
         self.post_init()
 
     def add_lora(self, lora: dict, part: str = "language_model"):

@@ -24,6 +24,7 @@ import soundfile
 
 from . import corpora
 from .audio import UNKNOWN_FRAMES, AudioError, load_audio
+from .augmentation import change_speed
 from .corpora import UnusableClip, read_clip
 from .sound_summary import most_typical
 from .tasks import TRAIN_PROMPTS, is_transcript
@@ -354,16 +355,18 @@ def row_texts(row: dict) -> list[str]:
     return [text for text in texts if text and text.strip()]
 
 
-def row_waveform(row: dict) -> np.ndarray:
+def row_waveform(row: dict, speed: float = 1.0) -> np.ndarray:
     """
-    A row's clip, `(samples,)`, float32 at 16 kHz.
+    A row's clip, `(samples,)`, float32 at 16 kHz, played at `speed` times its own.
 
     Raises:
         UnusableClip: for one that cannot be decoded.
     """
     if row.get("expand_wav"):
-        return read_clip(row)
-    try:
-        return load_audio(row["audio"])
-    except (ValueError, OSError) as error:  # AudioError among them
-        raise UnusableClip("damaged", str(error)) from error
+        waveform = read_clip(row)
+    else:
+        try:
+            waveform = load_audio(row["audio"])
+        except (ValueError, OSError) as error:  # AudioError among them
+            raise UnusableClip("damaged", str(error)) from error
+    return waveform if speed == 1.0 else change_speed(waveform, speed)

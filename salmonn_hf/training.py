@@ -264,16 +264,16 @@ def start_sound_summary(model, dataset: ClipDataset, collator: ClipCollator, see
     logger.info("sound summary fitted to %d clips, %.2f nats per clip", len(captions), loss)
 
 
-def freeze_base_parts(model, alignment_only: bool = False, keep_words: bool = False):
+def freeze_base_parts(model, alignment_only: bool = False, keep_words: bool = False, keep_encoder: bool = False):
     """
     Leave only what SALMONN trains with gradients: LayerNorms, Q-Former, projection, CTC head and LoRA, in float32; the
     encoders and the language model keep their precision. `alignment_only`: the language model's LoRA stays frozen as
     well. `keep_words`: so does what reads words from the frames, the speech encoder's LoRA included; the language
     model's LoRA and the marker of sounds' names alone are trained. A connector that was quantised is widened: its
-    8 bits could not be trained.
+    8 bits could not be trained. `keep_encoder`: of all this the speech encoder's LoRA alone stays frozen.
     """
     trained = ("sound_summary.marker",) if keep_words else TRAINED_PARTS
-    adapters = ("language_model.",) * (not alignment_only) + ("audio_tower.",) * (not keep_words)
+    adapters = ("language_model.",) * (not alignment_only) + ("audio_tower.",) * (not (keep_words or keep_encoder))
     if "connector" in (model.config.quantization or {}):
         widen_linears(model.connector)
         model.config.quantization = {k: v for k, v in model.config.quantization.items() if k != "connector"}

@@ -24,7 +24,6 @@ import torch
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from salmonn_hf import SalmonnConfig, SalmonnForConditionalGeneration, SalmonnProcessor, tasks
-from salmonn_hf.augmentation import change_speed
 from salmonn_hf.gptq import quantize_layers, quantize_tied_vocabulary
 from salmonn_hf.model_card import make_card, write_card
 from salmonn_hf.push import push_to_hub
@@ -121,10 +120,9 @@ def draw_clips(args: QuantizeArguments, count: int, seed: int) -> list[dict]:
         for index in torch.randperm(len(table), generator=generator)[:share].tolist():
             row = table[index]
             task = source.task or row.get("task")
-            audio = row_waveform(row)
             drawn.append(
                 {
-                    "audio": audio if source.speed == 1.0 else change_speed(audio, source.speed),
+                    "audio": row_waveform(row, source.speed),
                     "messages": tasks.messages(task, row.get("question") or "") if task else None,
                     "text": source.choose_text(row_texts(row)),
                 }

@@ -146,9 +146,7 @@ def main():
     if new_to_sounds:
         model.add_sound_summary(model_args.sound_layers, model_args.sound_summary_size, model_args.sound_kinds)
     distils = model_args.teacher_name_or_path is not None
-    freeze_base_parts(model, keep_words=distils)
-    if model_args.freeze_encoder_lora:
-        model.audio_tower.requires_grad_(False)
+    freeze_base_parts(model, keep_words=distils, keep_encoder=model_args.freeze_encoder_lora)
     use_ctc = model.ctc_head is not None and model_args.ctc_loss_weight > 0 and not distils
 
     skipped = SkippedClips(Path(training_args.output_dir, "skipped.tsv") if training_args.should_save else None)

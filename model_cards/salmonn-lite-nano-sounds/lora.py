@@ -7,6 +7,11 @@ from torch import nn
 LORA_FIELDS = {"language_model": "lora", "audio_tower": "audio_lora"}
 
 
+def adapted_parts(config) -> list[str]:
+    """The parts of a model of this config, of whatever kind, that have LoRA."""
+    return [part for part, field in LORA_FIELDS.items() if getattr(config, field, None) is not None]
+
+
 def encoder_lora(rank: int) -> dict:
     """`peft.LoraConfig` arguments of an adapter in all layers of a Whisper encoder, attention and MLP."""
     linears = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
@@ -30,7 +35,7 @@ def merge_lora(model: nn.Module):
     """
     from peft.tuners.lora import LoraLayer
 
-    adapted = [part for part, field in LORA_FIELDS.items() if getattr(model.config, field) is not None]
+    adapted = adapted_parts(model.config)
     if quantized := [part for part in adapted if part in (model.config.quantization or {})]:
         raise ValueError(
             f"LoRA cannot be merged into 4 or 8 bits, as {quantized[0]} is; merge it into the model before quantising "
