@@ -28,6 +28,7 @@ from transformers import DynamicCache, GraniteSpeechConfig, GraniteSpeechForCond
 
 from salmonn_hf import SalmonnConfig, SalmonnFeatureExtractor, SalmonnForConditionalGeneration, load_audio
 from salmonn_hf.files import write_whole
+from salmonn_hf.lora import LORA_FIELDS, adapted_parts
 from salmonn_hf.published_configs import published_config
 from salmonn_hf.quantization import QuantizedMatrix
 
@@ -402,19 +403,19 @@ def main() -> None:
             raise ValueError("--quantization and --own_length are for --shapes; a checkpoint has its own.")
         name = Path(arguments.model).name
         model = SalmonnForConditionalGeneration.from_pretrained(arguments.model, dtype=dtype).to(arguments.device)
-        if model.config.lora is not None and not model.config.quantization:
+        if adapted_parts(model.config) and not model.config.quantization:
             model.merge_lora()
         config = model.config
     else:
         name = arguments.shapes
         config = SalmonnConfig.from_pretrained(NANO) if name == "nano" else published_config(SHAPES[name])
-        config.lora = config.base_parts = None
+        config.lora = config.audio_lora = config.base_parts = None
         config.quantization = arguments.quantization
         config.pad_to_30_seconds = config.pad_to_30_seconds and not arguments.own_length
         model = random_model(SalmonnForConditionalGeneration, config, dtype, arguments.device)
     results = {name: measure(Bench(model.eval(), arguments.prompt_tokens), arguments, memory, memory.peak())}
     if arguments.reference:
-        settings = config.to_dict() | REFERENCE | {"quantization": None, "lora": None, "base_parts": None}
+        settings = config.to_dict() | REFERENCE | dict.fromkeys(("quantization", "base_parts", *LORA_FIELDS.values()))
         del model
         reference = SalmonnConfig.from_dict(settings)
         model = random_model(SalmonnForConditionalGeneration, reference, torch.float32, arguments.device)

@@ -88,6 +88,19 @@ def test_the_published_way_of_a_connector_from_whispers_decoder_is_a_qformer(sou
     assert systems["tiny, the published way"]["audio_tokens"] == 88
 
 
+def test_lora_in_the_encoder_is_merged_and_not_in_the_published_way(tmp_path, monkeypatch):
+    lora = {"r": 2, "target_modules": ["q_proj"]}
+    tiny_model(tiny_config(audio_lora=lora)).save_pretrained(tmp_path / "tiny")
+    arguments = ["--model", tmp_path / "tiny", "--rounds", 1, "--warmup", 1, "--seconds", 1, "--lengths", 0.5,
+                 "--batch_sizes", 1, "--decode_steps", 2, "--reference", "--dtype", "float32",
+                 "--output", tmp_path / "out"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["run_efficiency.py", *map(str, arguments)])
+    SCRIPT["main"]()
+    plain = SCRIPT["weights_by_module"](tiny_model())["audio_tower"]
+    systems = json.loads((tmp_path / "out" / "efficiency.json").read_text())["systems"]
+    assert [system["weights"]["audio_tower"] for system in systems.values()] == [plain, plain]
+
+
 @pytest.mark.parametrize("others", [[], ["the published way"], ["the published way", "granite-speech"]])
 def test_command_writes_json_table_and_plot(others, tmp_path, monkeypatch):
     tiny_model().save_pretrained(tmp_path / "tiny")
