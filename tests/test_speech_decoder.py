@@ -5,7 +5,8 @@ import torch
 from conftest import tiny_config, tiny_model
 from transformers import AutoModel, WhisperForConditionalGeneration
 
-from salmonn_hf.quantization import quantize_parts
+from salmonn_hf import speech_decoder
+from salmonn_hf.quantization import embedding_rows, quantize_parts
 from salmonn_hf.speech_decoder import drop_unused_tokens, shared_tokens, start_from_whisper
 
 WINDOWS = {"window_frames": 4, "window_stride": 4, "queries_per_window": 1}
@@ -187,6 +188,28 @@ def test_embeds_are_the_mean_of_token_embeddings(leads):
         p = torch.stack(scores).softmax(-1)
         expected = p[0] * head.proj(state) + sum(x * rows[i] for x, i in zip(p[1:], head.token_ids, strict=True))
         torch.testing.assert_close(embed, expected, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_tokens_that_no_window_makes_likely_are_not_looked_up(monkeypatch):
+    """And of those that one does, the others get none, for their embeds to be the same without it."""
+    model = decoder_model()
+    head, states = model.ctc_head, torch.randn(3, model.config.audio_config.d_model)
+    model.ctc_head.token_ids.copy_(torch.arange(7))
+    head.blank.bias.data.fill_(-1e3)
+    head.log_scale.data.fill_(4.0)
+    looked_up = []
+    monkeypatch.setattr(
+        speech_decoder, "embedding_rows", lambda module, ids: looked_up.append(ids) or embedding_rows(module, ids)
+    )
+    together, _ = model.embed_audio(states, torch.tensor([3]))
+    scores = head.token_scores(states, model.speech_tokens) * head.log_scale.exp()
+    near = scores > scores.amax(-1, keepdim=True) - speech_decoder.UNLIKELY
+    assert looked_up[-1].tolist() == head.token_ids[near.any(0)].tolist() and not near.any(0).all()
+    assert not (near == near.any(0)).all()  # else the next lines would show nothing
+    for state, embed in zip(states, together, strict=True):
+        torch.testing.assert_close(model.embed_audio(state[None], torch.tensor([1]))[0][0], embed)
+    assert (head.best(states, model.speech_tokens) == head(states, model.speech_tokens).argmax(-1)).all()
 
 
 def test_both_losses_reach_the_connector():

@@ -20,6 +20,7 @@ from .windows import frame_mlp, num_windows
 # The blank's lead over the best token, in nats, from which a window carries no word: all tokens together then have
 # less than 1e-4 of the probability, which is less than bfloat16 tells apart.
 SURELY_BLANK = 20.0
+UNLIKELY = 12.0  # the best one's lead, in nats, from which a token is not worth its row of the embeddings
 WORDLESS = 0.9  # the blank's probability from which a window may be merged with its neighbours
 BIAS_SCALE = 10.0  # position biases grow to several nats, with weights' learning rates
 SAMPLED_TOKENS = 2000  # of those that no training text has, in a training step's softmax
@@ -184,13 +185,20 @@ class SalmonnSpeechTokenHead(nn.Module):
             named = summary.any(-1)
             embeds = torch.where(named[:, None], summary.to(embeds.dtype), embeds)
         blank, scores = self.blank(states).float(), self.token_scores(states, speech_tokens)
-        # Most windows carry no word, and of these nothing but the best score has to be computed.
+        scale = self.log_scale.exp()
         with torch.no_grad():
-            best = scores.amax(-1, keepdim=True).float() * self.log_scale.exp()
+            # Most windows carry no word, and of these nothing but the best score has to be computed. Of the tokens few
+            # are likely anywhere. They are left out of each window apart from the others, for a clip to be heard alike
+            # in any company.
+            best = scores.amax(-1, keepdim=True).float() * scale
             worded = (best > blank - SURELY_BLANK).nonzero()[:, 0]
-        scores = torch.cat([blank[worded], scores[worded].float() * self.log_scale.exp()], dim=-1)
-        probabilities = scores.softmax(-1)
-        rows = embedding_rows(embedding, self.token_ids)
+            least = (torch.maximum(best, blank) - UNLIKELY) / scale
+            likely = scores[worded] > least[worded].to(scores.dtype)
+            tokens = likely.any(0).nonzero()[:, 0]
+        scores = scores[worded].index_select(1, tokens).float() * scale
+        scores = scores.masked_fill(~likely[:, tokens], float("-inf"))
+        probabilities = torch.cat([blank[worded], scores], dim=-1).softmax(-1)
+        rows = embedding_rows(embedding, self.token_ids[tokens])
         words = probabilities[:, 1:].to(rows.dtype) @ rows
         wordless = torch.ones_like(blank[:, 0], dtype=torch.bool)
         wordless[worded] = probabilities[:, 0] > WORDLESS
@@ -198,8 +206,10 @@ class SalmonnSpeechTokenHead(nn.Module):
         return embeds.index_copy(0, worded, read.to(embeds.dtype)), wordless & ~named
 
     def best(self, audio_embeds: torch.Tensor, speech_tokens: nn.Module) -> torch.Tensor:
-        """Index of the likeliest output for each state, 0 for the blank."""
-        return self.logits(audio_embeds, speech_tokens).argmax(-1)
+        """Index of the likeliest output for each state `(audio tokens, d_model)` or more, 0 for the blank."""
+        states = audio_embeds[:, : self.width]
+        scores, tokens = self.token_scores(states, speech_tokens).max(-1)
+        return torch.where(scores.float() * self.log_scale.exp() > self.blank(states)[:, 0].float(), tokens + 1, 0)
 
 
 def shared_tokens(tokenizer, speech_tokenizer) -> list[tuple[int, int, int]]:
