@@ -11,7 +11,7 @@ inference:
 
     from peft.helpers import rescale_adapter_scale
 
-    with rescale_adapter_scale(model, 0.5):
+    with rescale_adapter_scale(model.language_model, 0.5):
         output = model.generate(**inputs)
 """
 
@@ -63,7 +63,7 @@ def tell_stories(model, processor, clips: ClipDataset, args: ModelArguments, see
             continue
         (frames,) = encode_clips(model, [example["clip"]])
         prompt = collator.prompt_ids(num_frames(frames), example["messages"])
-        with rescale_adapter_scale(model, args.lora_scale):
+        with rescale_adapter_scale(model.language_model, args.lora_scale):
             (text,) = generate_answers(model, processor, [prompt], pad_clips([frames]), args.max_new_tokens)
         if text:
             row, _, seconds = clips.row(index)
