@@ -106,7 +106,10 @@ def test_scores_of_all_tokens_are_the_same_with_and_without_gradients(bits):
     states = torch.randn(5, head.width)
     with torch.no_grad():
         without = head.token_scores(states, tokens)
-    torch.testing.assert_close(without, head.token_scores(states, tokens))
+    states.requires_grad_(True)
+    with_gradients = head.token_scores(states, tokens)
+    assert with_gradients.requires_grad and not without.requires_grad
+    torch.testing.assert_close(without, with_gradients)
 
 
 def test_without_unused_tokens_a_model_hears_the_same(tmp_path, caplog):

@@ -149,7 +149,8 @@ class SalmonnSpeechTokenHead(nn.Module):
     def token_scores(self, states: torch.Tensor, speech_tokens: nn.Module, classes=None) -> torch.Tensor:
         """States `(windows, d_model)` to their products with the tokens, in the better of their two spellings."""
         spellings = (self.speech_token_ids, self.capital_token_ids)
-        if not torch.is_grad_enabled() and classes is None:
+        trained = torch.is_grad_enabled() and states.requires_grad
+        if classes is None and not trained:
             # Of a clip's few states the products with all of Whisper's tokens take less time than to gather rows.
             if isinstance(speech_tokens, QuantizedMatrix):
                 products = speech_tokens.product(states).T
