@@ -5,7 +5,8 @@ Ask the questions of a Parquet file with `audio`, `question` and `answers` colum
     torchrun --nproc_per_node 4 eval/run_qa.py --model ... --data ... --output ...
 
 `answers` is a string or the list of all that are right; they are compared after the normalisation of
-`salmonn_hf/answer_metrics.py`. Started again with the same `--output`, a killed run goes on where it was.
+`salmonn_hf/answer_metrics.py`. The accuracy of each `kind` of question is printed too, where there is such a column,
+or else that of each question. Started again with the same `--output`, a killed run goes on where it was.
 """
 
 from salmonn_hf.evaluation import argument_parser, finish, parquet_clips, predict, run_settings
@@ -38,7 +39,8 @@ def main() -> None:
         f"accuracy {accuracy['value']:.4f} ({accuracy['low']:.4f} to {accuracy['high']:.4f}) of {len(clips)} "
         f"questions ({len(result['broken_clips'])} with a broken clip). {arguments.note}"
     )
-    for part in result["breakdowns"]["accuracy"].get("question", ()):
+    parts = result["breakdowns"]["accuracy"]
+    for part in parts.get("kind") or parts.get("question", ()):
         print(f"  {part['value']:.3f} of {part['clips']:4}  {part['part']}")
 
 

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
@@ -359,6 +360,18 @@ def test_run_qa(data, tiny_checkpoint, tmp_path, monkeypatch):
     right = [normalise_answer(line["hypothesis"]) in line["references"] for line in predictions]
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["metrics"]["accuracy"]["value"] == np.mean(right)
+
+
+def test_run_qa_prints_kinds_of_questions_rather_than_each(data, tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    shared = ("--model", tiny_checkpoint, "--device", "cpu")
+    run("run_qa.py", monkeypatch, *shared, "--data", data[0], "--output", tmp_path / "out")
+    assert "Is it loud?" in capsys.readouterr().out
+    table = pq.read_table(data[0])
+    table = table.append_column("kind", [["which", "loud"] * (len(table) // 2)])
+    pq.write_table(table, tmp_path / "kinds.parquet")
+    run("run_qa.py", monkeypatch, *shared, "--data", tmp_path / "kinds.parquet", "--output", tmp_path / "kinds")
+    printed = capsys.readouterr().out
+    assert "of    2  which" in printed and "of    2  loud" in printed and "Is it loud?" not in printed
 
 
 def annotated(tmp_path, entries):
