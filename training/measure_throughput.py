@@ -40,6 +40,10 @@ UNTIMED = (
     "masked_frames",
     "speeds",
     "speed_files",
+    "speed_factors",
+    "time_masks",
+    "frequency_masks",
+    "audio_lora_r",  # behind which no features can be kept
 )
 
 

@@ -97,7 +97,7 @@ def main():
             rows = tell_stories(model.eval(), processor, clips, model_args, training_args.seed)
             pq.write_table(pa.Table.from_pylist(rows), path.with_suffix(".partial"))
             os.replace(path.with_suffix(".partial"), path)
-    freeze_base_parts(model)
+    freeze_base_parts(model, keep_encoder=True)  # as it heard when it told them
     stories = [ClipTable(Source(path=str(path)), skipped=skipped)]
     train_dataset, eval_dataset = data_args.datasets(
         stories, evaluation, model, processor, augmentation, training_args.seed
