@@ -106,8 +106,16 @@ def weights_by_module(model) -> dict[str, int]:
         if id(tensor) not in seen:
             seen.add(id(tensor))
             part = "embedding and head" if id(tensor) in vocabulary else name.removeprefix("model.").split(".")[0]
-            sizes[part] = sizes.get(part, 0) + tensor.nbytes
+            sizes[part] = sizes.get(part, 0) + stored_bytes(tensor)
     return sizes
+
+
+def stored_bytes(tensor: torch.Tensor) -> int:
+    """Of a tensor, or of those that one of torchao's kind is made of, which itself claims those of its precision."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(stored_bytes(getattr(tensor, name)) for name in names)
+    return tensor.nbytes
 
 
 class Memory:

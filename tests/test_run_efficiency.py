@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import noise, tiny_config, tiny_model, tiny_text_config
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import GraniteSpeechForConditionalGeneration
 
 from salmonn_hf import SalmonnForConditionalGeneration
@@ -73,6 +74,14 @@ def test_weights_count_tied_and_quantised_matrices_once():
     assert sum(sizes.values()) == sum(state.values()) + rotary
     quantize_parts(model, {"embedding": {"bits": 8}})
     assert SCRIPT["weights_by_module"](model)["embedding and head"] == 300 * 32 + 300 * 4
+
+
+def test_weights_of_a_tensor_made_of_others_are_those():
+    inner = torch.zeros(4, 4, dtype=torch.int8), torch.zeros(4, 4, dtype=torch.int8)
+    model = tiny_model()
+    before = SCRIPT["weights_by_module"](model)["audio_norm"]
+    model.audio_norm.register_buffer("quantised", TwoTensor(*inner))
+    assert SCRIPT["weights_by_module"](model)["audio_norm"] == before + 32
 
 
 @pytest.mark.parametrize("sounds", [{}, {"sound_layers": [1], "sound_summary_size": 8}])
