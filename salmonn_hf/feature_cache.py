@@ -213,14 +213,10 @@ def encode_clips(model, clips: list[dict], cache: FeatureCache | None = None) ->
 
 def pad_features(clips: list[dict[str, torch.Tensor]], device: torch.device) -> dict[str, torch.Tensor]:
     """Features of clips as `SalmonnModel.encode_audio` takes them: right-padded, with their masks."""
-    batch = {}
-    for name in ("input_features", "input_values"):
-        if name in clips[0]:
-            rows = [clip[name].to(device).movedim(-1, 0) for clip in clips]  # time is the last axis of both
-            batch[name] = pad_sequence(rows, batch_first=True).movedim(1, -1)
-            ones = [torch.ones(len(row), dtype=torch.int64, device=device) for row in rows]
-            batch[f"{name}_mask"] = pad_sequence(ones, batch_first=True)
-    return batch
+    names = [name for name in ("input_features", "input_values") if name in clips[0]]
+    # Time is the last axis of both.
+    batch = pad_clips([{name: clip[name].to(device).movedim(-1, 0) for name in names} for clip in clips])
+    return {name: value.long() if name.endswith("_mask") else value.movedim(1, -1) for name, value in batch.items()}
 
 
 def trains_encoder(model) -> bool:

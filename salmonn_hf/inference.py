@@ -19,7 +19,7 @@ def usual_dtype(device=None) -> str:
 
 
 def fold_lora(model):
-    """LoRA into the language model's own weights, where that rounds nothing: its products then cost nothing."""
+    """LoRA into the weights beside it, where that rounds nothing: its products then cost nothing."""
     adapted = adapted_parts(model.config)
     quantized = getattr(model.config, "quantization", None) or {}
     if adapted and model.dtype == torch.float32 and not any(part in quantized for part in adapted):

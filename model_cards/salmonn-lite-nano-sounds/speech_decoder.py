@@ -138,13 +138,10 @@ class SalmonnSpeechTokenHead(nn.Module):
         Returns:
             float32 log-probabilities of shape `(..., 1 + classes)`: the blank, then the tokens.
         """
-        return self.logits(audio_embeds, speech_tokens, classes).log_softmax(-1)
-
-    def logits(self, audio_embeds: torch.Tensor, speech_tokens: nn.Module, classes=None) -> torch.Tensor:
-        """As `forward`, before the softmax."""
         states = audio_embeds[..., : self.width].flatten(0, -2)  # as a plain matrix product, see SalmonnCTCHead
         scores = self.token_scores(states, speech_tokens, classes).float() * self.log_scale.exp()
-        return torch.cat([self.blank(states).float(), scores], dim=-1).unflatten(0, audio_embeds.shape[:-1])
+        log_probs = torch.cat([self.blank(states).float(), scores], dim=-1).log_softmax(-1)
+        return log_probs.unflatten(0, audio_embeds.shape[:-1])
 
     def token_scores(self, states: torch.Tensor, speech_tokens: nn.Module, classes=None) -> torch.Tensor:
         """States `(windows, d_model)` to their products with the tokens, in the better of their two spellings."""
@@ -187,17 +184,17 @@ class SalmonnSpeechTokenHead(nn.Module):
             embeds = torch.where(named[:, None], summary.to(embeds.dtype), embeds)
         blank, scores = self.blank(states).float(), self.token_scores(states, speech_tokens)
         scale = self.log_scale.exp()
+        # Most windows carry no word, and of these nothing but the best score has to be computed.
         with torch.no_grad():
-            # Most windows carry no word, and of these nothing but the best score has to be computed. Of the tokens few
-            # are likely anywhere. They are left out of each window apart from the others, for a clip to be heard alike
-            # in any company.
             best = scores.amax(-1, keepdim=True).float() * scale
             worded = (best > blank - SURELY_BLANK).nonzero()[:, 0]
             least = (torch.maximum(best, blank) - UNLIKELY) / scale
-            likely = scores[worded] > least[worded].to(scores.dtype)
-            tokens = likely.any(0).nonzero()[:, 0]
-        scores = scores[worded].index_select(1, tokens).float() * scale
-        scores = scores.masked_fill(~likely[:, tokens], float("-inf"))
+        # Few tokens are likely anywhere. The others are left out of each window apart from its neighbours, for a clip
+        # to be heard alike in any company.
+        scores = scores[worded]
+        likely = scores > least[worded].to(scores.dtype)
+        tokens = likely.any(0).nonzero()[:, 0]
+        scores = (scores.index_select(1, tokens).float() * scale).masked_fill(~likely[:, tokens], float("-inf"))
         probabilities = torch.cat([blank[worded], scores], dim=-1).softmax(-1)
         rows = embedding_rows(embedding, self.token_ids[tokens])
         words = probabilities[:, 1:].to(rows.dtype) @ rows
