@@ -356,6 +356,8 @@ class SalmonnTrainer(Trainer):
 
     def __init__(self, *args, lora_learning_rate: float | None = None, skipped: SkippedClips | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        # Its backward pass gives NaN for masked sequences of 64, 192, ... tokens (pytorch/pytorch#196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self.lora_learning_rate = lora_learning_rate
         self.skipped = skipped or SkippedClips()
         self.amounts = {"tokens": 0.0, "audio_seconds": 0.0}

@@ -16,13 +16,17 @@ from salmonn_hf.quantization import (
     QuantizedEmbedding,
     QuantizedLinear,
     QuantizedMatrix,
+    kernel_layout,
     linears,
     quantize_parts,
-    rows_of_nibbles,
     widen_linears,
 )
 from salmonn_hf.training import freeze_base_parts
 
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")),
+]
 QUANTIZATION = {
     "audio_tower": {"bits": 8},
     "connector": {"bits": 8},
@@ -57,12 +61,14 @@ def test_values_by_hand():
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("rows", [1, 5, 40, 200])
-def test_kernels_compute_the_product(bits, rows):
-    layer = linear(bits=bits)
-    x = torch.randn(rows, 64).bfloat16()
+@pytest.mark.parametrize("device", DEVICES)
+def test_kernels_compute_the_product(bits, rows, device):
+    layer = linear(bits=bits).to(device)
+    x = torch.randn(rows, 64, device=device).bfloat16()
     expected = x.float() @ layer.dequantize(torch.float32).T
     with torch.no_grad():
         torch.testing.assert_close(layer(x).float(), expected, rtol=2e-2, atol=6e-2)
+    assert (layer.packed_scales is not None) == (bits == 4 and rows <= 128)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 7, 12])
@@ -98,16 +104,18 @@ def test_no_ids_select_no_rows(bits):
         assert matrix.select(torch.zeros(0, dtype=torch.int64)).shape == (0, 64)
 
 
-@pytest.mark.parametrize("matrix", [QuantizedLinear(64, 192, False, 4, 32), QuantizedEmbedding(192, 64, 4, 32)])
-def test_packing_keeps_every_value(matrix):
+@pytest.mark.parametrize("kind", [QuantizedLinear, QuantizedEmbedding])
+@pytest.mark.parametrize("device", DEVICES)
+def test_packing_keeps_every_value(kind, device):
     torch.manual_seed(1)
-    matrix.quantize(torch.randn(192, 64, dtype=torch.bfloat16))
+    matrix = kind(128, 192, False, 4, 32) if kind is QuantizedLinear else kind(192, 128, 4, 32)
+    matrix = matrix.quantize(torch.randn(192, 128, dtype=torch.bfloat16)).to(device)
     state = {key: value.clone() for key, value in matrix.state_dict().items()}
-    weights, ids = matrix.dequantize(), torch.randint(192, (3, 7))
+    weights, ids = matrix.dequantize(), torch.randint(192, (3, 7), device=device)
     rows = matrix.select(ids)
     assert torch.equal(rows, weights[ids])
     matrix.pack()
-    assert not torch.equal(matrix.weight.view(192, 32), state["weight"])  # it is another layout
+    assert not torch.equal(matrix.weight.view(192, 64), state["weight"])  # it is another layout
     assert torch.equal(matrix.dequantize(), weights)
     assert torch.equal(matrix.select(ids), rows)
     for key, value in matrix.state_dict().items():
@@ -125,15 +133,15 @@ def packing_in_blocks(request, monkeypatch):
         blocks = values.to(torch.uint8).view(-1, 2, request.param // 2, values.shape[1])
         return (blocks[:, 0] | blocks[:, 1] << 4).transpose(1, 2).reshape(len(values), -1)
 
-    rows_of_nibbles.cache_clear()
+    kernel_layout.cache_clear()
     monkeypatch.setattr(torch, "_convert_weight_to_int4pack_for_cpu", pack)
     yield
-    rows_of_nibbles.cache_clear()
+    kernel_layout.cache_clear()
 
 
 @pytest.mark.parametrize("packing_in_blocks", [16, 32, 64], indirect=True)
 def test_packing_of_any_processor_keeps_every_value(packing_in_blocks):
-    test_packing_keeps_every_value(QuantizedEmbedding(192, 64, 4, 32))
+    test_packing_keeps_every_value(QuantizedEmbedding, "cpu")
 
 
 def test_gradient_after_an_evaluation_pass():

@@ -757,6 +757,21 @@ def test_what_comes_from_whisper_and_lora_have_learning_rates_of_their_own(tmp_p
     assert seen == set(expected)
 
 
+def test_training_leaves_cudnns_attention_out(tmp_path):
+    """Its backward pass gives NaN for masked sequences of 64 tokens where all scores of a row are low."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    arguments = SalmonnTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    SalmonnTrainer(model=tiny_model(tiny_config()), args=arguments)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    if torch.cuda.is_available():
+        query, key, value = torch.randn(3, 1, 1, 64, 64, device="cuda", dtype=torch.bfloat16)
+        query[..., 0], key[..., 0] = 1.0, -960.0
+        mask = torch.ones(64, 64, dtype=torch.bool, device="cuda").tril()[None, None]
+        heard = torch.nn.functional.scaled_dot_product_attention(query.requires_grad_(), key, value, attn_mask=mask)
+        heard.sum().backward()
+        assert query.grad.isfinite().all()
+
+
 def test_ctc_tokenizer_stops_after_the_first_merges():
     """A tokenizer trained with fewer merges from the start is the reference: merges are learned in order."""
     texts = [f"{a} {b}" for a in WORDS for b in WORDS]

@@ -1,8 +1,9 @@
 """Weights of 4 and 8 bits: Linear and Embedding modules that keep them, and their place in SALMONN.
 
 Symmetric, weight-only. 8 bits: one scale per row. 4 bits: two values per byte, one scale per group of a row's columns.
-Products in bfloat16 on a CPU run on torch's own kernels; elsewhere the weights are widened first. The weights are
-buffers, which no optimiser sees; gradients pass through them to what comes before, at any time.
+Products in bfloat16 run on torch's own kernels, 4 bits on a CPU and on CUDA, 8 on a CPU; elsewhere the weights are
+widened first. The weights are buffers, which no optimiser sees; gradients pass through them to what comes before, at
+any time.
 """
 
 from functools import cache
@@ -15,23 +16,39 @@ from transformers import PreTrainedModel
 # Rows up to which torch's kernels beat widening the weights for an ordinary product (measured on AVX-512).
 KERNEL_ROWS = {8: 12, 4: 128}
 PACKED_ROWS = 4096  # at a time, whole blocks
-BLOCK = 64  # rows and columns of which torch's CPU kernels take whole multiples, on any processor
+BLOCK = 64  # rows and columns of which torch's kernels take whole multiples, on any processor
+TILE_ROWS, INNER_TILES = 8, 4  # of the 4-bit CUDA kernel's layout; an inner tile has 16 columns, four make a block
+
+
+def pack_nibbles(nibbles: torch.Tensor) -> torch.Tensor:
+    """Values 0 to 15, one a byte, uint8 `(rows, columns)`, in the layout of torch's kernel for their device."""
+    if nibbles.device.type == "cpu":
+        return torch._convert_weight_to_int4pack_for_cpu(nibbles.to(torch.int32), 1)
+    pairs = nibbles[:, ::2] << 4 | nibbles[:, 1::2]
+    packed = torch._convert_weight_to_int4pack(pairs.contiguous(), INNER_TILES)
+    return packed.view(torch.uint8).view(pairs.shape)
 
 
 @cache
-def rows_of_nibbles() -> torch.Tensor:
+def kernel_layout(device: torch.device) -> torch.Tensor:
     """
-    The 4-bit CPU kernel's layout: a block of rows, 64 with AVX-512 and 32 with AVX2, column by column; of one column,
-    the row of the block that each byte holds in its low and in its high half, `(2, rows / 2)`. It differs between
-    processors, so it is read off packed matrices whose rows hold their own numbers.
+    The layout of torch's 4-bit kernel, which keeps a matrix tile by tile: `(rows, columns)` of a tile, the byte of
+    the tile that holds each value in its low half, or the tile's size and that byte for the high half. A tile has one
+    column on a CPU, of 64 rows with AVX-512 and 32 with AVX2; it differs between processors, so it is read off packed
+    matrices whose values are their own places.
     """
-    numbers = torch.arange(BLOCK, dtype=torch.int32)[:, None].expand(BLOCK, BLOCK)
-    low, high = (
-        torch._convert_weight_to_int4pack_for_cpu(part.contiguous(), 1).flatten()[: BLOCK // 2].long()
-        for part in (numbers % 16, numbers // 16)
-    )
-    rows = torch.stack([(low & 15) + 16 * (high & 15), (low >> 4) + 16 * (high >> 4)])
-    return rows[:, : (int(rows.max()) + 1) // 2]  # what follows is the next column
+    places = torch.arange(BLOCK * BLOCK, device=device).view(BLOCK, BLOCK)
+    halves = torch.zeros(2, BLOCK * BLOCK // 2, dtype=torch.long, device=device)
+    for shift in (0, 4, 8):
+        packed = pack_nibbles((places >> shift & 15).to(torch.uint8)).flatten().long()
+        halves += torch.stack([packed & 15, packed >> 4]) << shift
+    columns = 1 if device.type == "cpu" else BLOCK
+    # On a CPU the first tile ends where the second column begins.
+    size = int((halves[0] % BLOCK).nonzero()[0]) if columns == 1 else TILE_ROWS * BLOCK // 2
+    tile = halves[:, :size].flatten()
+    layout = torch.empty(len(tile), dtype=torch.long, device=device)
+    layout[tile // BLOCK * columns + tile % BLOCK] = torch.arange(len(tile), device=device)
+    return layout.view(-1, columns)
 
 
 def two_per_byte(values: torch.Tensor) -> torch.Tensor:
@@ -54,8 +71,8 @@ class QuantizedMatrix(nn.Module):
 
     Attributes:
         weight: int8 of shape `(rows, columns)`; with 4 bits uint8 of shape `(rows, columns / 2)`, the even column in
-            the low half of a byte, values offset by 8. After the first product on a CPU it has that kernel's layout
-            instead; `state_dict` always gives this one.
+            the low half of a byte, values offset by 8. After the first product on torch's kernel it has the kernel's
+            layout instead; `state_dict` always gives this one.
         scales: `(rows,)`; with 4 bits `(rows, columns / group_size)`.
 
     Raises:
@@ -97,15 +114,15 @@ class QuantizedMatrix(nn.Module):
         return self
 
     def pack(self):
-        """Bring the weights, in place, into the layout of torch's 4-bit CPU kernel."""
-        # It wants each value in 32 bits: of all rows of a vocabulary at once these would be gigabytes.
+        """Bring the weights, in place, into the layout of torch's 4-bit kernel for their device."""
+        # A CPU wants each value in 32 bits: of all rows of a vocabulary at once these would be gigabytes.
         self.unpack()
-        packed = torch.empty_like(self.weight)
+        packed = torch.empty_like(self.weight, device="cpu")  # beside which a device need not hold the matrix twice
         for start in range(0, self.rows, PACKED_ROWS):
             rows = slice(start, start + PACKED_ROWS)
-            nibbles = one_per_byte(self.weight[rows]).to(torch.int32)
-            packed[rows] = torch._convert_weight_to_int4pack_for_cpu(nibbles, 1)
-        self.weight = packed
+            packed[rows] = pack_nibbles(one_per_byte(self.weight[rows]))
+        device, self.weight = self.weight.device, packed
+        self.weight = packed.to(device)
         scales = self.scales.T
         self.packed_scales = torch.stack([scales, torch.zeros_like(scales)], -1).contiguous()
         self.scales = self.packed_scales[..., 0].T  # a view: the scales are kept once
@@ -122,12 +139,11 @@ class QuantizedMatrix(nn.Module):
         weight = self.weight
         if self.packed_scales is None:
             return one_per_byte(weight)
-        rows = rows_of_nibbles()
-        halves = weight.view(-1, self.columns, rows.shape[1])
-        halves = torch.stack([halves & 15, halves >> 4], 1).transpose(2, 3).flatten(1, 2)
-        values = torch.empty_like(halves)
-        values[:, rows.flatten()] = halves
-        return values.view(self.rows, self.columns)
+        layout = kernel_layout(weight.device)
+        rows, columns = layout.shape
+        tiles = weight.view(-1, self.columns // columns, layout.numel() // 2)
+        values = torch.cat([tiles & 15, tiles >> 4], -1)[..., layout.flatten()]
+        return values.view(*tiles.shape[:2], rows, columns).transpose(1, 2).reshape(self.rows, self.columns)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """W, of shape `(rows, columns)`; in the precision of the scales by default."""
@@ -144,22 +160,25 @@ class QuantizedMatrix(nn.Module):
         elif self.packed_scales is None:
             values = one_per_byte(self.weight[flat]).to(torch.int8) - 8
         else:
-            row_of_place = rows_of_nibbles()
-            block, size = row_of_place.numel(), row_of_place.shape[1]
-            place = row_of_place.flatten().argsort()[flat % block]
-            half, byte = place // size, place % size
-            values = self.weight.view(-1, self.columns, size)[flat // block, :, byte]
-            values = (torch.where(half[:, None].bool(), values >> 4, values) & 15).to(torch.int8) - 8
+            layout = kernel_layout(self.weight.device)
+            (tile_rows, tile_columns), size = layout.shape, layout.numel() // 2
+            places = layout[flat % tile_rows]
+            tiles = self.weight.view(-1, self.columns // tile_columns, size)
+            values = tiles[flat[:, None] // tile_rows, :, places % size]  # (ids, columns of a tile, tiles)
+            values = (torch.where(places[..., None] >= size, values >> 4, values) & 15).to(torch.int8) - 8
+            values = values.transpose(1, 2)
         width = self.group_size if self.bits == 4 else self.columns  # which -1 could not tell for no ids at all
         rows = values.reshape(*scales.shape, width).to(scales.dtype) * scales[..., None]
-        return rows.view(*ids.shape, self.columns)
+        return rows.reshape(*ids.shape, self.columns)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x Wᵀ for `x` of shape `(..., columns)`."""
         flat = x.reshape(-1, self.columns)
         # The kernels have no gradient.
         trained = torch.is_grad_enabled() and (x.requires_grad or self.scales.requires_grad)
-        on_kernel = x.dtype == self.scales.dtype == torch.bfloat16 and x.device.type == "cpu" and not trained
+        on_cpu = x.device.type == "cpu"
+        on_kernel = x.dtype == self.scales.dtype == torch.bfloat16 and not trained
+        on_kernel = on_kernel and (on_cpu or x.device.type == "cuda" and self.bits == 4)
         whole = self.rows % BLOCK == 0 and self.columns % BLOCK == 0  # the kernels read past the end of other shapes
         on_kernel = on_kernel and whole and len(flat) <= KERNEL_ROWS[self.bits]
         if on_kernel and self.bits == 8:
@@ -170,7 +189,11 @@ class QuantizedMatrix(nn.Module):
         elif on_kernel and self.group_size in (32, 64, 128, 256):
             if self.packed_scales is None:
                 self.pack()
-            product = torch._weight_int4pack_mm_for_cpu(flat, self.weight, self.group_size, self.packed_scales)
+            if on_cpu:
+                product = torch._weight_int4pack_mm_for_cpu(flat, self.weight, self.group_size, self.packed_scales)
+            else:
+                tiles = self.weight.view(torch.int32).view(self.rows // TILE_ROWS, self.columns // BLOCK, 32, -1)
+                product = torch._weight_int4pack_mm(flat.contiguous(), tiles, self.group_size, self.packed_scales)
         elif trained and not self.scales.requires_grad:
             product = WidenedProduct.apply(flat, self)
         elif self.bits == 8:
