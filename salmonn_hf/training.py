@@ -317,6 +317,11 @@ class SalmonnTrainingArguments(TrainingArguments):
     )
 
     @property
+    def drawing_seed(self) -> int:
+        """By which clips are ordered and augmented: `data_seed`, else `seed`, by which new weights are drawn."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    @property
     def frozen_dtype(self) -> torch.dtype:
         """Precision of what is not trained. Processors without bfloat16 take several times as long in it."""
         return torch.bfloat16 if self.bf16 or self.fp16 else torch.float32
@@ -402,7 +407,7 @@ class SalmonnTrainer(Trainer):
         self.train_sampler = MixtureSampler(
             self.train_dataset,
             args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            args.data_seed if args.data_seed is not None else args.seed,
+            args.drawing_seed,
             args.train_sampling_strategy == "group_by_length",
         )
         return self.train_sampler

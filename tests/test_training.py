@@ -19,7 +19,7 @@ from conftest import noise, tiny_config, tiny_model, tiny_processor, tiny_text_c
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, WhisperForConditionalGeneration
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, WhisperForConditionalGeneration, pipeline
 
 from salmonn_hf import BeatsConfig, BeatsModel, SalmonnForConditionalGeneration, speech_decoder, tasks, training
 from salmonn_hf.caption_metrics import CaptionMetricsError
@@ -365,6 +365,30 @@ def test_a_larger_lora_is_cut_to_the_recipes_rank(parts, stage1_model, tmp_path,
         assert trained.config.lora["r"] == min(rank, 4)
         key = "language_model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
         assert len(trained.state_dict()[key]) == min(rank, 4)
+
+
+def test_data_seed_changes_the_clips_and_not_the_start(parts, stage1_model, tmp_path, monkeypatch):
+    """Such runs can be averaged: the mean reads, and lies between them."""
+    still = {"learning_rate": 0.0, "eval_strategy": "no", "speed_factors": [0.9, 1.0, 1.1]}
+    moving = {"eval_strategy": "no"}
+    for name, seed, settings in (("a", 1, still), ("b", 2, still), ("c", 1, moving), ("d", 2, moving)):
+        recipe = stage2_recipe(parts, tmp_path / name, stage1_model, **settings) | {"lora_learning_rate": None}
+        run("run_stage2.py", recipe, tmp_path, monkeypatch, "--data_seed", str(seed))
+    losses = [[entry["loss"] for entry in history(tmp_path / name) if "loss" in entry] for name in "ab"]
+    assert losses[0] != losses[1]
+    a, b, c, d = (load_file(tmp_path / name / "model.safetensors") for name in "abcd")
+    assert all(torch.equal(a[key], b[key]) for key in a) and any(".lora_A" in key for key in a)
+
+    directories = [str(tmp_path / name) for name in "cd"]
+    monkeypatch.setattr(sys, "argv", ["average.py", *directories, "--output_dir", str(tmp_path / "mean")])
+    runpy.run_path(str(ROOT / "training" / "average.py"), run_name="__main__")
+    mean = load_file(tmp_path / "mean" / "model.safetensors")
+    assert mean.keys() == c.keys() and any(not torch.equal(c[key], d[key]) for key in c)
+    for key, value in mean.items():
+        expected = ((c[key].float() + d[key].float()) / 2).to(c[key].dtype) if value.is_floating_point() else c[key]
+        assert torch.equal(value, expected), key
+    transcriber = pipeline("automatic-speech-recognition", model=str(tmp_path / "mean"))
+    assert isinstance(transcriber(noise(1.0))["text"], str)
 
 
 def test_lora_in_the_encoder_is_trained_and_resumed(parts, stage1_model, tmp_path, monkeypatch):

@@ -174,7 +174,7 @@ def main():
     freeze_base_parts(model, alignment_only=True)
 
     train_dataset, eval_dataset = data_args.datasets(
-        train, evaluation, model, processor, augmentation, training_args.seed
+        train, evaluation, model, processor, augmentation, training_args.drawing_seed
     )
     collator = ClipCollator(
         processor,

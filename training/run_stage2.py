@@ -152,7 +152,7 @@ def main():
     skipped = SkippedClips(Path(training_args.output_dir, "skipped.tsv") if training_args.should_save else None)
     train, evaluation = data_args.load(skipped)
     train_dataset, eval_dataset = data_args.datasets(
-        train, evaluation, model, processor, augmentation, training_args.seed
+        train, evaluation, model, processor, augmentation, training_args.drawing_seed
     )
     collator = ClipCollator(
         processor,

@@ -93,14 +93,14 @@ def main():
     path = Path(training_args.output_dir, "stories.parquet")
     with training_args.main_process_first(desc="telling stories"):
         if not path.exists():
-            clips, _ = data_args.datasets(train, [], model, processor, Augmentation(), training_args.seed)
+            clips, _ = data_args.datasets(train, [], model, processor, Augmentation(), training_args.drawing_seed)
             rows = tell_stories(model.eval(), processor, clips, model_args, training_args.seed)
             pq.write_table(pa.Table.from_pylist(rows), path.with_suffix(".partial"))
             os.replace(path.with_suffix(".partial"), path)
     freeze_base_parts(model, keep_encoder=True)  # as it heard when it told them
     stories = [ClipTable(Source(path=str(path)), skipped=skipped)]
     train_dataset, eval_dataset = data_args.datasets(
-        stories, evaluation, model, processor, augmentation, training_args.seed
+        stories, evaluation, model, processor, augmentation, training_args.drawing_seed
     )
     trainer = SalmonnTrainer(
         model=model,
