@@ -1,9 +1,10 @@
 """Decoding with drafts: the CTC head reads a transcript off the audio embeddings, the language model verifies it.
 
-Speculative decoding (Leviathan et al., ICML 2023, https://arxiv.org/abs/2211.17192) in transformers' own loop for
-assisted generation: one forward pass takes a whole draft, and keeps the tokens up to the first that greedy decoding
-would not have chosen, and that one's replacement. The text is that of greedy decoding, in fewer passes, of which the
-first reads the prompt as well.
+Speculative decoding (Leviathan et al., ICML 2023, https://arxiv.org/abs/2211.17192): one forward pass takes a whole
+draft, and keeps the tokens up to the first that greedy decoding would not have chosen, and that one's replacement. The
+text is that of greedy decoding, in fewer passes, of which the first reads the prompt as well. How a sentence ends can
+hardly be heard, so a pass also tries the other marks in the last one's place, as branches of the draft (as in
+SpecInfer, Miao et al., ASPLOS 2024, https://arxiv.org/abs/2305.09781).
 """
 
 import os
@@ -11,9 +12,10 @@ import re
 
 import torch
 from torch import nn
-from transformers.generation import CandidateGenerator
+from transformers.generation import GenerateDecoderOnlyOutput
 
 PASS_TOKENS = 24  # of a draft that one pass verifies; those behind the first wrong one cost time for nothing
+END_MARKS = (".", "!", "?", "...")
 REACH = 4  # tokens of a draft among which the language model's next one is looked for
 WORD_STARTS = ("\u0120", "\u2581")  # a space, in byte-level BPE and in SentencePiece
 # Of a transcript that begins with one, a question mark is likelier at the end than a full stop.
@@ -84,45 +86,41 @@ def best_tokens(ctc_head: nn.Module, audio_embeds: torch.Tensor, embedding: nn.M
     return merge_repeats(ctc_head, ctc_head.best(audio_embeds, embedding))
 
 
-class CTCDraft(CandidateGenerator):
+class CTCDraft:
     """
-    Candidates from the CTC head, for one prompt, given as `inputs_embeds`. The pass that reads it verifies the whole
-    draft. Where that was wrong, what the language model itself foretold behind that place mends the next draft, as in
-    Jacobi decoding (Santilli et al., ACL 2023, https://arxiv.org/abs/2305.10427): see `mend`.
+    What a pass of the language model verifies, for one prompt: first the draft that the CTC head reads. Where that was
+    wrong, what the language model itself foretold behind that place mends the next one, as in Jacobi decoding
+    (Santilli et al., ACL 2023, https://arxiv.org/abs/2305.10427): see `mend`.
 
     Args:
         draft_ids (`list[int]`): the transcript that the head reads, see `best_tokens`.
-        embedding (`nn.Module`): the language model's token embeddings.
         tokenizer (`PreTrainedTokenizerBase`): the language model's.
         eos_token_id (`int`).
     """
 
-    requires_model_outputs = True
-    model_kwargs_overrides = {}
-
-    def __init__(self, draft_ids: list[int], embedding: nn.Module, tokenizer, eos_token_id: int):
-        self.embedding, self.tokenizer, self.eos_token_id = embedding, tokenizer, eos_token_id
-        self.draft, self.prompt_length = words(tokenizer.decode(draft_ids)), None
+    def __init__(self, draft_ids: list[int], tokenizer, eos_token_id: int):
+        self.tokenizer, self.eos_token_id = tokenizer, eos_token_id
+        self.draft = words(tokenizer.decode(draft_ids))
         self.candidates, self.mended, self.is_first = [], [], True
 
-    def get_candidates(self, input_ids, model_kwargs=None, is_first_iteration=False, **kwargs):
-        """`input_ids` `(1, tokens)` with the rest of the draft behind them, and no logits."""
-        if is_first_iteration:
-            self.prompt_length = input_ids.shape[1]
-        drafted = self.rest_of_draft(input_ids[0, self.prompt_length :])
+    def choose_candidates(self, written: list[int]) -> list[int]:
+        """The tokens to verify behind those that the language model has written so far; none without a draft."""
+        drafted = self.rest_of_draft(written)
         candidates = self.mended if self.mended and self.is_near(drafted) else drafted
-        if not candidates:
-            return input_ids, None
         self.candidates = candidates[:PASS_TOKENS]
-        candidates = input_ids.new_tensor([self.candidates])
-        if is_first_iteration:
-            embeds = self.embedding(candidates)
-            model_kwargs["inputs_embeds"] = torch.cat([model_kwargs["inputs_embeds"], embeds], dim=1)
-        return torch.cat([input_ids, candidates], dim=1), None
+        return self.candidates
 
-    def rest_of_draft(self, token_ids: torch.Tensor) -> list[int]:
-        """What the CTC head hears behind the tokens `(tokens,)` that the language model has written."""
-        text = self.tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)
+    def other_ends(self) -> list[int]:
+        """Marks that the candidates might end with in place of theirs, where they end with one."""
+        if self.candidates[-1:] != [self.eos_token_id] or len(self.candidates) < 2:
+            return []
+        end = self.candidates[-2]
+        marks = [ids[0] for ids in map(self.token_ids, END_MARKS) if len(ids) == 1]
+        return [mark for mark in marks if mark != end] if self.is_mark(end) else []
+
+    def rest_of_draft(self, written: list[int]) -> list[int]:
+        """What the CTC head hears behind the tokens that the language model has written."""
+        text = self.tokenizer.decode(written, clean_up_tokenization_spaces=False)
         rest = continuation(text, self.draft) if self.draft else None
         return [] if rest is None else self.token_ids(rest) + [self.eos_token_id]
 
@@ -131,12 +129,11 @@ class CTCDraft(CandidateGenerator):
         heard, said = (words(self.tokenizer.decode(ids)) for ids in (drafted, self.mended))
         return alignment_costs(said, heard)[-1] <= max(1, len(heard) / 2) or not drafted
 
-    def update_candidate_strategy(self, input_ids, scores, num_matches):
-        """Mend the rest of the candidates with what the pass foretold behind each of them: `scores[0]`."""
-        foretold = scores[0].argmax(-1).tolist()
+    def learn(self, foretold: list[int], matches: int):
+        """Mend the rest of the candidates, of which `matches` were right, with what a pass foretold behind each."""
         self.mended = []
-        if num_matches < len(self.candidates) and foretold[num_matches] != self.eos_token_id:
-            self.mended = self.mend(foretold, num_matches)
+        if matches < len(self.candidates) and foretold[matches] != self.eos_token_id:
+            self.mended = self.mend(foretold, matches)
         self.is_first = False
 
     def mend(self, foretold: list[int], matches: int) -> list[int]:
@@ -205,3 +202,95 @@ class CTCDraft(CandidateGenerator):
     def is_mark(self, token: int) -> bool:
         word = self.word(token)  # of a lone space nothing is left, and that begins a word
         return token == self.eos_token_id or (word != "" and not any(letter.isalnum() for letter in word))
+
+
+def draft_mask(known: int, tokens: int, branches: int, place: int, dtype: torch.dtype, device) -> torch.Tensor:
+    """
+    The attention bias `(1, 1, tokens + branches, known + tokens + branches)` of a pass behind `known` cached tokens:
+    of its tokens each sees those before it, and of the branches behind them each the first `place` tokens and itself.
+    """
+    size = tokens + branches
+    seen = torch.ones(size, known + size, dtype=torch.bool, device=device).tril(known)
+    seen[tokens:, known + place :] = torch.eye(size, dtype=torch.bool, device=device)[tokens:, place:]
+    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)[None, None]
+
+
+@torch.no_grad()
+def decode_with_drafts(
+    model,
+    input_ids,
+    logits_processor,
+    stopping_criteria,
+    generation_config,
+    draft_ids: list[int],
+    draft_tokenizer,
+    streamer=None,
+    **kwargs,
+):
+    r"""
+    Greedy decoding of one prompt with drafts, for `generate(custom_generate=...)`.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(1, prompt)`), with `inputs_embeds` in `kwargs`, which are read.
+        draft_ids, draft_tokenizer: see `CTCDraft`.
+
+    Returns:
+        `(1, prompt + new tokens)`, or the object that `return_dict_in_generate` asks for.
+    """
+    cache, mask, embedding = kwargs["past_key_values"], kwargs.get("attention_mask"), model.get_input_embeddings()
+    cache.activate_past_recording()
+    draft = CTCDraft(draft_ids, draft_tokenizer, int(generation_config._eos_token_tensor[0]))
+    text_config = model.language_model.config
+    branching = text_config._attn_implementation in ("eager", "sdpa") and mask is None  # the others take no such mask
+    reach = getattr(text_config, "sliding_window", None) or float("inf")
+    pending, prompt, done = kwargs["inputs_embeds"], input_ids.shape[1], False
+    all_scores = () if generation_config.output_scores else None
+    all_logits = () if generation_config.output_logits else None
+    while not done:
+        candidates = draft.choose_candidates(input_ids[0, prompt:].tolist())
+        known, unread = cache.get_seq_length(), pending.shape[1]
+        tokens, place = unread + len(candidates), unread + len(candidates) - 2
+        ends = draft.other_ends() if branching and known + tokens < reach - len(END_MARKS) else []
+        settings = {}
+        if ends:
+            positions = torch.arange(known, known + tokens, device=input_ids.device)
+            settings["position_ids"] = torch.cat([positions, positions.new_full((len(ends),), known + place)])[None]
+            settings["attention_mask"] = draft_mask(known, tokens, len(ends), place, pending.dtype, input_ids.device)
+        elif mask is not None:
+            settings["attention_mask"] = nn.functional.pad(mask, (0, known + tokens - mask.shape[1]), value=1)
+        logits = model(
+            inputs_embeds=torch.cat([pending, embedding(input_ids.new_tensor([candidates + ends]))], dim=1),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1 + len(candidates) + len(ends),
+            **settings,
+        ).logits.float()  # of the last token that is known, of each candidate, of each branch
+
+        def scores_behind(tokens: list[int], row: int, written=input_ids, logits=logits) -> torch.Tensor:
+            return logits_processor(torch.cat([written, written.new_tensor([tokens])], dim=1), logits[:, row].clone())
+
+        scores = [scores_behind(candidates[:i], i) for i in range(1 + len(candidates))]
+        foretold = [int(row.argmax()) for row in scores]
+        matches = next((i for i, token in enumerate(candidates) if foretold[i] != token), len(candidates))
+        said, rows = foretold[: matches + 1], list(range(matches + 1))
+        draft.learn(foretold, matches)
+        if matches == len(candidates) - 2 and said[-1] in ends:
+            rows.append(1 + len(candidates) + ends.index(said[-1]))
+            scores[matches + 1] = scores_behind(said, rows[-1])
+            said.append(int(scores[matches + 1].argmax()))
+            draft.mended = []
+        cache.crop(-(len(candidates) - matches + len(ends)))
+        for token, row, row_scores in zip(said, rows, scores, strict=False):
+            input_ids = torch.cat([input_ids, input_ids.new_tensor([[token]])], dim=1)
+            all_scores = None if all_scores is None else (*all_scores, row_scores)
+            all_logits = None if all_logits is None else (*all_logits, logits[:, row])
+            if streamer is not None:
+                streamer.put(input_ids[:, -1].cpu())
+            if done := bool(stopping_criteria(input_ids, all_scores).all()):
+                break
+        pending = embedding(input_ids.new_tensor([said[matches:]]))
+    if streamer is not None:
+        streamer.end()
+    if not generation_config.return_dict_in_generate:
+        return input_ids
+    return GenerateDecoderOnlyOutput(sequences=input_ids, scores=all_scores, logits=all_logits, past_key_values=cache)

@@ -5,9 +5,17 @@ import re
 import pytest
 import torch
 from conftest import LANGUAGE_MODELS, noise, tiny_config, tiny_model, tiny_processor, tiny_text_config
-from transformers import pipeline
+from transformers import MaxLengthCriteria, pipeline
 
-from salmonn_hf.ctc_draft import CTCDraft, best_tokens, continuation, place_in_draft, words
+from salmonn_hf.ctc_draft import (
+    END_MARKS,
+    CTCDraft,
+    best_tokens,
+    continuation,
+    draft_mask,
+    place_in_draft,
+    words,
+)
 from salmonn_hf.training import ctc_transcripts
 
 DRAFT = "well i think joey left this morning".split()
@@ -123,6 +131,89 @@ def test_good_drafts_save_passes(errors, monkeypatch):
     assert len(passes) <= 3 + errors < len(answer) / 2
 
 
+@pytest.mark.parametrize(
+    "text, marks, passes",
+    [
+        ("The fog is here.", END_MARKS, 1),
+        ("The fog is here!", END_MARKS, 1),  # a branch beside the draft's full stop
+        ("The fog is here!", (), 2),
+        ("The fog is here!!", END_MARKS, 2),  # what follows the branch is not the end
+        ("The fog is here", END_MARKS, 1),
+    ],
+)
+def test_another_mark_at_the_end_needs_no_pass_of_its_own(text, marks, passes, monkeypatch):
+    model, processor = drafting_model(), tiny_processor()
+    inputs = processor.apply_transcription_request([noise(1.0)])
+    answer = processor.tokenizer(text, add_special_tokens=False)["input_ids"] + [processor.tokenizer.eos_token_id]
+    prompt_length = inputs["input_ids"].shape[1]
+
+    def say(module, args, kwargs, output):  # a language model that knows by a token's position what follows
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(kwargs["past_key_values"].get_seq_length())[None]
+        for row, position in enumerate(positions[0, -output.logits.shape[1] :].tolist()):
+            output.logits[0, row] = 0
+            output.logits[0, row, answer[min(position - prompt_length + 1, len(answer) - 1)]] = 1
+        return output
+
+    model.language_model.register_forward_hook(say, with_kwargs=True)
+    ids = processor.tokenizer(" the fog is here", add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr("salmonn_hf.generation_salmonn.best_tokens", lambda *_: ids)
+    monkeypatch.setattr("salmonn_hf.ctc_draft.END_MARKS", marks)
+    counted = count_passes(model)
+    options = {"max_new_tokens": 40, "speculation_type": "ctc", "tokenizer": processor.tokenizer}
+    output = model.generate(**inputs, **options, output_scores=True, return_dict_in_generate=True)
+    assert output.sequences[0, prompt_length:].tolist() == answer
+    assert [int(scores.argmax()) for scores in output.scores] == answer
+    assert len(counted) == passes
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_branch_sees_what_stands_before_it(implementation):
+    """The logits behind a mark in a branch are those behind the same mark in its place."""
+    model = drafting_model()
+    model.language_model.set_attn_implementation(implementation)
+    embedding = model.get_input_embeddings()
+    prompt, candidates, ends = embedding(torch.tensor([[9, 8, 7]])), [20, 21, 22, 2], [30, 31]
+    mask = draft_mask(0, 7, 2, 5, torch.float32, "cpu")
+    positions = torch.tensor([[*range(7), 5, 5]])
+    embeds = torch.cat([prompt, embedding(torch.tensor([candidates + ends]))], dim=1)
+    with torch.no_grad():
+        together = model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions).logits[0]
+        torch.testing.assert_close(together[:7], model(inputs_embeds=embeds[:, :7]).logits[0])
+        for row, end in enumerate(ends):
+            alone = torch.cat([prompt, embedding(torch.tensor([[20, 21, end]]))], dim=1)
+            torch.testing.assert_close(together[7 + row], model(inputs_embeds=alone).logits[0, -1])
+
+
+def test_batches_beams_and_samples_take_no_drafts(monkeypatch):
+    """Which would change the time alone."""
+    model, processor = drafting_model(), tiny_processor()
+    monkeypatch.setattr("salmonn_hf.generation_salmonn.decode_with_drafts", lambda *_, **__: pytest.fail("drafts"))
+    options = {"max_new_tokens": 5}
+    drafts = {"speculation_type": "ctc", "tokenizer": processor.tokenizer}
+    for clips, kind in ((2, {}), (1, {"num_beams": 2}), (1, {"do_sample": True})):
+        inputs = processor.apply_transcription_request([noise(0.5, seed) for seed in range(clips)])
+        torch.manual_seed(0)
+        expected = model.generate(**inputs, **options, **kind)
+        torch.manual_seed(0)
+        assert torch.equal(model.generate(**inputs, **options, **kind, **drafts), expected)
+
+
+def test_stopping_criteria_are_asked_after_each_token():
+    """A pass may verify more than they allow."""
+    model, processor = drafting_model(), tiny_processor()
+    inputs = processor.apply_transcription_request([noise(1.0)])
+    for limit in (1, 2, 3, 5):
+        options = {
+            "max_new_tokens": 24,
+            "stopping_criteria": [MaxLengthCriteria(inputs["input_ids"].shape[1] + limit)],
+        }
+        expected = model.generate(**inputs, **options)
+        drafted = model.generate(**inputs, **options, speculation_type="ctc", tokenizer=processor.tokenizer)
+        assert torch.equal(drafted, expected)
+
+
 def test_behind_a_wrong_candidate_what_was_foretold_is_verified():
     """The model puts a comma where the draft has none, and a question mark where it has a full stop."""
     processor = tiny_processor()
@@ -131,20 +222,13 @@ def test_behind_a_wrong_candidate_what_was_foretold_is_verified():
     def ids(text):
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    draft = CTCDraft(
-        ids(" well is it here"), drafting_model().get_input_embeddings(), tokenizer, tokenizer.eos_token_id
-    )
-    draft.prompt_length = 1
-    start = torch.tensor([[5]])
-    candidates, _ = draft.get_candidates(start, model_kwargs={})
-    assert candidates[0, 1:].tolist() == ids("Well is it here.") + [tokenizer.eos_token_id]
+    draft = CTCDraft(ids(" well is it here"), tokenizer, tokenizer.eos_token_id)
+    assert draft.choose_candidates([]) == ids("Well is it here.") + [tokenizer.eos_token_id]
+    assert draft.other_ends() == ids("!?")  # of the marks that are one token
     # Behind "Well" it says a comma; behind " " and "i", which it was given all the same, what follows in the draft.
-    said = ids("Well,is it here?") + [tokenizer.eos_token_id]
-    scores = torch.nn.functional.one_hot(torch.tensor([said]), 300).float()
-    text = torch.cat([start, torch.tensor([ids("Well,")])], dim=1)
-    draft.update_candidate_strategy(text, scores, 4)
-    candidates, _ = draft.get_candidates(text, model_kwargs={})
-    assert tokenizer.decode(candidates[0, 1:]) == "Well, is it here?" + tokenizer.eos_token
+    draft.learn(ids("Well,is it here?") + [tokenizer.eos_token_id], 4)
+    candidates = draft.choose_candidates(ids("Well,"))
+    assert tokenizer.decode(candidates) == " is it here?" + tokenizer.eos_token
 
 
 class WordTokenizer:
@@ -188,7 +272,7 @@ class WordTokenizer:
 def test_mended_drafts_by_hand(drafted, foretold, matches, mended):
     tokenizer = WordTokenizer()
     ids = {text: tokenizer(text)["input_ids"] for text in (drafted, foretold, mended)}
-    draft = CTCDraft([], None, tokenizer, tokenizer("$")["input_ids"][0])
+    draft = CTCDraft([], tokenizer, tokenizer("$")["input_ids"][0])
     draft.candidates = ids[drafted]
     assert len(ids[foretold]) == len(ids[drafted]) + 1
     assert tokenizer.decode(draft.mend(ids[foretold], matches)) == mended.replace("|", "")
@@ -197,14 +281,12 @@ def test_mended_drafts_by_hand(drafted, foretold, matches, mended):
 def test_a_second_token_in_the_same_place_stands_before_the_rest():
     """What took the place of one drafted word was the first of two: "the dog" for "cat"."""
     tokenizer = WordTokenizer()
-    draft = CTCDraft([], None, tokenizer, tokenizer("$")["input_ids"][0])
-    scores = torch.nn.functional.one_hot(torch.tensor([tokenizer(" see the is here.$")["input_ids"]])).float()
+    draft = CTCDraft([], tokenizer, tokenizer("$")["input_ids"][0])
     draft.candidates = tokenizer(" see cat is here$")["input_ids"]
-    draft.update_candidate_strategy(None, scores, 1)
+    draft.learn(tokenizer(" see the is here.$")["input_ids"], 1)
     assert tokenizer.decode(draft.mended) == " is here.$"
     draft.candidates = draft.mended
-    scores = torch.nn.functional.one_hot(torch.tensor([tokenizer(" dog here.$$")["input_ids"]])).float()
-    draft.update_candidate_strategy(None, scores, 0)
+    draft.learn(tokenizer(" dog here.$$")["input_ids"], 0)
     assert tokenizer.decode(draft.mended) == " is here.$"
 
 
@@ -216,9 +298,9 @@ def test_pipeline_takes_the_option(tmp_path):
     clips = [noise(0.7, 1), noise(0.4, 2), noise(0.5, 3)]
     expected = [result["text"] for result in transcriber(clips)]
     used = []
-    candidates = CTCDraft.get_candidates
+    candidates = CTCDraft.choose_candidates
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CTCDraft, "get_candidates", lambda *a, **k: used.append(1) or candidates(*a, **k))
+        patch.setattr(CTCDraft, "choose_candidates", lambda *a, **k: used.append(1) or candidates(*a, **k))
         assert [result["text"] for result in transcriber(clips, speculation_type="ctc")] == expected
         assert used
         used.clear()

@@ -59,8 +59,31 @@ def test_lora_is_folded_in_where_that_changes_nothing(tmp_path, dtype):
     model = Transcriber(str(tmp_path), dtype=dtype, device="cpu").model
     assert (model.config.lora is None) == (dtype == "float32")
     inputs = tiny_processor().apply_transcription_request([noise(0.5)])
-    before = AutoModel.from_pretrained(tmp_path, dtype=dtype)(**inputs).logits
+    written_out = {"text_config": "eager"}  # as bfloat16 on a CPU has it
+    before = AutoModel.from_pretrained(tmp_path, dtype=dtype, attn_implementation=written_out)(**inputs).logits
     torch.testing.assert_close(model(**inputs).logits, before, atol=1e-4, rtol=1e-4)
+
+
+def test_no_product_of_many_features_has_one_row_alone(tmp_path, monkeypatch):
+    """In bfloat16 on a CPU; the others, and those of one row in float32, are as they were."""
+    monkeypatch.setattr("salmonn_hf.inference.LONE_FEATURES", 48)  # of the tiny model down_proj alone has more
+    tiny_model().save_pretrained(tmp_path)
+    tiny_processor().save_pretrained(tmp_path)
+    linear, rows = torch.nn.functional.linear, []
+    for dtype, expected in (("bfloat16", {2}), ("float32", {1})):
+        model = Transcriber(str(tmp_path), dtype=dtype, device="cpu").model
+        layers = model.language_model.model.layers
+        rows.clear()
+        assert (model.language_model.config._attn_implementation == "eager") == (dtype == "bfloat16")
+        alone = torch.randn(1, 1, 64).to(model.dtype)
+        for layer in layers:
+            product = torch.nn.functional.linear(alone, layer.mlp.down_proj.weight)
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.nn.functional, "linear", lambda x, *w: rows.append(x.shape[-2]) or linear(x, *w))
+                found = layer.mlp.down_proj(alone)
+            torch.testing.assert_close(found, product, atol=1e-2, rtol=1e-2)
+        assert set(rows) == expected
+        assert layers[0].mlp.down_proj(torch.randn(2, 3, 64).to(model.dtype)).shape == (2, 3, 32)
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,23 @@ def test_tokens_that_no_window_makes_likely_are_not_looked_up(monkeypatch):
     assert (head.best(states, model.speech_tokens) == head(states, model.speech_tokens).argmax(-1)).all()
 
 
+def test_a_draft_is_read_off_the_scores_of_the_prompt(monkeypatch):
+    """They are computed once for both; other states, and those of another clip, have their own."""
+    model = decoder_model()
+    head, embedding = model.ctc_head, model.get_input_embeddings()
+    states, others = torch.randn(2, 9, head.width)
+    expected = [head(each, model.speech_tokens).argmax(-1) for each in (states, others)]
+    assert any(e.any() for e in expected)
+    calls, scores = [], head.token_scores
+    monkeypatch.setattr(head, "token_scores", lambda *args: calls.append(1) or scores(*args))
+    with torch.no_grad():
+        for each, best in zip((states, others), expected, strict=True):
+            head.embed(each, model.speech_tokens, embedding)
+            assert torch.equal(head.best(each, model.speech_tokens), best)
+        assert len(calls) == 2
+        assert torch.equal(head.best(states, model.speech_tokens), expected[0]) and len(calls) == 3
+
+
 def test_both_losses_reach_the_connector():
     model = decoder_model().train()
     frames, mask = frames_of(model, [40, 16])

@@ -1,9 +1,11 @@
 """`generate` of SALMONN: the audio is heard once, whatever the beams; then the language model writes."""
 
+from functools import partial
+
 import torch
 from transformers import GenerationMixin
 
-from .ctc_draft import CTCDraft, best_tokens
+from .ctc_draft import best_tokens, decode_with_drafts
 
 AUDIO_INPUTS = (
     "input_features",
@@ -15,10 +17,11 @@ AUDIO_INPUTS = (
     "sound_frames",
     "sound_frames_mask",
 )
+DECODING = ("speculation_type", "num_beams", "do_sample")
 
 
 class SalmonnGenerationMixin(GenerationMixin):
-    """`speculation_type="ctc", tokenizer=processor.tokenizer` decodes one prompt with drafts, see [`CTCDraft`]."""
+    """`speculation_type="ctc", tokenizer=processor.tokenizer` decodes one prompt with drafts, see [`ctc_draft`]."""
 
     @torch.no_grad()
     def generate(self, inputs=None, *args, **kwargs):
@@ -28,10 +31,17 @@ class SalmonnGenerationMixin(GenerationMixin):
         if input_ids is None or kwargs.get("inputs_embeds") is not None:
             return super().generate(inputs, *args, **kwargs)
 
+        config = kwargs.get("generation_config") or self.generation_config
+        asked = {name: kwargs.get(name, getattr(config, name)) for name in DECODING}
         heard = self.hear(**audio)
         prompt = self.embed_prompt(input_ids, kwargs.pop("attention_mask", None), **heard)
         del prompt["labels"]
-        output = super().generate(None, *args, **prompt, audio_states=heard.get("audio_embeds"), **kwargs)
+        if asked["speculation_type"] == "ctc":
+            decoding = self.draft_decoding(heard.get("audio_embeds"), kwargs.get("tokenizer"))
+            # Drafts change the time alone. For several prompts, beams or samples they are left out.
+            if len(input_ids) == 1 and asked["num_beams"] in (1, None) and not asked["do_sample"]:
+                kwargs["custom_generate"] = decoding
+        output = super().generate(None, *args, **prompt, **kwargs)
         # Where windows are merged, the language model's prompt is shorter than the one given.
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         given = input_ids.repeat_interleave(len(sequences) // len(input_ids), dim=0).to(sequences.device)
@@ -41,28 +51,17 @@ class SalmonnGenerationMixin(GenerationMixin):
         output.sequences = sequences
         return output
 
-    def _prepare_generation_config(self, generation_config, **kwargs):
-        states = kwargs.pop("audio_states", None)
-        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        if generation_config.speculation_type == "ctc":
-            generation_config.prompt_lookup_num_tokens = 1  # generate then asks for a candidate generator
-            if self.ctc_head is not None and states is not None:
-                generation_config.ctc_draft = best_tokens(self.ctc_head, states, self.ctc_embedding())
-        return generation_config, model_kwargs
+    def draft_decoding(self, audio_embeds: torch.Tensor | None, tokenizer):
+        """
+        `decode_with_drafts` of what the CTC head hears in `audio_embeds`, as `generate` takes it.
 
-    def _get_candidate_generator(self, generation_config, target_tokenizer=None, **kwargs):
-        if generation_config.speculation_type != "ctc":
-            return super()._get_candidate_generator(
-                generation_config=generation_config, target_tokenizer=target_tokenizer, **kwargs
-            )
-        if self.ctc_head is None or target_tokenizer is None:
+        Raises:
+            ValueError: without a CTC head or a tokenizer.
+        """
+        if self.ctc_head is None or tokenizer is None:
             raise ValueError(
                 'speculation_type="ctc" needs a model with a CTC head (ctc_vocab_size in its config), and '
                 "tokenizer=processor.tokenizer beside it."
             )
-        return CTCDraft(
-            getattr(generation_config, "ctc_draft", []),
-            self.get_input_embeddings(),
-            target_tokenizer,
-            int(generation_config._eos_token_tensor[0]),
-        )
+        heard = [] if audio_embeds is None else best_tokens(self.ctc_head, audio_embeds, self.ctc_embedding())
+        return partial(decode_with_drafts, draft_ids=heard, draft_tokenizer=tokenizer)

@@ -124,6 +124,7 @@ class SalmonnSpeechTokenHead(nn.Module):
         self.blank = nn.Linear(width, 1)
         self.log_scale = nn.Parameter(torch.zeros(()))
         self.proj = nn.Linear(width, config.text_config.hidden_size)
+        self.read = None, None  # the states that `embed` took last, and what `best` says of them
 
     def forward(
         self, audio_embeds: torch.Tensor, speech_tokens: nn.Module, classes: torch.LongTensor | None = None
@@ -186,7 +187,10 @@ class SalmonnSpeechTokenHead(nn.Module):
         scale = self.log_scale.exp()
         # Most windows carry no word, and of these nothing but the best score has to be computed.
         with torch.no_grad():
-            best = scores.amax(-1, keepdim=True).float() * scale
+            best, best_token = scores.max(-1, keepdim=True)
+            best = best.float() * scale
+            if not self.training:
+                self.read = audio_embeds, torch.where(best > blank, best_token + 1, 0)[:, 0]
             worded = (best > blank - SURELY_BLANK).nonzero()[:, 0]
             least = (torch.maximum(best, blank) - UNLIKELY) / scale
         # Few tokens are likely anywhere. The others are left out of each window apart from its neighbours, for a clip
@@ -205,6 +209,8 @@ class SalmonnSpeechTokenHead(nn.Module):
 
     def best(self, audio_embeds: torch.Tensor, speech_tokens: nn.Module) -> torch.Tensor:
         """Index of the likeliest output for each state `(audio tokens, d_model)` or more, 0 for the blank."""
+        if self.read[0] is audio_embeds:  # a clip's draft is read behind its prompt
+            return self.read[1]
         states = audio_embeds[:, : self.width]
         scores, tokens = self.token_scores(states, speech_tokens).max(-1)
         return torch.where(scores.float() * self.log_scale.exp() > self.blank(states)[:, 0].float(), tokens + 1, 0)
