@@ -143,7 +143,7 @@ class QuantizedMatrix(nn.Module):
         rows, columns = layout.shape
         tiles = weight.view(-1, self.columns // columns, layout.numel() // 2)
         values = torch.cat([tiles & 15, tiles >> 4], -1)[..., layout.flatten()]
-        return values.view(*tiles.shape[:2], rows, columns).transpose(1, 2).reshape(self.rows, self.columns)
+        return values.view(*tiles.shape[:2], rows, columns).transpose(1, 2).contiguous().view(self.rows, self.columns)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """W, of shape `(rows, columns)`; in the precision of the scales by default."""
@@ -166,10 +166,10 @@ class QuantizedMatrix(nn.Module):
             tiles = self.weight.view(-1, self.columns // tile_columns, size)
             values = tiles[flat[:, None] // tile_rows, :, places % size]  # (ids, columns of a tile, tiles)
             values = (torch.where(places[..., None] >= size, values >> 4, values) & 15).to(torch.int8) - 8
-            values = values.transpose(1, 2)
+            values = values.transpose(1, 2).contiguous()
         width = self.group_size if self.bits == 4 else self.columns  # which -1 could not tell for no ids at all
         rows = values.reshape(*scales.shape, width).to(scales.dtype) * scales[..., None]
-        return rows.reshape(*ids.shape, self.columns)
+        return rows.view(*ids.shape, self.columns)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x Wᵀ for `x` of shape `(..., columns)`."""

@@ -144,6 +144,39 @@ def test_packing_of_any_processor_keeps_every_value(packing_in_blocks):
     test_packing_keeps_every_value(QuantizedEmbedding, "cpu")
 
 
+def tiles_of_many_columns(monkeypatch):
+    """A packing as on CUDA, where a tile has 8 rows and 64 columns."""
+    layout = torch.randperm(512).view(8, 64)
+
+    def pack(nibbles):
+        tiles = nibbles.view(len(nibbles) // 8, 8, -1, 64).transpose(1, 2).flatten(2)
+        packed = torch.empty_like(tiles)
+        packed[..., layout.flatten()] = tiles
+        return (packed[..., :256] | packed[..., 256:] << 4).view(len(nibbles), -1)
+
+    monkeypatch.setattr(quantization, "pack_nibbles", pack)
+    monkeypatch.setattr(quantization, "kernel_layout", lambda device: layout)
+
+
+@pytest.mark.parametrize("kind", [QuantizedLinear, QuantizedEmbedding])
+def test_tiles_of_many_columns_keep_every_value(kind, monkeypatch):
+    tiles_of_many_columns(monkeypatch)
+    test_packing_keeps_every_value(kind, "cpu")
+
+
+@pytest.mark.parametrize("rows, columns, group_size", [(64, 128, 64), (8, 128, 64), (128, 64, 32)])
+def test_weights_of_one_tile_stay_contiguous(rows, columns, group_size, monkeypatch):
+    """Of rows or of columns; the kernels take no others, nor can rows be looked up in them."""
+    if rows < 64:
+        tiles_of_many_columns(monkeypatch)
+    matrix = QuantizedEmbedding(rows, columns, 4, group_size).quantize(torch.randn(rows, columns).bfloat16())
+    ids, weights = torch.tensor([[5]]), matrix.dequantize()
+    matrix.pack()
+    assert torch.equal(matrix.select(ids), weights[ids])
+    matrix.unpack()
+    assert matrix.weight.is_contiguous() and torch.equal(matrix.dequantize(), weights)
+
+
 def test_gradient_after_an_evaluation_pass():
     layer = linear()
     x, upstream = torch.randn(3, 64).bfloat16(), torch.randn(3, 128).bfloat16()
