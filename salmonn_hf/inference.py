@@ -72,13 +72,14 @@ class Transcriber:
         self.model = self.pipeline.model
         fold_lora(self.model)
         compute_tokens_alike(self.model)
-        self.speculation = {"speculation_type": speculation_type} if speculation_type else {}
+        self.speculation_type = speculation_type
         self.device, self.dtype = str(self.model.device), str(self.model.dtype)
 
     def __call__(self, waveforms: list[np.ndarray], prompts: list[str] | None = None) -> list[str]:
         """Transcripts of clips at 16 kHz, of any length. A prompt other than the model's own cannot be given here."""
         # One beam: transformers' own pipeline takes five unless it is told otherwise.
-        settings = {"generate_kwargs": {"num_beams": 1, **self.speculation}} if self.model.can_generate() else {}
+        speculation = {"speculation_type": self.speculation_type} if self.speculation_type else {}
+        settings = {"generate_kwargs": {"num_beams": 1, **speculation}} if self.model.can_generate() else {}
         if self.model.config.model_type == "whisper" and max(map(len, waveforms)) > 30 * 16000:
             settings["return_timestamps"] = True  # without them Whisper's pipeline refuses more than 30 s
         results = self.pipeline(list(waveforms), batch_size=len(waveforms), **settings)

@@ -270,7 +270,11 @@ class TiedHead(nn.Module):
 
 def embedding_rows(embedding: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Rows of an embedding module's matrix, quantised or not, without Gemma's scale."""
-    return embedding.select(ids) if isinstance(embedding, QuantizedMatrix) else embedding.weight.detach()[ids]
+    return (
+        embedding.select(ids)
+        if isinstance(embedding, QuantizedMatrix)
+        else nn.functional.embedding(ids, embedding.weight.detach())
+    )
 
 
 def linears(part: nn.Module) -> dict[str, nn.Linear]:

@@ -21,6 +21,7 @@ from .windows import frame_mlp, num_windows
 # less than 1e-4 of the probability, which is less than bfloat16 tells apart.
 SURELY_BLANK = 20.0
 UNLIKELY = 12.0  # the best one's lead, in nats, from which a token is not worth its row of the embeddings
+DRAFT_LEAD = 2.0  # a token's lead over the blank, in nats, to be in a draft: with less, most words are one too many
 WORDLESS = 0.9  # the blank's probability from which a window may be merged with its neighbours
 BIAS_SCALE = 10.0  # position biases grow to several nats, with weights' learning rates
 SAMPLED_TOKENS = 2000  # of those that no training text has, in a training step's softmax
@@ -190,15 +191,17 @@ class SalmonnSpeechTokenHead(nn.Module):
             best, best_token = scores.max(-1, keepdim=True)
             best = best.float() * scale
             if not self.training:
-                self.read = audio_embeds, torch.where(best > blank, best_token + 1, 0)[:, 0]
+                self.read = audio_embeds, drafted(best, best_token, blank)[:, 0]
             worded = (best > blank - SURELY_BLANK).nonzero()[:, 0]
             least = (torch.maximum(best, blank) - UNLIKELY) / scale
         # Few tokens are likely anywhere. The others are left out of each window apart from its neighbours, for a clip
         # to be heard alike in any company.
-        scores = scores[worded]
+        scores = scores.index_select(0, worded)
         likely = scores > least[worded].to(scores.dtype)
         tokens = likely.any(0).nonzero()[:, 0]
-        scores = (scores.index_select(1, tokens).float() * scale).masked_fill(~likely[:, tokens], float("-inf"))
+        scores = (scores.index_select(1, tokens).float() * scale).masked_fill(
+            ~likely.index_select(1, tokens), float("-inf")
+        )
         probabilities = torch.cat([blank[worded], scores], dim=-1).softmax(-1)
         rows = embedding_rows(embedding, self.token_ids[tokens])
         words = probabilities[:, 1:].to(rows.dtype) @ rows
@@ -208,12 +211,20 @@ class SalmonnSpeechTokenHead(nn.Module):
         return embeds.index_copy(0, worded, read.to(embeds.dtype)), wordless & ~named
 
     def best(self, audio_embeds: torch.Tensor, speech_tokens: nn.Module) -> torch.Tensor:
-        """Index of the likeliest output for each state `(audio tokens, d_model)` or more, 0 for the blank."""
+        """
+        What a draft has of each state `(audio tokens, d_model)` or more: index of the likeliest output, 0 for the
+        blank, and for a token that leads the blank by less than `DRAFT_LEAD`.
+        """
         if self.read[0] is audio_embeds:  # a clip's draft is read behind its prompt
             return self.read[1]
         states = audio_embeds[:, : self.width]
         scores, tokens = self.token_scores(states, speech_tokens).max(-1)
-        return torch.where(scores.float() * self.log_scale.exp() > self.blank(states)[:, 0].float(), tokens + 1, 0)
+        return drafted(scores.float() * self.log_scale.exp(), tokens, self.blank(states)[:, 0].float())
+
+
+def drafted(best: torch.Tensor, tokens: torch.Tensor, blank: torch.Tensor) -> torch.Tensor:
+    """Index of the output to draft: see `SalmonnSpeechTokenHead.best`; `best` and `blank` are scores in nats."""
+    return torch.where(best > blank + DRAFT_LEAD, tokens + 1, 0)
 
 
 def shared_tokens(tokenizer, speech_tokenizer) -> list[tuple[int, int, int]]:

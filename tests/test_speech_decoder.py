@@ -212,7 +212,26 @@ def test_tokens_that_no_window_makes_likely_are_not_looked_up(monkeypatch):
     assert not (near == near.any(0)).all()  # else the next lines would show nothing
     for state, embed in zip(states, together, strict=True):
         torch.testing.assert_close(model.embed_audio(state[None], torch.tensor([1]))[0][0], embed)
-    assert (head.best(states, model.speech_tokens) == head(states, model.speech_tokens).argmax(-1)).all()
+
+
+def draft_of(head, states, speech_tokens):
+    log_probs = head(states, speech_tokens)
+    log_probs[:, 0] += speech_decoder.DRAFT_LEAD
+    return log_probs.argmax(-1)
+
+
+@torch.no_grad()
+def test_a_token_that_hardly_leads_the_blank_is_not_drafted():
+    model = decoder_model()
+    head, state = model.ctc_head, torch.randn(1, model.config.audio_config.d_model)
+    score = float((head.token_scores(state, model.speech_tokens) * head.log_scale.exp()).max())
+    head.blank.weight.zero_()
+    for lead, is_drafted in ((-1, False), (1, False), (speech_decoder.DRAFT_LEAD + 1, True)):
+        head.blank.bias.fill_(score - lead)
+        log_probs = head(state, model.speech_tokens)
+        assert bool(log_probs.argmax(-1)) == (lead > 0)
+        best = head.best(state, model.speech_tokens)
+        assert best.tolist() == ([int(log_probs[0, 1:].argmax()) + 1] if is_drafted else [0])
 
 
 def test_a_draft_is_read_off_the_scores_of_the_prompt(monkeypatch):
@@ -220,7 +239,7 @@ def test_a_draft_is_read_off_the_scores_of_the_prompt(monkeypatch):
     model = decoder_model()
     head, embedding = model.ctc_head, model.get_input_embeddings()
     states, others = torch.randn(2, 9, head.width)
-    expected = [head(each, model.speech_tokens).argmax(-1) for each in (states, others)]
+    expected = [draft_of(head, each, model.speech_tokens) for each in (states, others)]
     assert any(e.any() for e in expected)
     calls, scores = [], head.token_scores
     monkeypatch.setattr(head, "token_scores", lambda *args: calls.append(1) or scores(*args))

@@ -7,12 +7,11 @@ hardly be heard, so a pass also tries the other marks in the last one's place, a
 SpecInfer, Miao et al., ASPLOS 2024, https://arxiv.org/abs/2305.09781).
 """
 
-import os
 import re
 
 import torch
 from torch import nn
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import GenerateDecoderOnlyOutput, SuppressTokensLogitsProcessor
 
 PASS_TOKENS = 24  # of a draft that one pass verifies; those behind the first wrong one cost time for nothing
 END_MARKS = (".", "!", "?", "...")
@@ -23,6 +22,9 @@ QUESTION_WORDS = set(
     "who what where when why how which whose is are am was were do does did can could will would shall should have "
     "has isn't aren't don't doesn't didn't can't couldn't won't wouldn't haven't hasn't".split()
 )
+
+# As a transcript's first word of several, they are likelier followed by a comma than not.
+INTERJECTIONS = set("yes no yeah okay oh ah hey hi hello well gee sorry".split())
 
 
 def words(text: str) -> list[str]:
@@ -51,6 +53,11 @@ def place_in_draft(said: list[str], draft: list[str]) -> tuple[int, float]:
     return min(range(len(costs)), key=lambda j: (costs[j], -j)), min(costs)
 
 
+def ends_sentence(text: str) -> bool:
+    """Whether a capital follows: behind three dots a sentence goes on."""
+    return text.endswith((".", "?", "!")) and not text.endswith("...")
+
+
 def continuation(text: str, draft: list[str]) -> str | None:
     """
     The rest of a draft after the `text` that the language model has written, spelt as it would: capitals where a
@@ -61,8 +68,10 @@ def continuation(text: str, draft: list[str]) -> str | None:
     if distance > 2 + len(said) / 2:
         return None
     rest = ["I" + word[1:] if word == "i" or word.startswith("i'") else word for word in draft[place:]]
-    if rest and (not text or text.rstrip().endswith((".", "?", "!"))):
+    if rest and (not text or ends_sentence(text.rstrip())):
         rest[0] = rest[0][0].upper() + rest[0][1:]
+    if not text and len(rest) > 1 and draft[0] in INTERJECTIONS:
+        rest[0] += ","
     unfinished = place > 0 and text[-1:].isalnum() and draft[place - 1].startswith(said[-1])
     end_of_word = draft[place - 1][len(said[-1]) :] if unfinished else ""
     ends_with_word = bool(rest) or text[-1:].isalnum()
@@ -141,53 +150,83 @@ class CTCDraft:
         The candidates to verify next. `foretold[i]` is what the language model says in the place of candidate `i`:
         it follows what it has read, so behind a wrong candidate it may be wrong as well, but not for long. A token
         that stands in the draft a little further on is taken to have left out what lies between; a mark, or a piece
-        of a word, to stand before the candidate in whose place it comes; any other token to replace it.
+        of a word, to stand before the candidate in whose place it comes; any other token to replace its word.
         """
-        said, drafted = foretold[matches], self.candidates
-        skipped = self.find(said, drafted[matches:])
-        place, mended, sure = matches + (skipped or 0), [], skipped is not None
-        alike = len(os.path.commonprefix([self.word(said), self.word(drafted[matches])])) > 1
+        drafted, mended, place, sure = self.candidates, [], matches, True
         again = matches == 0 and not self.is_first  # what replaced the last candidate is no whole word yet
-        if not sure and drafted[matches] != self.eos_token_id:
-            if self.stands_before(said, drafted[matches]) or (again and not alike):
-                mended, sure = self.behind(said, drafted[matches]), True
-        while place + 1 < len(foretold) and mended[-1:] != [self.eos_token_id]:
-            token, place = foretold[place + 1], place + 1
-            skipped = self.find(token, drafted[place:])
-            if skipped is not None:
+        while place < len(foretold) and mended[-1:] != [self.eos_token_id]:
+            token, rest = foretold[place], drafted[place:]
+            found = self.find(token, rest)
+            if found is not None:
+                mended += [token, *found[1]]
+                place, sure = place + found[0], True
+            elif not rest:
                 mended.append(token)
-                place, sure = place + skipped, True
-            elif place == len(drafted):
+                place += 1
+            elif not sure:  # of two wrong tokens in a row the second is rather the draft's
+                mended.append(rest[0])
+                place, sure = place + 1, True
+            elif self.stands_before(token, rest[0]) or (again and not mended):
+                mended += [token, *self.behind(token, rest[0])]
+                place += 1
+            else:
                 mended.append(token)
-            elif token != self.eos_token_id and self.stands_before(token, drafted[place]):
-                mended += [token, *self.behind(token, drafted[place])]
-                sure = True
-            else:  # of two wrong tokens in a row the second is rather the draft's
-                mended.append(token if sure else drafted[place])
-                sure = not sure
+                place, sure = place + (self.word_length(rest) if self.starts_word(token) else 1), False
+        said, mended = mended[0], self.capitalize(mended)[1:]
         if mended[:1] == [self.eos_token_id] and not self.is_mark(said):
             return []  # a transcript ends with a mark, which the CTC head's draft has
         return mended
 
-    def find(self, token: int, drafted: list[int]) -> int | None:
-        """How many of the next tokens `drafted` stand before `token`, however it is spelt; `None`: all of them."""
+    def find(self, token: int, drafted: list[int]) -> tuple[int, list[int]] | None:
+        """
+        Whether `token`, however it is spelt, says one of the next of the tokens `drafted`, or begins its word: up to
+        where they are then said, those before it left out, and what is to be said of that word yet; or `None`.
+        """
         if self.is_mark(token) or not self.word(token):
-            return 0 if drafted[:1] == [token] else None
-        near = [self.word(other) for other in drafted[:REACH]]
-        return near.index(self.word(token)) if self.word(token) in near else None
+            return (1, []) if drafted[:1] == [token] else None
+        said = self.tokenizer.decode([token])
+        for start in range(min(REACH, len(drafted))):
+            end = start + self.word_length(drafted[start:])
+            heard = self.tokenizer.decode(drafted[start:end]).strip()
+            if heard.lower().startswith(self.word(token)) and (self.starts_word(token) or start == 0):
+                spelt = self.token_ids(said + heard[len(said.strip()) :])
+                if spelt[0] == token:
+                    return end, spelt[1:]
+            if self.word(drafted[start]) == self.word(token):
+                return start + 1, []
+        return None
+
+    def word_length(self, drafted: list[int]) -> int:
+        """How many tokens the first word of `drafted` has."""
+        others = (i for i, token in enumerate(drafted) if i and (self.starts_word(token) or self.is_mark(token)))
+        return next(others, len(drafted))
 
     def stands_before(self, token: int, drafted: int) -> bool:
-        """Whether a token that comes in a drafted one's place is a mark, or a word's later piece, and that is not."""
-        if self.is_mark(token):
-            return not self.is_mark(drafted)
-        return self.starts_word(drafted) and not self.starts_word(token)
+        """
+        Whether a token that comes in a drafted one's place belongs before it: a mark before a word, a word's later
+        piece before the next word, and whatever is no mark before a mark.
+        """
+        if self.is_mark(drafted):
+            return not self.is_mark(token)
+        if token == self.eos_token_id:
+            return False
+        return self.starts_word(drafted) and (self.is_mark(token) or not self.starts_word(token))
 
     def behind(self, token: int, drafted: int) -> list[int]:
-        """A drafted token as it is spelt behind `token`: a capital at a sentence's start, no space behind a hyphen."""
-        text = self.tokenizer.decode([drafted])
-        if self.tokenizer.decode([token]) in (".", "!", "?"):
-            return self.token_ids(" " + text.strip().capitalize())
-        return self.token_ids(text.strip()) if self.tokenizer.decode([token]) == "-" else [drafted]
+        """A drafted token as it is spelt behind `token`: no space behind a hyphen."""
+        if self.tokenizer.decode([token]) == "-":
+            return self.token_ids(self.tokenizer.decode([drafted]).strip())
+        return [drafted]
+
+    def capitalize(self, tokens: list[int]) -> list[int]:
+        """Tokens with a capital behind each mark that ends a sentence."""
+        spelt = tokens[:1]
+        for before, token in zip(tokens, tokens[1:], strict=False):
+            if ends_sentence(self.tokenizer.decode([before])) and self.starts_word(token):
+                spelt += self.token_ids(" " + self.tokenizer.decode([token]).strip().capitalize())
+            else:
+                spelt.append(token)
+        return spelt
 
     def token_ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -213,6 +252,14 @@ def draft_mask(known: int, tokens: int, branches: int, place: int, dtype: torch.
     seen = torch.ones(size, known + size, dtype=torch.bool, device=device).tril(known)
     seen[tokens:, known + place :] = torch.eye(size, dtype=torch.bool, device=device)[tokens:, place:]
     return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)[None, None]
+
+
+def process_rows(logits_processor, written: torch.LongTensor, beginnings: list[list[int]], logits: torch.Tensor):
+    """Scores `(rows, vocabulary)` of logits that stand behind `written` `(1, tokens)` and one of `beginnings` each."""
+    if all(isinstance(processor, SuppressTokensLogitsProcessor) for processor in logits_processor):
+        return logits_processor(written, logits.clone())  # which ask for no tokens: one call for all rows
+    behind = [torch.cat([written, written.new_tensor([beginning])], dim=1) for beginning in beginnings]
+    return torch.cat([logits_processor(*row) for row in zip(behind, logits[:, None].clone(), strict=True)])
 
 
 @torch.no_grad()
@@ -266,23 +313,20 @@ def decode_with_drafts(
             **settings,
         ).logits.float()  # of the last token that is known, of each candidate, of each branch
 
-        def scores_behind(tokens: list[int], row: int, written=input_ids, logits=logits) -> torch.Tensor:
-            return logits_processor(torch.cat([written, written.new_tensor([tokens])], dim=1), logits[:, row].clone())
-
-        scores = [scores_behind(candidates[:i], i) for i in range(1 + len(candidates))]
-        foretold = [int(row.argmax()) for row in scores]
+        beginnings = [candidates[:i] for i in range(1 + len(candidates))] + [[*candidates[:-2], end] for end in ends]
+        scores = process_rows(logits_processor, input_ids, beginnings, logits[0])
+        foretold = scores.argmax(-1).tolist()
         matches = next((i for i, token in enumerate(candidates) if foretold[i] != token), len(candidates))
         said, rows = foretold[: matches + 1], list(range(matches + 1))
-        draft.learn(foretold, matches)
+        draft.learn(foretold[: 1 + len(candidates)], matches)
         if matches == len(candidates) - 2 and said[-1] in ends:
             rows.append(1 + len(candidates) + ends.index(said[-1]))
-            scores[matches + 1] = scores_behind(said, rows[-1])
-            said.append(int(scores[matches + 1].argmax()))
+            said.append(foretold[rows[-1]])
             draft.mended = []
         cache.crop(-(len(candidates) - matches + len(ends)))
-        for token, row, row_scores in zip(said, rows, scores, strict=False):
+        for token, row in zip(said, rows, strict=True):
             input_ids = torch.cat([input_ids, input_ids.new_tensor([[token]])], dim=1)
-            all_scores = None if all_scores is None else (*all_scores, row_scores)
+            all_scores = None if all_scores is None else (*all_scores, scores[row][None])
             all_logits = None if all_logits is None else (*all_logits, logits[:, row])
             if streamer is not None:
                 streamer.put(input_ids[:, -1].cpu())
