@@ -194,13 +194,18 @@ def test_a_branch_sees_what_stands_before_it(implementation):
             torch.testing.assert_close(together[7 + row], model(inputs_embeds=alone).logits[0, -1])
 
 
-def test_batches_beams_and_samples_take_no_drafts(monkeypatch):
-    """Which would change the time alone."""
+def test_batches_beams_samples_and_fixed_caches_take_no_drafts(monkeypatch):
+    """Which would change the time alone; they are not even read."""
     model, processor = drafting_model(), tiny_processor()
-    monkeypatch.setattr("salmonn_hf.generation_salmonn.decode_with_drafts", lambda *_, **__: pytest.fail("drafts"))
+    monkeypatch.setattr("salmonn_hf.generation_salmonn.best_tokens", lambda *_: pytest.fail("drafts"))
     options = {"max_new_tokens": 5}
     drafts = {"speculation_type": "ctc", "tokenizer": processor.tokenizer}
-    for clips, kind in ((2, {}), (1, {"num_beams": 2}), (1, {"do_sample": True})):
+    for clips, kind in (
+        (2, {}),
+        (1, {"num_beams": 2}),
+        (1, {"do_sample": True}),
+        (1, {"cache_implementation": "static"}),
+    ):
         inputs = processor.apply_transcription_request([noise(0.5, seed) for seed in range(clips)])
         torch.manual_seed(0)
         expected = model.generate(**inputs, **options, **kind)

@@ -17,7 +17,7 @@ AUDIO_INPUTS = (
     "sound_frames",
     "sound_frames_mask",
 )
-DECODING = ("speculation_type", "num_beams", "do_sample")
+DECODING = ("speculation_type", "num_beams", "do_sample", "cache_implementation")
 
 
 class SalmonnGenerationMixin(GenerationMixin):
@@ -25,7 +25,12 @@ class SalmonnGenerationMixin(GenerationMixin):
 
     @torch.no_grad()
     def generate(self, inputs=None, *args, **kwargs):
-        """As in transformers. The sequences begin with the prompt as it was given, every audio token in its place."""
+        """
+        As in transformers. The sequences begin with the prompt as it was given, every audio token in its place.
+
+        Raises:
+            ValueError: if drafts are asked for without a CTC head or a tokenizer.
+        """
         audio = {name: kwargs.pop(name, None) for name in AUDIO_INPUTS}
         input_ids = kwargs.pop("input_ids", inputs)
         if input_ids is None or kwargs.get("inputs_embeds") is not None:
@@ -37,10 +42,16 @@ class SalmonnGenerationMixin(GenerationMixin):
         prompt = self.embed_prompt(input_ids, kwargs.pop("attention_mask", None), **heard)
         del prompt["labels"]
         if asked["speculation_type"] == "ctc":
-            decoding = self.draft_decoding(heard.get("audio_embeds"), kwargs.get("tokenizer"))
-            # Drafts change the time alone. For several prompts, beams or samples they are left out.
-            if len(input_ids) == 1 and asked["num_beams"] in (1, None) and not asked["do_sample"]:
-                kwargs["custom_generate"] = decoding
+            if self.ctc_head is None or kwargs.get("tokenizer") is None:
+                raise ValueError(
+                    'speculation_type="ctc" needs a model with a CTC head (ctc_vocab_size in its config), and '
+                    "tokenizer=processor.tokenizer beside it."
+                )
+            # Drafts change the time alone. They are left out for several prompts, beams or samples, and where the
+            # cache is of a fixed size, from which no wrong draft can be taken back.
+            one_path = len(input_ids) == 1 and asked["num_beams"] in (1, None) and not asked["do_sample"]
+            if one_path and asked["cache_implementation"] is None:
+                kwargs["custom_generate"] = self.draft_decoding(heard.get("audio_embeds"), kwargs["tokenizer"])
         output = super().generate(None, *args, **prompt, **kwargs)
         # Where windows are merged, the language model's prompt is shorter than the one given.
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
@@ -52,16 +63,6 @@ class SalmonnGenerationMixin(GenerationMixin):
         return output
 
     def draft_decoding(self, audio_embeds: torch.Tensor | None, tokenizer):
-        """
-        `decode_with_drafts` of what the CTC head hears in `audio_embeds`, as `generate` takes it.
-
-        Raises:
-            ValueError: without a CTC head or a tokenizer.
-        """
-        if self.ctc_head is None or tokenizer is None:
-            raise ValueError(
-                'speculation_type="ctc" needs a model with a CTC head (ctc_vocab_size in its config), and '
-                "tokenizer=processor.tokenizer beside it."
-            )
+        """`decode_with_drafts` of what the CTC head hears in `audio_embeds`, as `generate` takes it."""
         heard = [] if audio_embeds is None else best_tokens(self.ctc_head, audio_embeds, self.ctc_embedding())
         return partial(decode_with_drafts, draft_ids=heard, draft_tokenizer=tokenizer)
