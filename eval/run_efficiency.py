@@ -111,11 +111,15 @@ def weights_by_module(model) -> dict[str, int]:
 
 
 def stored_bytes(tensor: torch.Tensor) -> int:
-    """Of a tensor, or of those that one of torchao's kind is made of, which itself claims those of its precision."""
+    """
+    Of a tensor, with the scales beside one of bitsandbytes' 4 bits; or of those that one of torchao's kind is made of,
+    which itself claims those of its precision.
+    """
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
         return sum(stored_bytes(getattr(tensor, name)) for name in names)
-    return tensor.nbytes
+    scales = tensor.quant_state.as_dict().values() if hasattr(tensor, "quant_state") else ()
+    return tensor.nbytes + sum(scale.nbytes for scale in scales if isinstance(scale, torch.Tensor))
 
 
 class Memory:

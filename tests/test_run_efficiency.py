@@ -84,6 +84,13 @@ def test_weights_of_a_tensor_made_of_others_are_those():
     assert SCRIPT["weights_by_module"](model)["audio_norm"] == before + 32
 
 
+def test_weights_of_bitsandbytes_are_counted_with_their_scales():
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install -e .[quant]")
+    linear = bitsandbytes.nn.Linear4bit(64, 32, bias=False, quant_type="nf4").to("cpu")
+    stored = [tensor.nbytes for name, tensor in linear.state_dict().items() if "quant_state" not in name]
+    assert len(stored) > 1 and SCRIPT["stored_bytes"](linear.weight) == sum(stored)
+
+
 @pytest.mark.parametrize("sounds", [{}, {"sound_layers": [1], "sound_summary_size": 8}])
 def test_the_published_way_of_a_connector_from_whispers_decoder_is_a_qformer(sounds, tmp_path, monkeypatch):
     connector = {"speech_decoder_layers": 1, "frame_mlp_size": 8, "ctc_vocab_size": 20, "queries_per_window": 1}
