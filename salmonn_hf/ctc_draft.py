@@ -22,9 +22,8 @@ QUESTION_WORDS = set(
     "who what where when why how which whose is are am was were do does did can could will would shall should have "
     "has isn't aren't don't doesn't didn't can't couldn't won't wouldn't haven't hasn't".split()
 )
-
-# As a transcript's first word of several, they are likelier followed by a comma than not.
-INTERJECTIONS = set("yes no yeah okay oh ah hey hi hello well gee sorry".split())
+# First words behind which the training texts have a comma in four of ten cases or more.
+INTERJECTIONS = set("yes no yeah okay oh ah hey well gee look besides wow".split())
 
 
 def words(text: str) -> list[str]:
