@@ -21,7 +21,7 @@ from .windows import frame_mlp, num_windows
 # less than 1e-4 of the probability, which is less than bfloat16 tells apart.
 SURELY_BLANK = 20.0
 UNLIKELY = 12.0  # the best one's lead, in nats, from which a token is not worth its row of the embeddings
-DRAFT_LEAD = 2.0  # a token's lead over the blank, in nats, to be in a draft: with less, most words are one too many
+DRAFT_LEAD = 2.0  # a token's lead over the blank, in nats, to be in a draft, which else has words too many
 WORDLESS = 0.9  # the blank's probability from which a window may be merged with its neighbours
 BIAS_SCALE = 10.0  # position biases grow to several nats, with weights' learning rates
 SAMPLED_TOKENS = 2000  # of those that no training text has, in a training step's softmax
