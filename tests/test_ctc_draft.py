@@ -288,6 +288,7 @@ class WordTokenizer:
         (" see a comp.$", " see a comp|ress$$", 3, ".$"),
         # Behind a new sentence's mark the language model had not expected a capital.
         (" oh, we did.$", " oh. we did.$$", 1, " We did.$"),
+        (" oh, linc did.$", " oh. LINC did.$$", 1, " LINC did.$"),
         # A transcript does not end with a word: the draft's own end is better.
         (" an overall.$", " overall it$.$", 0, ""),
     ],

@@ -212,6 +212,7 @@ def test_tokens_that_no_window_makes_likely_are_not_looked_up(monkeypatch):
     assert not (near == near.any(0)).all()  # else the next lines would show nothing
     for state, embed in zip(states, together, strict=True):
         torch.testing.assert_close(model.embed_audio(state[None], torch.tensor([1]))[0][0], embed)
+    assert (head.best(states, model.speech_tokens) == head(states, model.speech_tokens).argmax(-1)).all()
 
 
 def draft_of(head, states, speech_tokens):

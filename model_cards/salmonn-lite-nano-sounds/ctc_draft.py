@@ -57,6 +57,10 @@ def ends_sentence(text: str) -> bool:
     return text.endswith((".", "?", "!")) and not text.endswith("...")
 
 
+def capitalized(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
 def continuation(text: str, draft: list[str]) -> str | None:
     """
     The rest of a draft after the `text` that the language model has written, spelt as it would: capitals where a
@@ -68,7 +72,7 @@ def continuation(text: str, draft: list[str]) -> str | None:
         return None
     rest = ["I" + word[1:] if word == "i" or word.startswith("i'") else word for word in draft[place:]]
     if rest and (not text or ends_sentence(text.rstrip())):
-        rest[0] = rest[0][0].upper() + rest[0][1:]
+        rest[0] = capitalized(rest[0])
     if not text and len(rest) > 1 and draft[0] in INTERJECTIONS:
         rest[0] += ","
     unfinished = place > 0 and text[-1:].isalnum() and draft[place - 1].startswith(said[-1])
@@ -88,8 +92,8 @@ def merge_repeats(ctc_head: nn.Module, best: torch.Tensor) -> list[int]:
 @torch.no_grad()
 def best_tokens(ctc_head: nn.Module, audio_embeds: torch.Tensor, embedding: nn.Module) -> list[int]:
     """
-    Greedy CTC over one clip's audio embeddings `(audio tokens, width)`: repeats merged, blanks dropped. `embedding`
-    is what the head scores against, see `SalmonnModel.ctc_embedding`.
+    Greedy CTC over one clip's audio embeddings `(audio tokens, width)`, as the head's `best` reads them, repeats
+    merged and blanks dropped. `embedding` is what the head scores against, see `SalmonnModel.ctc_embedding`.
     """
     return merge_repeats(ctc_head, ctc_head.best(audio_embeds, embedding))
 
@@ -222,7 +226,7 @@ class CTCDraft:
         spelt = tokens[:1]
         for before, token in zip(tokens, tokens[1:], strict=False):
             if ends_sentence(self.tokenizer.decode([before])) and self.starts_word(token):
-                spelt += self.token_ids(" " + self.tokenizer.decode([token]).strip().capitalize())
+                spelt += self.token_ids(" " + capitalized(self.tokenizer.decode([token]).strip()))
             else:
                 spelt.append(token)
         return spelt
@@ -256,7 +260,7 @@ def draft_mask(known: int, tokens: int, branches: int, place: int, dtype: torch.
 def process_rows(logits_processor, written: torch.LongTensor, beginnings: list[list[int]], logits: torch.Tensor):
     """Scores `(rows, vocabulary)` of logits that stand behind `written` `(1, tokens)` and one of `beginnings` each."""
     if all(isinstance(processor, SuppressTokensLogitsProcessor) for processor in logits_processor):
-        return logits_processor(written, logits.clone())  # which ask for no tokens: one call for all rows
+        return logits_processor(written, logits)  # which ask for no tokens: one call for all rows
     behind = [torch.cat([written, written.new_tensor([beginning])], dim=1) for beginning in beginnings]
     return torch.cat([logits_processor(*row) for row in zip(behind, logits[:, None].clone(), strict=True)])
 

@@ -47,8 +47,8 @@ class SalmonnGenerationMixin(GenerationMixin):
                     'speculation_type="ctc" needs a model with a CTC head (ctc_vocab_size in its config), and '
                     "tokenizer=processor.tokenizer beside it."
                 )
-            # Drafts change the time alone. They are left out for several prompts, beams or samples, and where the
-            # cache is of a fixed size, from which no wrong draft can be taken back.
+            # Drafts change the time alone. They are left out for several prompts, beams or samples, and where
+            # another cache is asked for: from one of a fixed size no wrong draft can be taken back.
             one_path = len(input_ids) == 1 and asked["num_beams"] in (1, None) and not asked["do_sample"]
             if one_path and asked["cache_implementation"] is None:
                 kwargs["custom_generate"] = self.draft_decoding(heard.get("audio_embeds"), kwargs["tokenizer"])
