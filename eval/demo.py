@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 import salmonn_hf
-from salmonn_hf.audio import SAMPLING_RATE
+from salmonn_hf.evaluation.word_error_rate import word_error_rate
 from salmonn_hf.inference import Transcriber
-from salmonn_hf.metrics import word_error_rate
+from salmonn_hf.model.audio import SAMPLING_RATE
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDINGS = ROOT / "eval" / "recordings"

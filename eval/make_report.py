@@ -9,7 +9,7 @@ Each directory is the `--output` of a finished `run_asr.py`, `run_aac.py`, `run_
 import argparse
 from pathlib import Path
 
-from salmonn_hf.report import write_report
+from salmonn_hf.evaluation.report import write_report
 
 
 def main() -> None:

@@ -22,12 +22,12 @@ from torch.nn import functional
 from transformers import WhisperConfig, WhisperModel
 
 from salmonn_hf import BeatsConfig, BeatsModel, SalmonnFeatureExtractor, load_audio
-from salmonn_hf.audio import SAMPLING_RATE
-from salmonn_hf.base_parts import resolve_base_part
+from salmonn_hf.base_parts.resolver import resolve_base_part
+from salmonn_hf.data.sources import parquet_rows
 from salmonn_hf.files import write_whole
-from salmonn_hf.modeling_beats import BeatsPatchEmbedding
-from salmonn_hf.modeling_salmonn import SalmonnWhisperEncoder
-from salmonn_hf.sources import parquet_rows
+from salmonn_hf.model.audio import SAMPLING_RATE
+from salmonn_hf.model.modeling_beats import BeatsPatchEmbedding
+from salmonn_hf.model.modeling_salmonn import SalmonnWhisperEncoder
 
 SMALL_BEATS = BeatsConfig(
     embed_dim=256, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024

@@ -11,12 +11,12 @@ the model. To compare with, `--baseline most_frequent` and `--baseline nearest` 
 a killed run goes on where it was.
 """
 
-from salmonn_hf.caption_baselines import BASELINES, MostFrequentCaption, NearestCaption
-from salmonn_hf.caption_metrics import require_java
-from salmonn_hf.evaluation import argument_parser, finish, parquet_clips, predict, run_settings
+from salmonn_hf.data.tasks import TEST_PROMPTS
+from salmonn_hf.evaluation.caption_baselines import BASELINES, MostFrequentCaption, NearestCaption
+from salmonn_hf.evaluation.caption_metrics import require_java
+from salmonn_hf.evaluation.engine import argument_parser, finish, parquet_clips, predict, run_settings
+from salmonn_hf.evaluation.scoring import score_caption_predictions
 from salmonn_hf.inference import Answerer
-from salmonn_hf.scoring import score_caption_predictions
-from salmonn_hf.tasks import TEST_PROMPTS
 
 
 def make_model(arguments):

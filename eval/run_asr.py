@@ -15,9 +15,9 @@ the same `--output`, a killed run goes on where it was. What is written there: `
 import tempfile
 from pathlib import Path
 
-from salmonn_hf.evaluation import argument_parser, finish, parquet_clips, predict, run_settings
+from salmonn_hf.evaluation.engine import argument_parser, finish, parquet_clips, predict, run_settings
+from salmonn_hf.evaluation.scoring import score_transcripts
 from salmonn_hf.inference import Transcriber
-from salmonn_hf.scoring import score_transcripts
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import json
 import time
 from pathlib import Path
 
-from salmonn_hf.evaluation import parquet_clips
+from salmonn_hf.evaluation.engine import parquet_clips
 from salmonn_hf.files import write_whole
 from salmonn_hf.inference import Transcriber
 

@@ -27,10 +27,10 @@ import torch
 from transformers import DynamicCache, GraniteSpeechConfig, GraniteSpeechForConditionalGeneration
 
 from salmonn_hf import SalmonnConfig, SalmonnFeatureExtractor, SalmonnForConditionalGeneration, load_audio
+from salmonn_hf.convert.published_configs import published_config
 from salmonn_hf.files import write_whole
-from salmonn_hf.lora import LORA_FIELDS, adapted_parts
-from salmonn_hf.published_configs import published_config
-from salmonn_hf.quantization import QuantizedMatrix
+from salmonn_hf.model.lora import LORA_FIELDS, adapted_parts
+from salmonn_hf.model.quantized_layers import QuantizedMatrix
 
 RECORDINGS = Path(__file__).resolve().parent / "recordings"
 NANO = Path(__file__).resolve().parents[1] / "model_cards" / "salmonn-lite-nano"

@@ -9,9 +9,9 @@ Ask the questions of a Parquet file with `audio`, `question` and `answers` colum
 or else that of each question. Started again with the same `--output`, a killed run goes on where it was.
 """
 
-from salmonn_hf.evaluation import argument_parser, finish, parquet_clips, predict, run_settings
+from salmonn_hf.evaluation.engine import argument_parser, finish, parquet_clips, predict, run_settings
+from salmonn_hf.evaluation.scoring import score_answers
 from salmonn_hf.inference import Answerer
-from salmonn_hf.scoring import score_answers
 
 
 def main() -> None:

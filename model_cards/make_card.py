@@ -12,7 +12,7 @@ text around the figures is `template.md`.
 import argparse
 from pathlib import Path
 
-from salmonn_hf.model_card import make_card, write_card
+from salmonn_hf.hub.model_card import make_card, write_card
 
 
 def main() -> None:

@@ -11,15 +11,17 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES
 
-from .audio import AudioError, load_audio
-from .configuration_beats import BeatsConfig
-from .configuration_salmonn import SalmonnConfig
-from .feature_extraction_beats import BeatsFeatureExtractor
-from .feature_extraction_salmonn import SalmonnFeatureExtractor
-from .modeling_beats import BeatsForAudioClassification, BeatsModel
-from .modeling_salmonn import SalmonnForConditionalGeneration, SalmonnModel
-from .pipeline_salmonn import register_pipeline
-from .processing_salmonn import SalmonnProcessor
+from .base_parts import resolve_base_part
+from .model.audio import AudioError, load_audio
+from .model.base_part_resolver import register_resolver
+from .model.configuration_beats import BeatsConfig
+from .model.configuration_salmonn import SalmonnConfig
+from .model.feature_extraction_beats import BeatsFeatureExtractor
+from .model.feature_extraction_salmonn import SalmonnFeatureExtractor
+from .model.modeling_beats import BeatsForAudioClassification, BeatsModel
+from .model.modeling_salmonn import SalmonnForConditionalGeneration, SalmonnModel
+from .model.pipeline_salmonn import register_pipeline
+from .model.processing_salmonn import SalmonnProcessor
 
 __version__ = "0.1.0"
 
@@ -37,6 +39,7 @@ AutoFeatureExtractor.register(BeatsConfig, BeatsFeatureExtractor)
 # The pipeline looks here, and not among what is registered, to tell whether it supports a model.
 MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES["beats"] = "BeatsForAudioClassification"
 register_pipeline()
+register_resolver(resolve_base_part)
 
 __all__ = [
     "AudioError",

@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .audio import SAMPLING_RATE, AudioError, load_audio
+from .data.tasks import TEST_PROMPTS
 from .files import write_whole
-from .segmentation import TARGET_SECONDS, is_silent, split_at_pauses
-from .tasks import TEST_PROMPTS
+from .model.audio import SAMPLING_RATE, AudioError, load_audio
+from .model.segmentation import TARGET_SECONDS, is_silent, split_at_pauses
 
 SUFFIXES = {"plain": ".txt", "json": ".json", "srt": ".srt"}
 

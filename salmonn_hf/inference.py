@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoProcessor, pipeline
 
-from .base_parts import REGISTRY_COPIES, resolve_base_part
-from .lora import adapted_parts
-from .repetition import RepetitionGuard, clean_answer
+from .base_parts.resolver import REGISTRY_COPIES, resolve_base_part
+from .model.lora import adapted_parts
+from .model.repetition import RepetitionGuard, clean_answer
 
 LONE_FEATURES = 1024  # up to which a lone row's product is that of several (measured on AVX-512)
 

@@ -10,7 +10,7 @@ python training/average.py runs/a runs/b --output_dir runs/mean
 import argparse
 
 from salmonn_hf import SalmonnProcessor
-from salmonn_hf.averaging import average_checkpoints
+from salmonn_hf.training.averaging import average_checkpoints
 
 
 def main():

@@ -36,8 +36,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import HfArgumentParser
 
-from salmonn_hf import corpora
-from salmonn_hf.corpora import CorpusError, UnusableClip, clip_seconds, flac_bytes, is_ready, read_clip
+from salmonn_hf.data import corpora
+from salmonn_hf.data.corpora import CorpusError, UnusableClip, clip_seconds, flac_bytes, is_ready, read_clip
 
 CORPORA = ("annotation", "librispeech", "gigaspeech", "audiocaps", "clotho", "wavcaps", "musicnet")
 CHUNK_ROWS = 16  # that a thread examines at a time

@@ -23,15 +23,16 @@ from pathlib import Path
 import torch
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
-from salmonn_hf import SalmonnConfig, SalmonnForConditionalGeneration, SalmonnProcessor, tasks
-from salmonn_hf.gptq import quantize_layers, quantize_tied_vocabulary
-from salmonn_hf.model_card import make_card, write_card
-from salmonn_hf.push import push_to_hub
-from salmonn_hf.quantization import quantize_parts
-from salmonn_hf.recipe import parse_recipe
-from salmonn_hf.scale_tuning import tune_scales
-from salmonn_hf.sources import ClipTable, Source, row_texts, row_waveform
-from salmonn_hf.speech_decoder import drop_unused_tokens
+from salmonn_hf import SalmonnConfig, SalmonnForConditionalGeneration, SalmonnProcessor
+from salmonn_hf.data import tasks
+from salmonn_hf.data.sources import ClipTable, Source, row_texts, row_waveform
+from salmonn_hf.hub.model_card import make_card, write_card
+from salmonn_hf.hub.push import push_to_hub
+from salmonn_hf.model.quantized_layers import quantize_parts
+from salmonn_hf.model.speech_decoder import drop_unused_tokens
+from salmonn_hf.quantization.gptq import quantize_layers, quantize_tied_vocabulary
+from salmonn_hf.quantization.scale_tuning import tune_scales
+from salmonn_hf.training.recipe import parse_recipe
 
 # The language model in another library's format, by transformers' own quantisers.
 LIBRARIES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao-int8": "torchao"}

@@ -16,16 +16,16 @@ import torch
 from transformers import AutoTokenizer
 
 from salmonn_hf import SalmonnFeatureExtractor, SalmonnProcessor
-from salmonn_hf.augmentation import Augmentation
-from salmonn_hf.base_parts import resolve_base_part
-from salmonn_hf.checkpoint import config_from_base_parts, from_base_parts
-from salmonn_hf.data_arguments import DataArguments
-from salmonn_hf.lora import encoder_lora
-from salmonn_hf.recipe import parse_recipe
-from salmonn_hf.sources import SkippedClips
-from salmonn_hf.speech_decoder import shared_tokens, start_from_whisper
-from salmonn_hf.tasks import is_transcript
-from salmonn_hf.training import (
+from salmonn_hf.base_parts.resolver import resolve_base_part
+from salmonn_hf.data.arguments import DataArguments
+from salmonn_hf.data.augmentation import Augmentation
+from salmonn_hf.data.sources import SkippedClips
+from salmonn_hf.data.tasks import is_transcript
+from salmonn_hf.model.checkpoint import config_from_base_parts, from_base_parts
+from salmonn_hf.model.lora import encoder_lora
+from salmonn_hf.model.speech_decoder import shared_tokens, start_from_whisper
+from salmonn_hf.training.recipe import parse_recipe
+from salmonn_hf.training.trainer import (
     ClipCollator,
     SalmonnTrainer,
     SalmonnTrainingArguments,

@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 
 from salmonn_hf import SalmonnConfig, SalmonnForConditionalGeneration, SalmonnProcessor
-from salmonn_hf.augmentation import Augmentation
-from salmonn_hf.data_arguments import DataArguments
-from salmonn_hf.distillation import DistillingTrainer
-from salmonn_hf.lora import cut_lora_rank, encoder_lora
-from salmonn_hf.quantization import quantize_parts
-from salmonn_hf.recipe import parse_recipe
-from salmonn_hf.sources import SkippedClips
-from salmonn_hf.training import (
+from salmonn_hf.data.arguments import DataArguments
+from salmonn_hf.data.augmentation import Augmentation
+from salmonn_hf.data.sources import SkippedClips
+from salmonn_hf.model.lora import cut_lora_rank, encoder_lora
+from salmonn_hf.model.quantized_layers import quantize_parts
+from salmonn_hf.training.distillation import DistillingTrainer
+from salmonn_hf.training.recipe import parse_recipe
+from salmonn_hf.training.trainer import (
     ClipCollator,
     SalmonnTrainer,
     SalmonnTrainingArguments,

@@ -27,14 +27,14 @@ import torch
 from peft.helpers import rescale_adapter_scale
 
 from salmonn_hf import SalmonnForConditionalGeneration, SalmonnProcessor
-from salmonn_hf.augmentation import Augmentation
-from salmonn_hf.clip_dataset import ClipDataset, num_frames
-from salmonn_hf.corpora import flac_bytes
-from salmonn_hf.data_arguments import DataArguments
-from salmonn_hf.feature_cache import encode_clips, pad_clips
-from salmonn_hf.recipe import parse_recipe
-from salmonn_hf.sources import ClipTable, SkippedClips, Source, row_waveform
-from salmonn_hf.training import (
+from salmonn_hf.data.arguments import DataArguments
+from salmonn_hf.data.augmentation import Augmentation
+from salmonn_hf.data.clip_dataset import ClipDataset, num_frames
+from salmonn_hf.data.corpora import flac_bytes
+from salmonn_hf.data.feature_cache import encode_clips, pad_clips
+from salmonn_hf.data.sources import ClipTable, SkippedClips, Source, row_waveform
+from salmonn_hf.training.recipe import parse_recipe
+from salmonn_hf.training.trainer import (
     ClipCollator,
     SalmonnTrainer,
     SalmonnTrainingArguments,

@@ -1,0 +1,1 @@
+"""Checkpoints of other layouts to this package's, and back."""

@@ -1,0 +1,213 @@
+"""Augmentation of training audio: speed, noise and gain of the waveform, masks on its log-mel frames."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import soxr
+import torch
+
+from ..model.audio import SAMPLING_RATE, load_audio
+
+MAX_SECONDS = 30.0  # what the encoder hears
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """
+    Ranges to draw from, as fields of a recipe. The defaults change nothing: each part is on where it has a range, and
+    evaluation uses none of them.
+
+    Raises:
+        ValueError: for a value that cannot be drawn from, naming the field.
+        FileNotFoundError: for a noise file that is not there.
+    """
+
+    augmented_share: float = field(
+        default=1.0, metadata={"help": "Share of the clips that are augmented; the others may come from the cache."}
+    )
+    speed_factors: list[float] = field(
+        default_factory=list, metadata={"help": "One is drawn for each clip, e.g. 0.9 1.0 1.1 (Ko et al., 2015)."}
+    )
+    snr_db: list[float] = field(
+        default_factory=list, metadata={"help": "Lowest and highest ratio of clip to added noise, in dB, e.g. 5 25."}
+    )
+    noise_probability: float = field(default=0.5, metadata={"help": "Share of the clips that get noise."})
+    noise_files: list[str] = field(
+        default_factory=list, metadata={"help": "Audio files of noise; without any it is white or pink."}
+    )
+    gain_db: list[float] = field(
+        default_factory=list, metadata={"help": "Lowest and highest gain, in dB, e.g. -12 6."}
+    )
+    time_masks: int = field(default=0, metadata={"help": "SpecAugment: masks over time for each clip."})
+    time_mask_frames: int = field(default=70, metadata={"help": "Their greatest width, in frames of 10 ms."})
+    time_mask_share: float = field(default=0.2, metadata={"help": "Their greatest width, as a share of the clip."})
+    frequency_masks: int = field(default=0, metadata={"help": "SpecAugment: masks over mel bins for each clip."})
+    frequency_mask_bins: int = field(default=15, metadata={"help": "Their greatest width, in mel bins."})
+
+    def __post_init__(self):
+        for name in ("snr_db", "gain_db"):
+            values = getattr(self, name)
+            if len(values) not in (0, 2) or list(values) != sorted(values):
+                raise ValueError(f"{name} is {values}; give the lowest and the highest value, or none.")
+        if any(speed <= 0 for speed in self.speed_factors):
+            raise ValueError(f"speed_factors is {self.speed_factors}; give positive factors such as 0.9 1.0 1.1.")
+        for name in ("augmented_share", "noise_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a number from 0 to 1.")
+        for file in self.noise_files:
+            if not Path(file).is_file():
+                raise FileNotFoundError(f"noise_files has {file}, which is no file; check the path.")
+        _check_masks(self.time_masks, self.time_mask_frames, self.time_mask_share)
+
+    def augment(self, waveform: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """
+        A clip at another speed, in noise, and louder or softer, in this order.
+
+        The gain is lowered where a sample would otherwise go past full scale, so that nothing is clipped; so is the
+        level of a clip that noise, or resampling, takes past it. The ratio of clip to noise stays as drawn.
+
+        Args:
+            waveform (`np.ndarray`): `(samples,)`, float, at 16 kHz, full scale [-1, 1]. It is left as it is.
+            rng (`np.random.Generator`): all that is random comes from it. One for each sample and epoch, such as
+                `np.random.default_rng([seed, epoch, index])`, makes a run reproducible and resumable.
+
+        Returns:
+            `np.ndarray` of shape `(samples / speed,)`, float32, in [-1, 1]. Silence stays silence.
+
+        Raises:
+            AudioError: for a noise file that cannot be read.
+        """
+        if self.speed_factors:
+            speed = float(rng.choice(self.speed_factors))
+            if len(waveform) / speed <= MAX_SECONDS * SAMPLING_RATE:
+                waveform = change_speed(waveform, speed)
+        if self.snr_db and rng.random() < self.noise_probability:
+            noise = self._noise(len(waveform), rng)
+            waveform = add_noise(waveform, noise, rng.uniform(*self.snr_db))
+        gain = 10 ** (rng.uniform(*self.gain_db) / 20) if self.gain_db else 1.0
+        full_scale = 1 / max(float(np.abs(waveform).max()), 1e-30)  # silence has no peak
+        return (waveform * np.float64(min(gain, full_scale))).astype(np.float32)
+
+    def mask_features(self, features: torch.Tensor, mask: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """`spec_augment` with these numbers of masks and widths."""
+        return spec_augment(
+            features,
+            mask,
+            generator,
+            time_masks=self.time_masks,
+            time_mask_frames=self.time_mask_frames,
+            time_mask_share=self.time_mask_share,
+            frequency_masks=self.frequency_masks,
+            frequency_mask_bins=self.frequency_mask_bins,
+        )
+
+    def _noise(self, samples: int, rng: np.random.Generator) -> np.ndarray:
+        if not self.noise_files:
+            return (white_noise if rng.random() < 0.5 else pink_noise)(samples, rng)
+        noise = load_audio(self.noise_files[rng.integers(len(self.noise_files))])
+        start = rng.integers(max(len(noise) - samples, 0) + 1)
+        return np.resize(noise[start:], samples)  # repeats a noise that is shorter than the clip
+
+
+def change_speed(waveform: np.ndarray, speed: float) -> np.ndarray:
+    """
+    A `(samples,)` waveform played at `speed` times its own, tempo and pitch alike: `(samples / speed,)`.
+
+    Ko, Peddinti, Povey, Khudanpur: Audio augmentation for speech recognition. Interspeech 2015.
+    """
+    return soxr.resample(waveform, speed, 1.0)
+
+
+def add_noise(waveform: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:
+    """
+    A `(samples,)` waveform with noise of the same shape, at `10 · log10(power of waveform / power of noise)` of
+    `snr_db`, powers being mean squares over the whole clip. Silence, and noise that is silent, add nothing.
+    """
+    signal_power, noise_power = (np.mean(np.square(x, dtype=np.float64)) for x in (waveform, noise))
+    if noise_power == 0:
+        return waveform
+    return waveform + np.sqrt(signal_power / noise_power / 10 ** (snr_db / 10)) * noise
+
+
+def white_noise(samples: int, rng: np.random.Generator) -> np.ndarray:
+    """`(samples,)` of equal power at every frequency."""
+    return rng.standard_normal(samples)
+
+
+def pink_noise(samples: int, rng: np.random.Generator) -> np.ndarray:
+    """`(samples,)` of power proportional to 1 / frequency, as in many natural backgrounds; its mean is 0."""
+    spectrum = np.fft.rfft(white_noise(samples, rng))
+    frequency = np.arange(len(spectrum))
+    return np.fft.irfft(np.where(frequency > 0, spectrum / np.sqrt(np.maximum(frequency, 1)), 0), samples)
+
+
+def spec_augment(
+    features: torch.Tensor,
+    mask: torch.Tensor,
+    generator: torch.Generator,
+    time_masks: int = 2,
+    time_mask_frames: int = 70,
+    time_mask_share: float = 0.2,
+    frequency_masks: int = 2,
+    frequency_mask_bins: int = 15,
+) -> torch.Tensor:
+    """
+    SpecAugment without time warping: spans of frames and of mel bins are replaced by the clip's mean, the paper's 0 of
+    normalised features. The default is its policy for Switchboard, SM: it keeps short clips whole enough.
+
+    Park et al.: SpecAugment: A simple data augmentation method for automatic speech recognition. Interspeech 2019. A
+    width is drawn from 0 to its limit, then a start from the places where the span fits.
+
+    Args:
+        features (`torch.Tensor`): `(clips, mel bins, frames)` of log-mel energies, right-padded. Left as it is.
+        mask (`torch.Tensor`): `(clips, frames)`, 1 on each clip's own frames, 0 on its padding, which is not masked.
+        generator (`torch.Generator`): on the device of `features`.
+        time_masks, frequency_masks (`int`): spans for each clip; they may overlap.
+        time_mask_frames (`int`), time_mask_share (`float`): limits of a span, the smaller of which holds: frames, and
+            a share of the clip's own frames.
+        frequency_mask_bins (`int`): limit of a span, in mel bins.
+
+    Returns:
+        `torch.Tensor` of the shape and dtype of `features`. Never are all frames, nor all bins, of a clip masked.
+
+    Raises:
+        ValueError: if the spans together could cover all of a clip.
+    """
+    _check_masks(time_masks, time_mask_frames, time_mask_share)
+    _, bins, frames = features.shape
+    if frequency_masks * frequency_mask_bins >= bins:
+        raise ValueError(
+            f"{frequency_masks} frequency masks of up to {frequency_mask_bins} bins could cover all {bins} mel bins; "
+            "lower frequency_masks or frequency_mask_bins."
+        )
+    own = mask.bool()[:, None]
+    lengths = mask.bool().sum(-1)
+    widest = (lengths.double() * time_mask_share).long().clamp(max=time_mask_frames)
+    masked = _spans(widest, lengths, time_masks, frames, generator)[:, None]
+    bin_counts = torch.full_like(lengths, bins)
+    widest = torch.full_like(lengths, frequency_mask_bins)
+    masked = masked | _spans(widest, bin_counts, frequency_masks, bins, generator)[:, :, None]
+    total = features.float().masked_fill(~own, 0.0).sum((1, 2), keepdim=True)
+    mean = total / (lengths * bins)[:, None, None]
+    return torch.where(masked & own, mean.to(features.dtype), features)
+
+
+def _spans(
+    widest: torch.Tensor, lengths: torch.Tensor, count: int, size: int, generator: torch.Generator
+) -> torch.Tensor:
+    """`(clips, size)`, true on `count` spans for each clip, up to `widest` wide, in the first `lengths` places."""
+    # In double precision, for a product with a number below 1 to stay below the integer.
+    draws = torch.rand((2, len(lengths), count), generator=generator, device=lengths.device, dtype=torch.float64)
+    widths = (draws[0] * (widest[:, None] + 1)).long()
+    starts = (draws[1] * (lengths[:, None] - widths + 1)).long()
+    places = torch.arange(size, device=lengths.device)
+    return ((places >= starts[..., None]) & (places < (starts + widths)[..., None])).any(1)
+
+
+def _check_masks(time_masks: int, time_mask_frames: int, time_mask_share: float):
+    if time_masks * time_mask_share >= 1:
+        raise ValueError(
+            f"{time_masks} time masks of up to {time_mask_share} of a clip could cover all of it; lower time_masks or "
+            "time_mask_share."
+        )

@@ -1,0 +1,43 @@
+"""Longer clips made of joined ones: real recordings are longer than the lines of a dialogue."""
+
+import io
+
+import numpy as np
+import soundfile
+
+from ..model.audio import load_audio
+
+
+def speech_dataset(rows: list[tuple[np.ndarray, str, str]]):
+    """Rows of waveform at 16 kHz, file name and text as a `datasets.Dataset` of undecoded `audio` and `text`."""
+    from datasets import Dataset, Features, Value
+
+    # An undecoded Audio column is this struct; `datasets` itself encodes one only with torchcodec.
+    features = Features({"audio": {"bytes": Value("binary"), "path": Value("string")}, "text": Value("string")})
+    examples = []
+    for waveform, name, text in rows:
+        file = io.BytesIO()
+        soundfile.write(file, waveform, 16000, format="FLAC")
+        examples.append({"audio": {"bytes": file.getvalue(), "path": name}, "text": text})
+    return Dataset.from_list(examples, features=features)
+
+
+def join_clips(dataset, count: int, seconds: tuple[float, float], seed: int = 0):
+    """
+    `count` longer clips, made of random clips of `dataset` with 0.1 to 0.6 s of silence between them, until a length
+    drawn from `seconds` is reached.
+    """
+    rng = np.random.default_rng(seed)
+    rows = []
+    for index in range(count):
+        target, parts, texts = rng.uniform(*seconds) * 16000, [], []
+        while True:
+            row = dataset[int(rng.integers(len(dataset)))]
+            waveform = load_audio(row["audio"])
+            silence = np.zeros(int(rng.uniform(0.1, 0.6) * 16000), np.float32)
+            if sum(map(len, parts)) + len(silence) + len(waveform) > max(target, len(silence) + len(waveform)):
+                break
+            parts += [silence, waveform]
+            texts.append(row["text"].strip())
+        rows.append((np.concatenate(parts[1:]), f"joined-{seed}-{index}.flac", " ".join(texts)))
+    return speech_dataset(rows)

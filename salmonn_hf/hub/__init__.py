@@ -1,0 +1,1 @@
+"""Checkpoints to the Hugging Face hub, and their cards."""

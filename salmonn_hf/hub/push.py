@@ -1,0 +1,312 @@
+"""
+Push a checkpoint to the Hugging Face hub, and see that what lies there is what lies here.
+
+    python -m salmonn_hf.push runs/mine user/name
+    python -m salmonn_hf.push runs/mine user/name --private --audio clip.wav
+
+First the directory must be whole, name no path of this machine, and transcribe a clip with the code that it carries;
+until then nothing is created. Then its files go to the hub in one commit. Then a process of its own, whose cache is
+empty, downloads that commit and transcribes the clip: every file and the transcript must be the local ones. Base parts
+are not what was pushed, and come from their usual cache.
+
+The commit is made when all the weights have arrived. A push that was cut off before leaves none, and the same command
+goes on: the hub keeps the files (with Xet, the pieces of files) that it has, and asks for the others alone.
+
+Directories inside the checkpoint (trainer checkpoints, logs, caches) stay here, and so do hidden files, optimizer
+states and lists of training data.
+"""
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils.sha import sha_fileobj
+
+from ..base_parts.resolver import is_complete, is_hub_id, resolve_base_part
+from ..model.checkpoint import check_weight_files
+
+logger = logging.getLogger(__name__)
+
+CLIP = Path(__file__).resolve().parents[2] / "eval" / "recordings" / "librivox-austen-880.flac"
+LEFT_OUT = (
+    ".*", "*.log", "*tfevents*", "*.lock", "*.tsv", "*.parquet",
+    "*.pt", "*.pth", "optimizer*", "scheduler*", "rng_state*", "trainer_state.json", "training_args.bin",
+)  # fmt: skip
+# Those of an earlier push would be loaded in place of the new ones, or beside them.
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
+# Without this package, so that the checkpoint's own code runs; on the CPU, since a training run may fill the GPU.
+TRANSCRIBE = """
+import json, sys
+from transformers import pipeline
+
+model, revision, audio = sys.argv[1:]
+settings = {"revision": revision or None, "trust_remote_code": True, "device": "cpu"}
+try:
+    transcriber = pipeline("automatic-speech-recognition", model=model, **settings)
+    result = transcriber(audio, generate_kwargs={"do_sample": False})
+except Exception as error:
+    result = {"error": f"{type(error).__name__}: {error}"}
+print(json.dumps(result))
+"""
+
+
+class PushError(RuntimeError):
+    """The checkpoint was not pushed, or what lies on the hub is not what was pushed; the message says which."""
+
+
+def push_to_hub(
+    directory: str | os.PathLike,
+    repo_id: str,
+    private: bool | None = None,
+    audio: str | os.PathLike | None = None,
+    token: str | None = None,
+) -> str:
+    """
+    Push a checkpoint and verify it, see above.
+
+    Args:
+        directory: as `save_pretrained` of model and processor write it.
+        repo_id: "user/name"; made if it does not exist.
+        private (*optional*): for a repository that is made; default: the account's own.
+        audio (*optional*): the clip that is transcribed; default: one that ships with the project.
+        token (*optional*): default: that of `hf auth login` or HF_TOKEN.
+
+    Returns:
+        The commit's hash.
+
+    Raises:
+        PushError: naming what stands in the way, or the files that differ, and the remedy.
+    """
+    directory, audio = Path(directory).expanduser().resolve(), Path(audio or CLIP).expanduser().resolve()
+    check_directory(directory)
+    if not audio.is_file():
+        raise PushError(f"{audio}, the clip to verify with, does not exist; give another as audio.")
+    files = pushed_files(directory)
+    api = HfApi(token=token or get_token())
+    if api.token is None:
+        raise PushError("Not logged in: run `hf auth login`, or set HF_TOKEN to a token that may write.")
+    with explained(f"{repo_id} was not pushed"):
+        user = api.whoami()["name"]
+        validate_repo_id(repo_id)
+        repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
+        base_parts = json.loads((directory / "config.json").read_text()).get("base_parts") or {}
+        for name in base_parts.values():
+            resolve_base_part(name)
+    size = sum((directory / file).stat().st_size for file in files)
+    logger.info("transcribing %s with %s", audio.name, directory)
+    with empty_cache(base_parts) as cache:
+        expected = transcribe(str(directory), audio, cache, api.token)
+
+    logger.info("pushing %d files, %.1f MB, to %s as %s", len(files), size / 1e6, repo_id, user)
+    with explained(f"{repo_id}, as {user}: the push broke off"):
+        if not api.repo_exists(repo_id):
+            api.create_repo(repo_id, private=private)
+        elif private and not api.model_info(repo_id).private:
+            raise PushError(f"{repo_id} exists and is public. Make it private in its settings, or leave private out.")
+        commit = upload(api, directory, files, repo_id)
+
+    logger.info("verifying %s at %s", repo_id, commit)
+    with empty_cache(base_parts) as cache:
+        verify(api, directory, files, repo_id, commit, audio, expected, cache)
+    logger.info("%s/%s/tree/%s holds the files of %s: %s", constants.ENDPOINT, repo_id, commit, directory, expected)
+    return commit
+
+
+def check_directory(directory: Path):
+    """
+    Whether a directory is a whole SALMONN checkpoint that others can load.
+
+    Raises:
+        PushError: naming the file, or the key of config.json that names a path of this machine.
+    """
+    if not (directory / "config.json").is_file():
+        raise PushError(f"{directory} is no checkpoint: it has no config.json. Save model and processor there.")
+    config = json.loads((directory / "config.json").read_text())
+    if config.get("model_type") != "salmonn":
+        raise PushError(
+            f"{directory} holds a model of type {config.get('model_type')!r}, not 'salmonn'; push it with `hf upload`."
+        )
+    if not is_complete(directory):
+        raise PushError(f"{directory} is no whole checkpoint: weights are missing. Save the model there again.")
+    if not (directory / "processor_config.json").is_file():
+        raise PushError(f"{directory} has no processor_config.json; save the processor there with save_pretrained.")
+    try:
+        check_weight_files(directory)
+    except OSError as error:
+        raise PushError(str(error)) from error
+    for key, path in local_paths(config):
+        remedy = "Name a repository of the hub in its place, or remove the key."
+        if key.startswith("base_parts."):
+            remedy = (
+                f"Upload that part (`hf upload user/part {path}`) and name its repository there, or push a full "
+                "checkpoint, as model.merge_lora().save_pretrained makes it."
+            )
+        raise PushError(f"{directory / 'config.json'}: {key} is {path!r}, a path of this machine. {remedy}")
+
+
+def local_paths(value, key: str = "") -> Iterator[tuple[str, str]]:
+    """The strings of a config that are absolute paths, and the base parts that are directories, with their keys."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from local_paths(inner, f"{key}.{name}" if key else name)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from local_paths(inner, f"{key}[{index}]")
+    elif isinstance(value, str):
+        is_local = value.startswith(("/", "~/")) and len(value) > 2
+        if key.startswith("base_parts."):
+            is_local = Path(value).expanduser().is_dir() or not is_hub_id(value)
+        if is_local:
+            yield key, value
+
+
+def pushed_files(directory: Path) -> list[str]:
+    names = sorted(path.name for path in directory.iterdir() if path.is_file())
+    return [name for name in names if not any(fnmatch(name, pattern) for pattern in LEFT_OUT)]
+
+
+def upload(api: HfApi, directory: Path, files: list[str], repo_id: str) -> str:
+    """One commit with `files`, without weights that are not among them; none if nothing has changed. Its hash."""
+    # Not upload_folder: with Xet it commits in batches, also after some minutes, and a push that is cut off may leave
+    # the config of one model beside the weights of another.
+    operations = [CommitOperationAdd(file, str(directory / file)) for file in files]
+    for file in api.list_repo_files(repo_id):
+        if file not in files and any(fnmatch(file, pattern) for pattern in WEIGHTS):
+            operations.append(CommitOperationDelete(file))
+    return api.create_commit(repo_id, operations, commit_message="Upload model and processor").oid
+
+
+@contextmanager
+def empty_cache(base_parts: dict) -> Iterator[Path]:
+    """A directory for caches, in which the hub's has nothing but the base parts that the usual one has."""
+    with TemporaryDirectory() as root:
+        cache = Path(root)
+        (cache / "hub").mkdir()
+        for name in set(base_parts.values()):
+            folder = repo_folder_name(repo_id=name, repo_type="model")
+            usual = Path(constants.HF_HUB_CACHE).resolve() / folder
+            if usual.is_dir():
+                (cache / "hub" / folder).symlink_to(usual)
+        yield cache
+
+
+def transcribe(model: str, audio: Path, cache: Path, token: str, revision: str = "") -> str:
+    """
+    What `pipeline` makes of a clip in a process of its own with the caches in `cache`.
+
+    Raises:
+        PushError: with the error of that process.
+    """
+    caches = {"HF_HUB_CACHE": "hub", "HF_MODULES_CACHE": "modules", "HF_XET_CACHE": "xet"}
+    environment = os.environ | {name: str(cache / folder) for name, folder in caches.items()} | {"HF_TOKEN": token}
+    command = [sys.executable, "-c", TRANSCRIBE, model, revision, str(audio)]
+    # Not here, where "user/name" might be a directory.
+    result = subprocess.run(command, cwd=cache, env=environment, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise PushError(f"{model} cannot transcribe {audio}: exit code {result.returncode}\n{result.stderr[-2000:]}")
+    answer = json.loads(result.stdout.splitlines()[-1])
+    if "error" in answer:
+        raise PushError(f"{model} cannot transcribe {audio}: {answer['error']}")
+    return answer["text"]
+
+
+def verify(
+    api: HfApi, directory: Path, files: list[str], repo_id: str, commit: str, audio: Path, expected: str, cache: Path
+):
+    """
+    Whether a commit of the hub, downloaded anew, has the directory's files and gives the `expected` transcript.
+
+    Raises:
+        PushError: naming the files that differ, or both transcripts.
+    """
+    text = failure = None
+    try:
+        text = transcribe(repo_id, audio, cache, api.token, revision=commit)
+    except PushError as error:  # a file that differs may well be the reason, and says more
+        failure = error
+    with explained(f"{repo_id} was pushed as commit {commit}, but could not be verified"):
+        # What the pipeline has downloaded is not downloaded again, only the card and the like.
+        snapshot = Path(api.snapshot_download(repo_id, revision=commit, cache_dir=cache / "hub"))
+    remedy = "Push again; if that does not help, delete the repository and push anew."
+    differing = [file for file in files if checksum(snapshot / file) != checksum(directory / file)]
+    if differing:
+        raise PushError(
+            f"{repo_id} holds a bad state: at commit {commit}, {', '.join(differing)} came back other than in "
+            f"{directory}. {remedy}"
+        )
+    if failure is not None:
+        raise PushError(f"{repo_id} holds the files of {directory}, but does not work: {failure}") from failure
+    if text != expected:
+        raise PushError(
+            f"{repo_id} holds a bad state: of {audio.name}, commit {commit} makes {text!r}, {directory} {expected!r}. "
+            f"{remedy}"
+        )
+
+
+def checksum(file: Path) -> str | None:
+    """SHA-256 of a file; `None` if there is none."""
+    if not file.is_file():
+        return None
+    with open(file, "rb") as stream:
+        return sha_fileobj(stream).hex()
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Say of an error of the hub, or on the way to it, what it means here and what can be done."""
+    try:
+        yield
+    except PushError:
+        raise
+    except OfflineModeIsEnabled as error:
+        raise PushError(f"{what}: HF_HUB_OFFLINE is set. Unset it.") from error
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        cause = error.__cause__ if isinstance(error, RuntimeError) else error  # of an upload that failed
+        if cause is not error and cause is not None:
+            reason += f" ({type(cause).__name__}: {' '.join(str(cause).split())})"
+        status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
+        remedy = f"If {constants.ENDPOINT} can be reached, the same command goes on."
+        if status == 401:
+            remedy = "The token is not valid, or may not see the repository: run `hf auth login`."
+        elif status == 403:
+            remedy = "The repository is somebody else's, or the token may not write: choose another name or token."
+        elif isinstance(error, ValueError) or (status is not None and status < 500):
+            remedy = "The hub refused it."
+        raise PushError(f"{what}. {reason} {remedy}") from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m salmonn_hf.push", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("directory", metavar="DIR", help="checkpoint: model, processor and card")
+    parser.add_argument("repo_id", metavar="user/name", help="the repository; made if it does not exist")
+    parser.add_argument("--private", action="store_true", default=None, help="make it private")
+    parser.add_argument("--audio", help="clip to verify with; default: one that ships with the project")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logger.setLevel(logging.INFO)
+    try:
+        commit = push_to_hub(arguments.directory, arguments.repo_id, arguments.private, arguments.audio)
+    except PushError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(commit)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

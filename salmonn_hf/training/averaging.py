@@ -1,0 +1,50 @@
+"""The mean of checkpoints that were trained from the same start."""
+
+import torch
+
+from ..model.checkpoint import without_base_parts
+from ..model.modeling_salmonn import SalmonnForConditionalGeneration
+
+
+@torch.no_grad()
+def average_checkpoints(names: list[str]) -> SalmonnForConditionalGeneration:
+    """
+    A model whose trained tensors are the means of several checkpoints', a "model soup" (Wortsman et al., 2022,
+    https://arxiv.org/abs/2203.05482). They must have begun with the same weights, LoRA's random ones included, and
+    differ in the order and augmentation of their data alone (`data_seed`); means of others read worse than each. Of
+    LoRA the two factors are averaged, which keeps its rank.
+
+    Args:
+        names (`list[str]`): directories or hub names, in any precision; the mean is taken in float32 and has the
+            first one's.
+
+    Raises:
+        ValueError: if they are fewer than two, are quantised, stand on other base parts, or have tensors that differ
+            in name or shape, naming what differs.
+    """
+    if len(names) < 2:
+        raise ValueError(f"A mean is taken of two checkpoints or more, not of {names}.")
+    models = [SalmonnForConditionalGeneration.from_pretrained(name, dtype="auto") for name in names]
+    mean = models[0]
+    tensors = [without_base_parts(model.state_dict(), model.config) for model in models]
+    for name, model, others in zip(names, models, tensors, strict=True):
+        if model.config.quantization:
+            raise ValueError(f"{name} is quantised; take the mean of what it was made from, and quantise that.")
+        if model.config.base_parts != mean.config.base_parts:
+            raise ValueError(
+                f"{name} stands on {model.config.base_parts}, but {names[0]} on {mean.config.base_parts}; only "
+                "checkpoints of one start can be averaged."
+            )
+        differing = sorted(
+            key for key in tensors[0].keys() | others.keys()
+            if key not in tensors[0] or key not in others or tensors[0][key].shape != others[key].shape
+        )  # fmt: skip
+        if differing:
+            raise ValueError(
+                f"{name} and {names[0]} differ in {differing[0]} and {len(differing) - 1} other tensors; only "
+                "checkpoints of one start can be averaged."
+            )
+    for key, tensor in tensors[0].items():
+        if tensor.is_floating_point():
+            tensor.copy_(sum(others[key].float() for others in tensors) / len(tensors))
+    return mean

@@ -1,0 +1,207 @@
+"""Sources: every form they come in, columns, what is skipped and how it is listed, what a recipe may not say."""
+
+import io
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+from conftest import noise
+from datasets import Audio, Features, Value
+
+from salmonn_hf.data.arguments import DataArguments
+from salmonn_hf.data.sources import ClipTable, SkippedClips, Source, row_waveform
+from salmonn_hf.training.recipe import parse_recipe
+
+
+def flac(seconds, seed=0):
+    file = io.BytesIO()
+    soundfile.write(file, noise(seconds, seed), 16000, format="FLAC")
+    return file.getvalue()
+
+
+def write(path, rows):
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return str(path)
+
+
+def embedded(data, name, **columns):
+    return {"audio": {"bytes": data, "path": name}, **columns}
+
+
+def test_parquet_with_other_column_names(tmp_path):
+    rows = [{"sound": {"bytes": flac(0.5), "path": "a"}, "captions": ["x", "y"], "q": "why", "kind": "QA", "other": 1}]
+    columns = {"audio": "sound", "text": "captions", "question": "q", "task": "kind"}
+    table = ClipTable(Source(write(tmp_path / "a.parquet", rows), columns=columns))
+    assert len(table) == 1 and table.seconds.tolist() == [0.5]
+    row = table[0]
+    assert (row["text"], row["question"], row["task"]) == (["x", "y"], "why", "QA") and "other" not in row
+    assert list(table.texts()) == ["x", "y"]
+    np.testing.assert_allclose(row_waveform(row), noise(0.5), atol=1e-4)
+
+
+def test_a_stream_of_audio_is_not_decoded(tmp_path):
+    """What `datasets` wrote as Audio it would decode with torchcodec."""
+    schema = Features({"sound": Audio(), "text": Value("string")}).arrow_schema
+    rows = [{"sound": {"bytes": flac(0.3), "path": "a.flac"}, "text": "red"}]
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "a.parquet")
+    source = Source(str(tmp_path / "a.parquet"), columns={"audio": "sound"}, streaming=True)
+    expected = {"audio": {"bytes": flac(0.3), "path": "a.flac"}, "text": "red"}
+    assert list(source.open().shuffle(seed=0)) == [expected]
+
+
+def test_audiofolder(tmp_path):
+    for name in ("a", "b"):
+        soundfile.write(tmp_path / f"{name}.wav", noise(0.3 if name == "a" else 0.6), 16000)
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.wav,one\nb.wav,two\n")
+    table = ClipTable(Source(str(tmp_path)))
+    assert sorted((row["text"], len(row_waveform(row))) for row in (table[0], table[1])) == [
+        ("one", 4800),
+        ("two", 9600),
+    ]
+
+
+def test_annotation_with_prefix_and_files_that_follow(tmp_path):
+    for name, seconds in (("a", 0.5), ("b", 0.25)):
+        soundfile.write(tmp_path / f"{name}.wav", noise(seconds), 16000)
+    entries = [
+        {"path": "/a.wav", "text": "one", "expand_wav": ["b.wav"]},
+        {"path": "/b.wav", "text": "yes", "task": "QA", "Q": "Is it?"},
+        {"path": "/gone.wav", "text": "x"},
+        {"path": "/a.wav", "text": None},
+        {"text": "no path"},
+    ]
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps({"annotation": entries}))
+    skipped = SkippedClips()
+    table = ClipTable(Source(str(path), prefix=str(tmp_path)), skipped=skipped)
+    assert [row["task"] for row in (table[0], table[1])] == ["asr", "QA"] and table[1]["question"] == "Is it?"
+    assert table.seconds.tolist() == pytest.approx([0.85, 0.25]) and len(row_waveform(table[0])) == 13600
+    assert [(where.rsplit("/")[-1], reason) for where, reason, _ in skipped.entries] == [
+        ("gone.wav", "unreadable"),
+        ("a.wav", "no text"),
+        ("train.json#4", "no text"),
+    ]
+    # A file that was changed is read anew.
+    path.write_text(json.dumps({"annotation": entries[:1]}))
+    assert len(ClipTable(Source(str(path), prefix=str(tmp_path)))) == 1
+
+
+def test_unusable_clips_are_listed_by_path_and_never_replaced(tmp_path):
+    empty = io.BytesIO()
+    soundfile.write(empty, np.zeros(0, np.float32), 16000, format="FLAC")
+    rows = [
+        embedded(flac(0.5), "good.flac", text="a"),
+        embedded(b"not audio", "broken.flac", text="b"),
+        embedded(empty.getvalue(), "empty.flac", text="c"),
+        embedded(b"", "nothing.flac", text="c"),
+        embedded(flac(0.5), "null.flac", text=None),
+        embedded(flac(0.5), "blank.flac", text="  "),
+        embedded(flac(0.1), "short.flac", text="d"),
+        embedded(flac(1.5), "long.flac", text="e"),
+        embedded(flac(0.6, 1), "good-too.flac", text="f"),
+    ]
+    skipped = SkippedClips(tmp_path / "run" / "skipped.tsv")
+    source = Source(write(tmp_path / "a.parquet", rows))
+    table = ClipTable(source, min_seconds=0.2, max_seconds=1.0, skipped=skipped)
+    assert [table[index]["audio"]["path"] for index in range(len(table))] == ["good.flac", "good-too.flac"]
+    assert list(table.texts()) == ["a", "f"]
+    lines = (tmp_path / "run" / "skipped.tsv").read_text().splitlines()
+    assert [tuple(line.split("\t")[:2]) for line in lines[1:]] == [
+        ("broken.flac", "unreadable"),
+        ("empty.flac", "zero length"),
+        ("nothing.flac", "zero length"),
+        ("null.flac", "no text"),
+        ("blank.flac", "no text"),
+        ("short.flac", "too short"),
+        ("long.flac", "too long"),
+    ]
+
+
+def test_lengths_of_the_index_are_believed_and_speed_changes_them(tmp_path):
+    path = write(tmp_path / "a.parquet", [embedded(flac(0.5), "a", text="x", seconds=3.0)])
+    assert ClipTable(Source(path)).seconds.tolist() == [3.0]
+    assert ClipTable(Source(path, speed=1.5)).seconds.tolist() == [2.0]
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"path": "a.parquet", "wieght": 2}, "'wieght'.*'weight'"),
+        ({"path": "a.parquet", "task": "asr_cn"}, "'asr_cn'.*'asr"),
+        ({"path": "a.parquet", "columns": {"txt": "x"}}, "'txt'.*'text'"),
+        ({"path": "a.parquet", "weight": 0}, "above 0"),
+        ({"path": "a.parquet", "prefix": "x"}, "prefix"),
+        ({"path": "a.json", "streaming": True}, "streamed"),
+        ({"weight": 1}, "no path"),
+        ("{path: a}", "not JSON"),
+    ],
+)
+def test_what_a_source_cannot_be_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Source.parse(settings)
+
+
+def test_a_missing_column_is_named_with_the_nearest(tmp_path):
+    path = write(tmp_path / "a.parquet", [embedded(flac(0.5), "a", texts="x")])
+    with pytest.raises(ValueError, match="no column 'text'.*Did you mean 'texts'.*columns: {text: NAME}"):
+        Source(path).open()
+
+
+def test_sources_of_a_recipe_and_of_the_command_line(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "sources:\n  - {path: a.parquet, weight: 0.5, columns: {text: captions}}\n  - {path: b.json, prefix: c}\n"
+    )
+    (arguments,) = parse_recipe(DataArguments, [str(recipe)])
+    assert arguments.training_sources() == [
+        Source("a.parquet", weight=0.5, columns={"text": "captions"}),
+        Source("b.json", prefix="c"),
+    ]
+    (arguments,) = parse_recipe(DataArguments, [str(recipe), "--sources", '{"path": "d.parquet", "task": "asr"}'])
+    assert arguments.training_sources() == [Source("d.parquet", task="asr")]
+
+
+def test_short_form_is_a_source_for_each_file_and_speed():
+    arguments = DataArguments(train_files=["a.parquet", "b.parquet"], speeds=[0.9, 1.1], speed_files=["b.parquet"])
+    assert [(source.path, source.speed) for source in arguments.training_sources()] == [
+        ("a.parquet", 1.0),
+        ("b.parquet", 1.0),
+        ("b.parquet", 0.9),
+        ("b.parquet", 1.1),
+    ]
+    arguments.speed_files = None
+    assert len(arguments.training_sources()) == 6
+    arguments.sources, arguments.eval_sources = ['{"path": "c.parquet"}'], ['{"path": "d.parquet"}']
+    assert arguments.training_sources()[6:] == [Source("c.parquet")]
+    arguments.eval_file = "e.parquet"
+    assert [source.path for source in arguments.evaluation_sources()] == ["e.parquet", "d.parquet"]
+
+
+def test_transcripts_are_the_texts_of_their_task(tmp_path):
+    rows = [embedded(flac(0.5), str(i), text=f"{task} text", task=task) for i, task in enumerate(("asr", "QA", None))]
+    path = write(tmp_path / "a.parquet", rows)
+    assert list(ClipTable(Source(path)).transcripts()) == ["asr text", "None text"]
+    assert list(ClipTable(Source(path, task="audiocaption")).transcripts()) == []
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({}, "neither sources nor train_files"),
+        ({"sources": ["{}"], "joined_clips": 3}, "joined_clips: of train_files alone"),
+        ({"train_files": ["a"], "max_seconds": 60.0}, "30 s that the encoder hears"),
+        ({"train_files": ["a"], "masked_frames": 1.0}, "share from 0 to below 1"),
+    ],
+)
+def test_contradictory_data_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DataArguments(**settings)
+
+
+def test_an_unwritable_list_of_skipped_clips_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="skipped.tsv.*can be written"):
+        SkippedClips(tmp_path / "file" / "skipped.tsv")

@@ -1,0 +1,316 @@
+"""load_audio against soundfile, soxr, ffmpeg and tones of known pitch; and what it says about audio it cannot use."""
+
+import http.server
+import io
+import shutil
+import subprocess
+import threading
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+import torch
+
+from salmonn_hf.model.audio import AudioError, load_audio
+
+RATE = 16_000
+needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
+
+
+def tone(hertz=440.0, seconds=1.0, rate=RATE, amplitude=0.5):
+    return (amplitude * np.sin(2 * np.pi * hertz * np.arange(int(seconds * rate)) / rate)).astype(np.float32)
+
+
+def speech_like(seconds, rate=RATE):
+    """Noise bursts: unlike a tone, it makes encoders spend bits unevenly."""
+    rng = np.random.default_rng(0)
+    samples = rng.standard_normal(int(seconds * rate)) * 0.1
+    return (samples * (np.arange(len(samples)) // (rate // 2) % 3 > 0)).astype(np.float32)
+
+
+def encoded(samples, rate=RATE, **kwargs):
+    stream = io.BytesIO()
+    soundfile.write(stream, samples, rate, **{"format": "WAV"} | kwargs)
+    return stream.getvalue()
+
+
+def ffmpeg(data: bytes, *arguments) -> bytes:
+    command = ["ffmpeg", "-v", "error", "-i", "-", *arguments, "-"]
+    return subprocess.run(command, input=data, stdout=subprocess.PIPE, check=True).stdout
+
+
+def assert_tone(waveform, hertz=440.0, amplitude=0.5, seconds=1.0):
+    assert waveform.dtype == np.float32 and waveform.ndim == 1
+    assert abs(len(waveform) - seconds * RATE) <= 1
+    middle = waveform[len(waveform) // 4 : 3 * len(waveform) // 4]
+    spectrum = np.abs(np.fft.rfft(middle * np.hanning(len(middle))))
+    assert abs(spectrum.argmax() / len(middle) * RATE - hertz) < 3
+    assert np.sqrt(2 * np.mean(middle**2)) == pytest.approx(amplitude, rel=0.02)
+
+
+# Sources
+
+
+@pytest.mark.parametrize("wrap", [str, lambda path: path], ids=["str", "Path"])
+def test_path(tmp_path, wrap):
+    soundfile.write(tmp_path / "a.flac", speech_like(1), RATE)
+    expected, _ = soundfile.read(tmp_path / "a.flac", dtype="float32")
+    np.testing.assert_array_equal(load_audio(wrap(tmp_path / "a.flac")), expected)
+
+
+def test_bytes_streams_and_datasets_rows_give_the_same(tmp_path):
+    data = encoded(speech_like(1))
+    (tmp_path / "a.wav").write_bytes(data)
+    stream = io.BytesIO(data)
+    expected = load_audio(tmp_path / "a.wav")
+    sources = [data, bytearray(data), stream, stream]  # a stream can be read twice
+    sources += [{"bytes": data, "path": "x.wav"}, {"bytes": None, "path": str(tmp_path / "a.wav")}]
+    for source in sources:
+        np.testing.assert_array_equal(load_audio(source), expected)
+
+
+def test_url(tmp_path):
+    (tmp_path / "a.wav").write_bytes(encoded(tone()))
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=tmp_path)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert_tone(load_audio(f"{address}/a.wav"))
+        with pytest.raises(AudioError, match=f"{address}/b.wav could not be fetched.*404"):
+            load_audio(f"{address}/b.wav")
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("rate", "kwargs"),
+    [
+        (8_000, {"subtype": "PCM_U8"}),
+        (8_000, {"subtype": "ULAW"}),
+        (11_025, {"subtype": "PCM_16"}),
+        (44_100, {"subtype": "DOUBLE"}),
+        (48_000, {"format": "OGG", "subtype": "OPUS"}),
+        (96_000, {"format": "FLAC", "subtype": "PCM_24"}),
+        (22_050, {"format": "MP3"}),
+        (16_000, {"format": "AIFF", "subtype": "PCM_S8"}),
+    ],
+)
+def test_formats_and_rates(rate, kwargs):
+    assert_tone(load_audio(encoded(tone(rate=rate), rate, **kwargs)))
+
+
+def test_channels_are_averaged():
+    tones = np.stack([tone(300 + 100 * i, rate=48_000) for i in range(8)], axis=1)  # 7.1
+    waveform = load_audio(encoded(tones, 48_000, subtype="FLOAT"))
+    expected = soxr.resample(tones.mean(axis=1), 48_000, RATE)
+    np.testing.assert_allclose(waveform, expected, atol=1e-6)
+    np.testing.assert_array_equal(load_audio(encoded(np.stack([tone(), -tone()], axis=1), subtype="FLOAT")), 0)
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("arguments", [("-f", "wav"), ("-f", "mp3", "-b:a", "64k")])
+def test_decoding_and_resampling_agree_with_ffmpeg(arguments):
+    seconds = np.arange(3 * 44_100) / 44_100
+    chirp = 0.5 * np.sin(2 * np.pi * (200 + 400 * seconds) * seconds)
+    data = ffmpeg(encoded(chirp, 44_100), *arguments)
+    expected = np.frombuffer(ffmpeg(data, "-f", "f32le", "-ac", "1", "-ar", str(RATE)), np.float32)
+    waveform = load_audio(data)
+    # Decoders may skip different parts of an MP3's start: align, then compare.
+    products = np.fft.irfft(np.fft.rfft(waveform, 1 << 17) * np.fft.rfft(expected, 1 << 17).conj())
+    shift = (products.argmax() + (1 << 16)) % (1 << 17) - (1 << 16)
+    assert abs(len(waveform) - len(expected)) <= 600 and abs(shift) <= 600
+    difference = waveform[1000 + shift : 40_000 + shift] - expected[1000:40_000]
+    assert np.abs(difference).max() < 0.002
+
+
+@needs_ffmpeg
+def test_streamed_files_whose_header_does_not_know_their_length():
+    data = encoded(speech_like(7))
+    for arguments in (("-f", "flac"), ("-f", "wav")):
+        np.testing.assert_array_equal(load_audio(ffmpeg(data, *arguments)), load_audio(data))
+
+
+@needs_ffmpeg
+def test_mp3_without_length_header_is_read_whole_or_refused():
+    data = encoded(speech_like(20))
+    constant = ffmpeg(data, "-f", "mp3", "-b:a", "32k", "-write_xing", "0", "-id3v2_version", "0")
+    cover = b"ID3\x03\0\0" + bytes([0, 6, 0, 0]) + bytes(6 << 14)  # a tag as large as one with a picture
+    for mp3 in (constant, cover + constant):
+        assert abs(len(load_audio(mp3)) - 20 * RATE) < 2500
+    data = encoded(speech_like(20)[RATE // 2 :])  # loud at once: the first frame is a large one
+    variable = ffmpeg(data, "-f", "mp3", "-q:a", "5", "-write_xing", "0")
+    with pytest.raises(AudioError, match=r"bytes of length \d+ is an MP3 of variable bit rate.*ffmpeg"):
+        load_audio(variable)
+
+
+def test_blocks_of_a_long_file_join_without_seams(monkeypatch):
+    monkeypatch.setattr("salmonn_hf.model.audio.BLOCK_FRAMES", 1000)
+    samples = speech_like(2, 44_100)
+    waveform = load_audio(encoded(samples, 44_100, subtype="FLOAT"))
+    np.testing.assert_array_equal(waveform, soxr.resample(samples, 44_100, RATE, quality="HQ"))
+
+
+# Arrays
+
+
+@pytest.mark.parametrize(
+    ("dtype", "peak", "middle"),
+    [
+        (np.int8, 2**7, 0),
+        (np.uint8, 2**7, 2**7),
+        (np.int16, 2**15, 0),
+        (np.int32, 2**31, 0),
+        (np.uint16, 2**15, 2**15),
+    ],
+)
+def test_integers_are_scaled_by_their_range(dtype, peak, middle):
+    samples = (tone(amplitude=0.5).astype(np.float64) * peak + middle).round().astype(dtype)
+    np.testing.assert_allclose(load_audio(samples), tone(amplitude=0.5), atol=1.01 / peak)
+    np.testing.assert_array_equal(load_audio(np.array([middle] * 3, dtype)), [0, 0, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_tensors(dtype):
+    samples = torch.tensor(tone(), dtype=dtype, requires_grad=True)
+    np.testing.assert_array_equal(load_audio(samples), samples.detach().float().numpy())
+    np.testing.assert_array_equal(load_audio(torch.tensor([0, 16384], dtype=torch.int16)), [0, 0.5])
+
+
+def test_either_orientation_of_channels():
+    stereo = np.stack([tone(), np.zeros(RATE, np.float32)])
+    for samples in (stereo, stereo.T, np.asfortranarray(stereo)):
+        np.testing.assert_array_equal(load_audio(samples), tone() / 2)
+    np.testing.assert_array_equal(load_audio(tone()[None]), tone())
+
+
+def test_lists_and_strided_arrays():
+    np.testing.assert_allclose(load_audio([0.0, 0.25, -1.0]), [0, 0.25, -1])
+    np.testing.assert_array_equal(load_audio(tone()[::-1]), tone()[::-1])
+
+
+@pytest.mark.parametrize("key", ["array", "raw"])
+@pytest.mark.parametrize("rate", [8_000, 44_100, 48_000.0, np.int64(96_000)])
+def test_dicts_are_resampled(key, rate):
+    source = {key: tone(rate=int(rate)), "sampling_rate": rate, "path": None}
+    np.testing.assert_array_equal(load_audio(source), soxr.resample(source[key], rate, RATE, quality="HQ"))
+    assert_tone(load_audio(source))
+    assert set(source) == {key, "sampling_rate", "path"}
+
+
+def test_other_target_rate():
+    assert len(load_audio(tone(rate=48_000), 48_000)) == 48_000
+    assert len(load_audio(encoded(tone()), 48_000)) == 48_000
+
+
+def test_audio_decoder():
+    class Samples:
+        data = torch.tensor(np.stack([tone(rate=8_000), np.zeros(8_000, np.float32)]))
+        sample_rate = 8_000
+
+    class AudioDecoder:
+        def get_all_samples(self):
+            return Samples
+
+    assert_tone(load_audio(AudioDecoder()), amplitude=0.25)
+
+
+def test_silence_is_audio():
+    for source in (np.zeros(100, np.float32), encoded(np.zeros(100))):
+        np.testing.assert_array_equal(load_audio(source), np.zeros(100))
+
+
+# What cannot be used
+
+
+def cut(data, share):
+    return data[: int(len(data) * share)]
+
+
+def damaged(data):
+    middle = len(data) // 2
+    return data[:middle] + bytes(byte ^ 0xFF for byte in data[middle : middle + 50]) + data[middle + 50 :]
+
+
+def bad_files():
+    flac, mp3, wav = (encoded(speech_like(5), format=name) for name in ("FLAC", "MP3", "WAV"))
+    return {
+        "text": (b"This is not audio.\n" * 50, "is not an audio file.*ffmpeg -i"),
+        "empty": (b"", "is not an audio file"),
+        "flac cut at 0.3": (cut(flac, 0.3), "cut short.*whole copy"),
+        "flac cut at 0.99": (cut(flac, 0.99), "cut short.*whole copy"),
+        "flac damaged": (damaged(flac), "damaged.*whole copy"),
+        "wav cut": (cut(wav, 0.9), "cut short.*whole copy"),
+        "mp3 cut": (cut(mp3, 0.7), "cut short.*whole copy"),
+        "no samples": (encoded(np.zeros(0)), "has no samples"),
+        "nan": (encoded(np.array([0.1, np.nan] * 50), subtype="FLOAT"), "NaN or infinite"),
+        "nan resampled": (encoded(np.array([0.1, np.nan] * 50), 8000, subtype="FLOAT"), "NaN or infinite"),
+    }
+
+
+@pytest.mark.parametrize("case", bad_files())
+def test_bad_files_are_named(tmp_path, case):
+    data, message = bad_files()[case]
+    path = tmp_path / "clip.wav"
+    path.write_bytes(data)
+    with pytest.raises(AudioError, match=f"^{path} .*{message}"):
+        load_audio(path)
+    with pytest.raises(AudioError, match=f"^{path} .*{message}"):
+        load_audio({"bytes": data, "path": str(path)})
+    with pytest.raises(AudioError, match=f"^bytes of length {len(data)} .*{message}"):
+        load_audio(data)
+
+
+def test_every_damaged_byte_of_a_flac_is_noticed():
+    samples = speech_like(1)
+    data = encoded(samples, format="FLAC")
+    rng = np.random.default_rng(0)
+    for position in rng.integers(100, len(data), 30):
+        copy = bytearray(data)
+        copy[position] ^= 1 << rng.integers(8)
+        with pytest.raises(AudioError):
+            load_audio(copy)
+
+
+def test_missing_file_and_directory(tmp_path):
+    with pytest.raises(AudioError, match=f"{tmp_path}/none.wav does not exist.*check the path"):
+        load_audio(tmp_path / "none.wav")
+    with pytest.raises(AudioError, match=f"{tmp_path} is a directory; give the path"):
+        load_audio(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (np.zeros(0, np.float32), r"array of shape \(0,\) has no samples"),
+        (np.zeros((2, 0), np.float32), r"array of shape \(2, 0\) has no samples"),
+        ([], "list of length 0 has no samples"),
+        (np.array([0.0, np.inf]), r"array of shape \(2,\) holds NaN or infinite"),
+        (np.full((2, 50), np.nan), r"array of shape \(2, 50\) holds NaN or infinite"),
+        (np.zeros((2, 3, 4)), r"array of shape \(2, 3, 4\) has 3 dimensions; give \(samples,\)"),
+        (np.float32(1) * np.zeros(()), r"not audio|0 dimensions"),
+        (np.zeros(5, np.int64), r"array of shape \(5,\) has dtype int64; give floats"),
+        (np.zeros(5, bool), "dtype bool; give"),
+        (np.zeros(5, complex), "dtype complex128; give"),
+        (["a", "b"], "list of length 2 has dtype <U1; give"),
+        ([[0.0, 1.0], [0.0]], "list of length 2 is not one list of numbers"),
+        (None, "NoneType object is not audio; give a path"),
+        (object(), "object object is not audio; give a path"),
+        ({"array": np.zeros(5)}, r"sampling_rate of array of shape \(5,\) is None; give"),
+        ({"array": np.zeros(5), "sampling_rate": 0}, "sampling_rate of .* is 0; give"),
+        ({"raw": np.zeros(5), "sampling_rate": -1}, "sampling_rate of .* is -1; give"),
+        ({"raw": np.zeros(5), "sampling_rate": "16k"}, "sampling_rate of .* is '16k'; give"),
+        ({"array": np.zeros((2, 3, 4)), "sampling_rate": 8000, "path": "x.wav"}, "x.wav has 3 dimensions"),
+        ({"text": "hello"}, r"dict with keys \['text'\] holds no audio; give"),
+        ("http://127.0.0.1:9/a.wav", "http://127.0.0.1:9/a.wav could not be fetched.*check the address"),
+    ],
+)
+def test_bad_arrays_and_sources_are_named(source, message):
+    with pytest.raises(AudioError, match=message):
+        load_audio(source)

@@ -1,0 +1,198 @@
+"""Adapter checkpoints: only what was trained, put together with its base parts, merged to a full model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import noise, tiny_config, tiny_model, tiny_processor, tiny_text_config, tiny_tokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, WhisperForConditionalGeneration
+
+import salmonn_hf
+from salmonn_hf import SalmonnForConditionalGeneration
+from salmonn_hf.base_parts.resolver import BasePartNotFoundError
+from salmonn_hf.model.checkpoint import config_from_base_parts, from_base_parts
+from salmonn_hf.model.configuration_beats import BeatsConfig
+from salmonn_hf.model.modeling_beats import BeatsForAudioClassification, BeatsModel
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+
+
+@pytest.fixture(scope="module")
+def base_parts(tmp_path_factory):
+    root = tmp_path_factory.mktemp("base")
+    torch.manual_seed(1)
+    WhisperForConditionalGeneration(tiny_config().audio_config).save_pretrained(root / "whisper")
+    AutoModelForCausalLM.from_config(tiny_text_config(tie_word_embeddings=True)).save_pretrained(root / "llm")
+    tiny_tokenizer().save_pretrained(root / "llm")
+    return {"audio_tower": str(root / "whisper"), "language_model": str(root / "llm")}
+
+
+@pytest.fixture
+def adapter(base_parts, tmp_path):
+    """A model whose trained parts are not zero, and the directory of its adapter checkpoint."""
+    torch.manual_seed(2)
+    qformer = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    config = config_from_base_parts(
+        **base_parts,
+        audio_token_id=3,
+        window_frames=8,
+        window_stride=8,
+        queries_per_window=2,
+        ctc_vocab_size=4,
+        qformer_config=qformer,
+    )
+    model = from_base_parts(config).eval()
+    model.add_lora(LORA)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name or name.startswith("connector"):
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.ctc_head.token_ids.copy_(torch.tensor([4, 5, 6, 7]))
+    model.save_pretrained(tmp_path / "adapter")
+    tiny_processor(config).save_pretrained(tmp_path / "adapter")
+    return model, tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("kind", [BeatsModel, BeatsForAudioClassification])
+def test_beats_is_a_base_part(base_parts, tmp_path, kind):
+    """Pretrained or fine-tuned, without its classifier; an adapter checkpoint names it and leaves it out."""
+    beats = kind(
+        BeatsConfig(
+            embed_dim=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+            num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, num_labels=3,
+        )
+    )  # fmt: skip
+    beats.save_pretrained(tmp_path / "beats")
+    config = config_from_base_parts(
+        **base_parts,
+        sound_tower=str(tmp_path / "beats"),
+        audio_token_id=3,
+        qformer_config={"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32},
+    )
+    assert config.qformer_config.encoder_hidden_size == 32
+    from_base_parts(config).save_pretrained(tmp_path / "adapter")
+    assert not any(key.startswith("sound_tower") for key in load_file(tmp_path / "adapter" / "model.safetensors"))
+    model = AutoModel.from_pretrained(tmp_path / "adapter")
+    own = beats.state_dict()
+    loaded = model.sound_tower.state_dict()
+    assert loaded
+    for key, value in loaded.items():
+        assert torch.equal(value, own[key if kind is BeatsModel else f"beats.{key}"]), key
+
+
+def logits(model):
+    inputs = tiny_processor(model.config).apply_transcription_request(noise(1.5))
+    with torch.no_grad():
+        return model.eval()(**inputs).logits
+
+
+def test_the_file_holds_what_was_trained_and_nothing_else(adapter):
+    model, directory = adapter
+    saved = load_file(directory / "model.safetensors")
+    for key in model.state_dict():
+        trained = key.startswith(("audio_norm", "connector", "ctc_head")) or ".lora_" in key
+        assert (key in saved) == trained, key
+    assert json.loads((directory / "config.json").read_text())["base_parts"] == model.config.base_parts
+
+
+@pytest.mark.parametrize("cls", [AutoModel, SalmonnForConditionalGeneration])
+def test_loaded_adapter_is_the_trained_model(adapter, cls):
+    model, directory = adapter
+    loaded = cls.from_pretrained(directory)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[key]), key
+    assert torch.equal(logits(model), logits(loaded))
+    assert loaded.generation_config.eos_token_id == model.generation_config.eos_token_id
+    assert loaded.name_or_path == str(directory)
+
+
+def test_no_cache_directory_gets_into_the_config(base_parts, monkeypatch):
+    monkeypatch.setattr("salmonn_hf.model.checkpoint.resolve_base_part", {n: base_parts[n] for n in base_parts}.get)
+    config = config_from_base_parts("audio_tower", "language_model", audio_token_id=3)
+    assert base_parts["language_model"] not in config.to_json_string()
+    assert base_parts["audio_tower"] not in config.to_json_string()
+
+
+def test_saved_again_it_is_the_same_file(adapter, tmp_path):
+    _, directory = adapter
+    SalmonnForConditionalGeneration.from_pretrained(directory).save_pretrained(tmp_path / "again")
+    first, second = load_file(directory / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_merged_model_is_full_and_equal(adapter, tmp_path):
+    model, directory = adapter
+    before = logits(model)
+    merged = SalmonnForConditionalGeneration.from_pretrained(directory).merge_lora()
+    torch.testing.assert_close(logits(merged), before, atol=1e-5, rtol=1e-5)
+    merged.save_pretrained(tmp_path / "full")
+    full = AutoModel.from_pretrained(tmp_path / "full")
+    assert full.config.base_parts is None and full.config.lora is None
+    assert not any("lora" in key for key in full.state_dict())
+    assert torch.equal(logits(full), logits(merged))
+
+
+def test_dtype_and_device_map(adapter):
+    _, directory = adapter
+    loaded = AutoModel.from_pretrained(directory, dtype=torch.bfloat16, device_map={"": "cpu"})
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+
+
+def test_a_missing_base_part_says_what_was_tried(adapter):
+    _, directory = adapter
+    config = json.loads((directory / "config.json").read_text())
+    config["base_parts"]["language_model"] = "nobody/no-such-model"
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BasePartNotFoundError, match="nobody/no-such-model"):
+        AutoModel.from_pretrained(directory)
+
+
+def test_a_base_part_of_another_size_is_named(adapter, tmp_path):
+    _, directory = adapter
+    AutoModelForCausalLM.from_config(tiny_text_config(intermediate_size=48)).save_pretrained(tmp_path / "other")
+    config = json.loads((directory / "config.json").read_text())
+    config["base_parts"]["language_model"] = str(tmp_path / "other")
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="other.*does not fit"):
+        AutoModel.from_pretrained(directory)
+
+
+def test_missing_left_over_and_truncated_tensors_are_refused(adapter):
+    _, directory = adapter
+    file = directory / "model.safetensors"
+    whole = load_file(file)
+    save_file({k: v for k, v in whole.items() if k != "connector.proj.weight"}, file)
+    with pytest.raises(ValueError, match="missing.*connector.proj.weight"):
+        AutoModel.from_pretrained(directory)
+    save_file(whole | {"connector.extra": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match="left over.*connector.extra"):
+        AutoModel.from_pretrained(directory)
+    save_file(whole, file)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(OSError, match="not a whole safetensors file"):
+        AutoModel.from_pretrained(directory)
+
+
+def test_a_full_checkpoint_keeps_an_unmerged_adapter(tmp_path):
+    model = tiny_model()
+    model.add_lora(LORA)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.add_(torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModel.from_pretrained(tmp_path)), logits(model))
+
+
+def test_committed_checkpoints_carry_this_code():
+    """After a change of the package: `save_code` from salmonn_hf.model.checkpoint on the directories."""
+    package = Path(salmonn_hf.__file__).parent
+    configs = list((Path(__file__).resolve().parents[2] / "model_cards").glob("*/config.json"))
+    assert configs
+    for config in configs:
+        names = {file.name for file in config.parent.glob("*.py")}
+        assert {"modeling_salmonn.py", "pipeline_salmonn.py"} <= names
+        for name in names:
+            assert (config.parent / name).read_text() == (package / name).read_text(), config.parent / name

@@ -1,0 +1,198 @@
+"""
+The trained salmonn-lite-nano against its bars. Slow: fetches the base parts and transcribes for minutes.
+
+    make test-slow
+"""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import noise
+
+ROOT = Path(__file__).resolve().parents[2]
+NANO = ROOT / "model_cards" / "salmonn-lite-nano"
+SOUNDS = ROOT / "model_cards" / "salmonn-lite-nano-sounds"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def online():
+    """Base parts may be fetched here."""
+    import huggingface_hub.constants
+
+    os.environ.pop("HF_HUB_OFFLINE", None)
+    huggingface_hub.constants.HF_HUB_OFFLINE = False
+
+
+@pytest.fixture(scope="module")
+def speech(shared_data):
+    from salmonn_hf import load_audio
+    from salmonn_hf.training.trainer import load_speech
+
+    data = load_speech([str(shared_data / "speech" / "bass-test.parquet")])
+    return [load_audio(clip) for clip in data["audio"]], data["text"]
+
+
+@pytest.fixture(scope="module")
+def transcriber():
+    from transformers import pipeline
+
+    return pipeline("automatic-speech-recognition", model=str(NANO))
+
+
+@pytest.mark.parametrize("adapter", [NANO, SOUNDS])
+def test_the_adapter_is_small(adapter):
+    assert sum(file.stat().st_size for file in adapter.glob("*.safetensors")) <= 30e6
+
+
+def test_held_out_speech(transcriber, speech):
+    from salmonn_hf.evaluation.word_error_rate import word_error_rate
+
+    waveforms, references = speech
+    order = np.argsort([-len(w) for w in waveforms])
+    results = transcriber([waveforms[i] for i in order], batch_size=16)
+    hypotheses = dict(zip(order, (r["text"] for r in results), strict=True))
+    score = word_error_rate(references, [hypotheses[i] for i in range(len(references))])
+    print(score)
+    assert score.wer <= 0.16
+
+
+def test_hearing_sounds_costs_the_words_one_point_at_most(speech):
+    from salmonn_hf.evaluation.word_error_rate import word_error_rate
+    from salmonn_hf.inference import Transcriber
+
+    waveforms, references = speech
+    order = sorted(range(len(waveforms)), key=lambda i: -len(waveforms[i]))
+    rates = []
+    for adapter in (NANO, SOUNDS):
+        transcriber, hypotheses = Transcriber(str(adapter)), {}
+        for start in range(0, len(order), 16):
+            rows = order[start : start + 16]
+            hypotheses |= zip(rows, transcriber([waveforms[i] for i in rows]), strict=True)
+        rates.append(word_error_rate(references, [hypotheses[i] for i in range(len(references))]).wer)
+    print(rates)
+    assert rates[1] <= rates[0] + 0.01
+
+
+def test_captions_beat_retrieval(shared_data):
+    """Captions that are derived from labels, short, and mostly those of training clips as well."""
+    from salmonn_hf.data.tasks import TEST_PROMPTS
+    from salmonn_hf.evaluation.caption_baselines import NearestCaption, readable
+    from salmonn_hf.evaluation.caption_metrics import score_captions
+    from salmonn_hf.evaluation.engine import parquet_clips
+    from salmonn_hf.inference import Answerer
+
+    sounds = shared_data / "sounds"
+    answerer = Answerer(str(SOUNDS))
+    nearest = NearestCaption(parquet_clips([str(sounds / "train-00000-of-00001.parquet")], "captions"), answerer)
+    heard = list(readable(parquet_clips([str(sounds / "test-00000-of-00001.parquet")], "captions")))
+    heard.sort(key=lambda pair: -len(pair[1]))
+    scores = []
+    for model in (answerer, nearest):
+        captions = []
+        for start in range(0, len(heard), 16):
+            waveforms = [waveform for _, waveform in heard[start : start + 16]]
+            captions += model(waveforms, [TEST_PROMPTS["audiocaption"]] * len(waveforms))
+        scores.append(score_captions([clip.references for clip, _ in heard], captions))
+    ours, floor = ({name: score[name].value for name in ("CIDEr-D", "METEOR")} for score in scores)
+    print(ours, floor)
+    assert ours["CIDEr-D"] >= 1.2 * floor["CIDEr-D"] and ours["METEOR"] > floor["METEOR"]
+
+
+def test_ten_minutes_in_one_file(transcriber, speech):
+    """Joined clips must read within two points of the same clips one by one."""
+    from salmonn_hf.evaluation.word_error_rate import word_error_rate
+
+    waveforms, references = speech
+    rng = np.random.default_rng(0)
+    joined = np.concatenate(
+        [part for w in waveforms for part in (w, np.zeros(int(rng.uniform(3e3, 1e4)), np.float32))]
+    )
+    assert len(joined) / 16000 > 600
+    alone = word_error_rate(
+        [" ".join(references)], [" ".join(r["text"] for r in transcriber(waveforms, batch_size=16))]
+    )
+    together = word_error_rate([" ".join(references)], [transcriber(joined, batch_size=16)["text"]])
+    print(alone, together)
+    assert together.wer <= alone.wer + 0.02
+
+
+def test_batches_give_the_tokens_of_single_clips(speech):
+    """32 clips of 0.3 to 29 s, float32, greedy: identical ids at batch 1, 5 and 32, also with several clips."""
+    import salmonn_hf
+
+    processor = salmonn_hf.SalmonnProcessor.from_pretrained(NANO)
+    model = salmonn_hf.SalmonnForConditionalGeneration.from_pretrained(NANO, dtype=torch.float32)
+    waveforms = np.concatenate(speech[0])
+    rng = np.random.default_rng(1)
+    lengths = np.geomspace(0.3, 29.0, 32) * 16000
+    starts = rng.integers(0, len(waveforms) - 29 * 16000, 32)
+    clips = [waveforms[s : s + int(n)] for s, n in zip(starts, lengths, strict=True)]
+    prompts = [[c] for c in clips[:26]] + [clips[3 * i : 3 * i + 3] for i in range(6)]
+
+    def generate(rows):
+        conversations = [
+            [
+                {
+                    "role": "user",
+                    "content": [{"type": "audio", "audio": c} for c in row] + [{"type": "text", "text": "?"}],
+                }
+            ]
+            for row in rows
+        ]
+        inputs = processor.apply_chat_template(
+            conversations, tokenize=True, return_dict=True, add_generation_prompt=True
+        )
+        output = model.generate(**inputs, max_new_tokens=24, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        end = model.generation_config.eos_token_id
+        return [(row.tolist() + [end])[: (row.tolist() + [end]).index(end)] for row in output]
+
+    for rows in ([[c] for c in clips], prompts):
+        alone = [generate([row])[0] for row in rows]
+        assert any(len(ids) > 3 for ids in alone)
+        for size in (5, 32):
+            batched = [ids for start in range(0, 32, size) for ids in generate(rows[start : start + size])]
+            assert batched == alone, size
+
+
+def test_memory_is_flat_over_an_hour(transcriber, speech):
+    waveforms, _ = speech
+    ten_minutes = np.concatenate(waveforms)[: 600 * 16000]
+    transcriber(ten_minutes[: 120 * 16000], batch_size=4)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    transcriber(np.tile(ten_minutes, 6), batch_size=4, max_new_tokens=8)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    waveform = 6 * len(ten_minutes) * 4 / 2**20
+    print(f"{grown:.0f} MiB more, the waveform itself is {waveform:.0f} MiB")
+    assert grown < 2 * waveform + 300
+
+
+def test_remote_code_gives_the_same_text_without_the_package(tmp_path):
+    """In a process that cannot import salmonn_hf, the checkpoint's own code must do."""
+    import soundfile
+    from transformers import pipeline
+
+    soundfile.write(tmp_path / "a.wav", noise(1.0), 16000)
+    clip = ROOT / "eval" / "recordings" / "librivox-austen-930.flac"
+    script = (
+        "import sys, importlib.util\n"
+        "assert importlib.util.find_spec('salmonn_hf') is None\n"
+        "from transformers import AutoModel, pipeline\n"
+        f"p = pipeline('automatic-speech-recognition', model={str(NANO)!r}, trust_remote_code=True)\n"
+        f"print(p({str(clip)!r})['text'])\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    # -I and a path without the editable install: site-packages' .pth files are what makes the package importable.
+    site = [p for p in sys.path if p.endswith("site-packages")]
+    run = subprocess.run(
+        [sys.executable, "-S", "-c", f"import sys; sys.path += {site!r}\n{script}"],
+        capture_output=True, text=True, cwd=tmp_path, env=environment, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == pipeline("automatic-speech-recognition", model=str(NANO))(str(clip))["text"]

@@ -1,0 +1,132 @@
+"""
+How long an index of many clips takes to the first example, and how much memory it holds, on this machine.
+
+    python training/measure_start_up.py --rows 1600000
+
+The index is made here, in the form that `prepare_data.py` writes. Its rows name a few hundred short FLACs in rotation,
+so that clips are really read; it is opened as a recipe's source, grouped by length, drawn from, and gone through for
+an epoch. Before that a small index has been opened the same way: what is measured is the rows, not the libraries.
+Pages of the memory-mapped files of `datasets` count as resident, but the system takes them back when it needs memory:
+`anonymous` memory is what the process holds itself. Nothing else should run on the machine.
+"""
+
+import os
+import re
+import tempfile
+import time
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import soundfile
+from prepare_data import ROW_GROUP_PATHS, schema
+from transformers import HfArgumentParser
+
+from salmonn_hf import SalmonnFeatureExtractor
+from salmonn_hf.data.clip_dataset import ClipDataset, MixtureSampler
+from salmonn_hf.data.sources import ClipTable, Source
+
+STEP_SIZE = 64  # clips of an optimizer step
+WORDS = "a of the bird car door rain dog speaks closes sings passes slowly loudly behind window garden".split()
+
+
+@dataclass
+class MeasureArguments:
+    rows: int = field(default=1_600_000, metadata={"help": "Of the index."})
+    files: int = field(default=300, metadata={"help": "Audio files that they name in rotation."})
+    drawn: int = field(default=2000, metadata={"help": "Examples to draw, of which the clips are read."})
+
+
+def write_clips(directory: Path, count: int) -> tuple[list[str], np.ndarray]:
+    """FLACs of noise from 1 to 3 s, 16 kHz: their paths and seconds."""
+    rng = np.random.default_rng(0)
+    paths, seconds = [], rng.uniform(1, 3, count)
+    for index, length in enumerate(seconds):
+        paths.append(str(directory / f"{index}.flac"))
+        soundfile.write(paths[-1], rng.normal(0, 0.1, int(length * 16000)), 16000)
+    return paths, seconds
+
+
+def write_index(path: Path, rows: int, paths: list[str], seconds: np.ndarray):
+    rng = np.random.default_rng(1)
+    with pq.ParquetWriter(path, schema(), compression="zstd", compression_level=1) as writer:
+        for start in range(0, rows, ROW_GROUP_PATHS):
+            count = min(ROW_GROUP_PATHS, rows - start)
+            chosen = np.arange(start, start + count) % len(paths)
+            columns = {
+                "audio": [{"bytes": None, "path": paths[index]} for index in chosen],
+                "text": [" ".join(words) for words in rng.choice(WORDS, (count, 12))],
+                "task": ["asr" if index % 2 else "audiocaption" for index in chosen],
+                "question": [""] * count,
+                "source": ["synthetic"] * count,
+                "language": ["en"] * count,
+                "testset_id": [""] * count,
+                "clip_id": [str(index) for index in range(start, start + count)],
+                "seconds": seconds[chosen],
+            }
+            writer.write_table(pa.table(columns, schema=schema()), ROW_GROUP_PATHS)
+
+
+def open_index(path: Path) -> tuple[ClipDataset, MixtureSampler]:
+    dataset = ClipDataset([ClipTable(Source(str(path)))], SalmonnFeatureExtractor())
+    return dataset, MixtureSampler(dataset, STEP_SIZE)
+
+
+def megabytes() -> np.ndarray:
+    """Resident memory of this process, and how much of it is anonymous."""
+    status = Path("/proc/self/status").read_text()
+    return np.array([int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) / 1024 for name in ("VmRSS", "RssAnon")])
+
+
+def main():
+    (arguments,) = HfArgumentParser(MeasureArguments, description=__doc__.split("\n")[1]).parse_args_into_dataclasses()
+    with tempfile.TemporaryDirectory() as directory:
+        work = Path(directory)
+        os.environ["HF_DATASETS_CACHE"] = str(work / "cache")  # before `datasets` is imported: nothing is cached yet
+        paths, seconds = write_clips(work, arguments.files)
+        write_index(work / "small.parquet", 60_000, paths, seconds)
+        write_index(work / "index.parquet", arguments.rows, paths, seconds)
+        dataset, sampler = open_index(work / "small.parquet")
+        for item in islice(sampler, arguments.drawn):
+            dataset[item]
+        del dataset, sampler
+
+        memory = {"before": megabytes()}
+        began = time.perf_counter()
+        dataset, sampler = open_index(work / "index.parquet")
+        memory["opened"] = megabytes()
+        dataset[next(iter(sampler))]
+        first_start = time.perf_counter() - began
+
+        for item in islice(sampler, arguments.drawn):
+            dataset[item]
+        memory[f"{arguments.drawn:,} examples drawn"] = megabytes()
+        began = time.perf_counter()
+        most = memory["before"]
+        for number, _ in enumerate(sampler):
+            if number % 50_000 == 0:
+                most = np.maximum(most, megabytes())
+        epoch = time.perf_counter() - began
+        memory["in an epoch, at most"] = most
+        memory["after it"] = megabytes()
+
+        began = time.perf_counter()
+        again, sampler = open_index(work / "index.parquet")
+        again[next(iter(sampler))]
+        second_start = time.perf_counter() - began
+
+    print(f"rows {len(dataset):,}")
+    print(f"first example after {first_start:.1f} s; when started again {second_start:.1f} s")
+    print(f"order of an epoch {epoch:.1f} s")
+    print(f"{'':28} resident  anonymous")
+    for moment, (resident, anonymous) in memory.items():
+        print(f"{moment:28} {resident:5.0f} MB  {anonymous:6.0f} MB")
+    grown = (max(anonymous for _, anonymous in memory.values()) - memory["before"][1]) * 2**20 / len(dataset)
+    print(f"anonymous memory per row {grown:.0f} bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""
+Make questions about captioned sounds and speech, and mixtures of both, as Parquet files to train or test on.
+
+    python training/make_sound_questions.py --sounds sounds-train.parquet --speech bass-train.parquet \\
+        --output_dir data/sounds-train --seed 1
+
+`--sounds` has the columns `audio`, `label` and `kind` ("sound" or "music"), `--speech` has `audio` and `text`. Written
+are `questions.parquet`, with `audio`, `question`, `text` (the answer), `task` (QA) and `kind`, and
+`mixtures.parquet`, speech with a sound behind it, with `audio`, `text` (the transcript) and `task` (asr). The answers
+follow from labels and from what was mixed:
+
+- Is anyone speaking? Of sounds, speech and mixtures.
+- Which of five sounds is it? Of each sound, the other four labels drawn from all; and of the sound behind a voice.
+- Which animal, which instrument is it? Of those that are one.
+
+The same files and seed give the same questions.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from salmonn_hf.data.augmentation import add_noise
+from salmonn_hf.data.corpora import SAMPLING_RATE, flac_bytes
+from salmonn_hf.data.sources import parquet_rows
+from salmonn_hf.model.audio import load_audio
+
+IS_SPEECH = ["Is anyone speaking?", "Does somebody talk in this recording?", "Can speech be heard?"]
+WHICH = ["Which sound is this: {}?", "Which of these is heard: {}?", "What do you hear: {}?"]
+WHICH_BEHIND = ["Which sound is behind the voice: {}?", "What is heard while somebody speaks: {}?"]
+ANIMAL = ["Which animal is it?", "Which animal makes this sound?"]
+INSTRUMENT = ["Which instrument is playing?", "What instrument is this?"]
+
+# By words of the labels. Whether a voice that says no word is speech is left open: no question is asked of it.
+VOICES = "man woman voice children crowd chatter tavern witch choir robot market burp".split()
+ANIMALS = (
+    "bear bee bird birds bull camel cat chicken cow coyote crow cuckoo deer dog donkey duck elephant frog goat goose "
+    "horse lion moose owl pig rooster seagulls sheep turkey whale wolf boar"
+).split()
+INSTRUMENTS = (
+    "accordion agogo bagpipes banjo bass bassoon bongo cajon castanets cello clarinet claves cowbell djembe dunun "
+    "flute guitar harmonica harp harpsichord hi-hat horn maracas marimba organ piano saxophone sitar tabla tambourine "
+    "timpani triangle trombone trumpet vibraphone violin xylophone"
+).split()
+
+
+def plain(label: str) -> str:
+    return label.removesuffix(" (rendered)")
+
+
+def named(label: str, names: list[str]) -> bool:
+    return any(word in names for word in plain(label).split())
+
+
+def five_choices(label: str, labels: list[str], rng: np.random.Generator) -> str:
+    others = [other for other in labels if other != label]
+    options = [label, *rng.choice(others, 4, replace=False)]
+    rng.shuffle(options)
+    return ", ".join(options[:4]) + " or " + options[4]
+
+
+def sound_questions(row: dict, labels: list[str], rounds: int, rng: np.random.Generator) -> list[tuple[str, str, str]]:
+    """Of a sound: (kind of question, question, answer)."""
+    label = plain(row["label"])
+    questions = [("which of five", str(rng.choice(WHICH)), label) for _ in range(rounds)]
+    questions = [(kind, text.format(five_choices(label, labels, rng)), answer) for kind, text, answer in questions]
+    if not named(row["label"], VOICES):
+        questions.append(("speech", str(rng.choice(IS_SPEECH)), "no"))
+    if row["kind"] == "sound" and named(row["label"], ANIMALS):
+        questions.append(("animal", str(rng.choice(ANIMAL)), next(w for w in label.split() if w in ANIMALS)))
+    if row["kind"] == "music" and named(row["label"], INSTRUMENTS):
+        questions.append(("instrument", str(rng.choice(INSTRUMENT)), label))
+    return questions
+
+
+def write(rows: list[dict], path: Path):
+    from datasets import Dataset, Features, Value
+
+    names = [name for name in rows[0] if name != "audio"]
+    types = {name: Value("float32" if name == "seconds" else "string") for name in names}
+    # An undecoded Audio column is this struct; `datasets` itself encodes one only with torchcodec.
+    features = Features({"audio": {"bytes": Value("binary"), "path": Value("string")}, **types})
+    Dataset.from_list(rows, features=features).to_parquet(path)
+    print(f"{path}: {len(rows)} rows")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sounds", nargs="+", required=True, help="Parquet files")
+    parser.add_argument("--speech", nargs="+", required=True, help="Parquet files")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--mixtures", type=int, default=800)
+    parser.add_argument("--spoken", type=int, default=800, help="speech clips that are asked about")
+    parser.add_argument("--rounds", type=int, default=2, help="choices among five per sound")
+    parser.add_argument("--snr", type=float, nargs=2, default=(0.0, 15.0), help="of mixtures, in dB")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    rng = np.random.default_rng(args.seed)
+    sounds, speech = parquet_rows(args.sounds, "label", "kind"), parquet_rows(args.speech, "text")
+    labels = sorted({plain(label) for label in sounds["label"]})
+    questions, mixtures = [], []
+
+    def ask(audio: dict, seconds: float, kind: str, question: str, answer: str):
+        row = {"audio": audio, "question": question, "text": answer, "task": "QA", "kind": kind, "seconds": seconds}
+        questions.append(row)
+
+    for row in sounds:
+        seconds = len(load_audio(row["audio"])) / SAMPLING_RATE
+        for asked in sound_questions(row, labels, args.rounds, rng):
+            ask(row["audio"], seconds, *asked)
+
+    chosen = rng.permutation(len(speech))
+    for index in chosen[: args.spoken]:
+        row = speech[int(index)]
+        ask(row["audio"], len(load_audio(row["audio"])) / SAMPLING_RATE, "speech", str(rng.choice(IS_SPEECH)), "yes")
+
+    behind = [index for index, label in enumerate(sounds["label"]) if not named(label, VOICES)]
+    for number, index in enumerate(chosen[-args.mixtures :] if args.mixtures else []):
+        spoken, sound = speech[int(index)], sounds[int(rng.choice(behind))]
+        voice = load_audio(spoken["audio"])
+        noise = np.resize(load_audio(sound["audio"]), len(voice))
+        mixed = add_noise(voice, noise, rng.uniform(*args.snr))
+        mixed = mixed / max(1.0, float(np.abs(mixed).max()))
+        audio = {"bytes": flac_bytes(mixed), "path": f"mixture-{number}.flac"}
+        seconds = len(voice) / SAMPLING_RATE
+        mixtures.append({"audio": audio, "text": spoken["text"], "task": "asr", "seconds": seconds})
+        if number % 2:
+            ask(audio, seconds, "speech", str(rng.choice(IS_SPEECH)), "yes")
+        else:
+            label = plain(sound["label"])
+            question = str(rng.choice(WHICH_BEHIND)).format(five_choices(label, labels, rng))
+            ask(audio, seconds, "which of five, behind a voice", question, label)
+
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    write(questions, args.output_dir / "questions.parquet")
+    if mixtures:
+        write(mixtures, args.output_dir / "mixtures.parquet")
+
+
+if __name__ == "__main__":
+    main()
