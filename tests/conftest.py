@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedTokenizerFast, WhisperConfig
 
 import salmonn_hf
+from salmonn_hf import SalmonnConfig
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 LANGUAGE_MODELS = ("llama", "gemma2", "qwen2", "gpt_neox")
@@ -37,6 +38,7 @@ def tiny_text_config(model_type="llama", **kwargs):
 
 
 def tiny_config(model_type="llama", text_config=None, **kwargs):
+    """`kwargs` are fields of the config or of its projector; with `num_layers` that is Whisper's decoder layers."""
     audio_config = WhisperConfig(
         d_model=16,
         encoder_layers=2,
@@ -52,25 +54,35 @@ def tiny_config(model_type="llama", text_config=None, **kwargs):
         eos_token_id=2,
         decoder_start_token_id=3,
     )
-    settings = {
-        "audio_config": audio_config,
+    window_qformer = {
         "qformer_config": {
             "hidden_size": 16,
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
             "intermediate_size": 32,
-            "encoder_hidden_size": 16,
             "cross_attention_frequency": 1,
         },
-        "text_config": text_config or tiny_text_config(model_type),
-        "audio_token_id": 3,
         "window_frames": 8,
         "window_stride": 8,
         "queries_per_window": 2,
         "window_position_embeddings": True,
-        "projector_norm": True,
+        "output_norm": True,
     }
-    return salmonn_hf.SalmonnConfig(**settings | kwargs)
+    whisper_projector = {
+        "model_type": "salmonn_whisper_projector",
+        "window_frames": 4,
+        "window_context": 6,
+        "frame_mlp_size": 16,
+        "ctc_vocab_size": 7,
+    }
+    of_projector = {name: kwargs.pop(name) for name in list(kwargs) if name not in SalmonnConfig.__dataclass_fields__}
+    settings = {
+        "audio_config": audio_config,
+        "projector_config": (whisper_projector if "num_layers" in of_projector else window_qformer) | of_projector,
+        "text_config": text_config or tiny_text_config(model_type),
+        "audio_token_id": 3,
+    }
+    return SalmonnConfig(**settings | kwargs)
 
 
 def randomise(model, seed=0):
@@ -104,7 +116,7 @@ def tiny_tokenizer():
 
 
 def tiny_processor(config=None):
-    config = config or tiny_config()
+    config = (config or tiny_config()).projector_config
     return salmonn_hf.SalmonnProcessor(
         salmonn_hf.SalmonnFeatureExtractor(),
         tiny_tokenizer(),

@@ -1,8 +1,9 @@
-"""Checkpoints of the original BEATs and SALMONN implementations to this package's, and back.
+"""Checkpoints of the original BEATs and SALMONN implementations to this package's, and back; of 0.1.0 to today's.
 
 python -m salmonn_hf.convert beats BEATs_iter3_plus_AS2M.pt OUT
 python -m salmonn_hf.convert salmonn salmonn_v1.pth OUT --whisper DIR --beats BEATs.pt --llm DIR
 python -m salmonn_hf.convert export DIR OUT.pth
+python -m salmonn_hf.convert migrate OLD NEW
 """
 
 import argparse
@@ -11,6 +12,7 @@ import sys
 from transformers import AutoConfig
 
 from .beats import convert_beats, export_beats
+from .migrate import migrate
 from .salmonn import convert_salmonn, export_salmonn
 
 
@@ -41,6 +43,10 @@ def parse_arguments(arguments=None):
     export = commands.add_parser("export", help="a checkpoint directory to a file in the original's layout")
     export.add_argument("directory")
     export.add_argument("out")
+
+    migrate = commands.add_parser("migrate", help="a checkpoint directory of salmonn_hf 0.1.0 to one that loads today")
+    migrate.add_argument("source")
+    migrate.add_argument("out")
     return parser.parse_args(arguments)
 
 
@@ -51,7 +57,7 @@ def main(arguments=None):
         is_beats = AutoConfig.from_pretrained(settings["directory"]).model_type == "beats"
         function = export_beats if is_beats else export_salmonn
     else:
-        function = {"beats": convert_beats, "salmonn": convert_salmonn}[command]
+        function = {"beats": convert_beats, "salmonn": convert_salmonn, "migrate": migrate}[command]
     try:
         print(function(**settings) or f"written: {settings['out']}")
     except (OSError, ValueError) as error:

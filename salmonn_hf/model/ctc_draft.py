@@ -83,21 +83,6 @@ def continuation(text: str, draft: list[str]) -> str | None:
     return rest if text else rest.lstrip()
 
 
-def merge_repeats(ctc_head: nn.Module, best: torch.Tensor) -> list[int]:
-    """The tokens of a greedy path `(audio tokens,)` of indices into the head's outputs: repeats merged, no blanks."""
-    best = best.unique_consecutive()
-    return ctc_head.token_ids[best[best > 0] - 1].tolist()
-
-
-@torch.no_grad()
-def best_tokens(ctc_head: nn.Module, audio_embeds: torch.Tensor, embedding: nn.Module) -> list[int]:
-    """
-    Greedy CTC over one clip's audio embeddings `(audio tokens, width)`, as the head's `best` reads them, repeats
-    merged and blanks dropped. `embedding` is what the head scores against, see `SalmonnModel.ctc_embedding`.
-    """
-    return merge_repeats(ctc_head, ctc_head.best(audio_embeds, embedding))
-
-
 class CTCDraft:
     """
     What a pass of the language model verifies, for one prompt: first the draft that the CTC head reads. Where that was

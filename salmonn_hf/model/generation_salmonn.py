@@ -1,11 +1,11 @@
-"""`generate` of SALMONN: the audio is heard once, whatever the beams; then the language model writes."""
+"""`generate` of SALMONN: clips are encoded once, whatever the beams; then the language model generates."""
 
 from functools import partial
 
 import torch
 from transformers import GenerationMixin
 
-from .ctc_draft import best_tokens, decode_with_drafts
+from .ctc_draft import decode_with_drafts
 
 AUDIO_INPUTS = (
     "input_features",
@@ -31,27 +31,32 @@ class SalmonnGenerationMixin(GenerationMixin):
         Raises:
             ValueError: if drafts are asked for without a CTC head or a tokenizer.
         """
-        audio = {name: kwargs.pop(name, None) for name in AUDIO_INPUTS}
+        audio_inputs = {name: kwargs.pop(name, None) for name in AUDIO_INPUTS}
         input_ids = kwargs.pop("input_ids", inputs)
         if input_ids is None or kwargs.get("inputs_embeds") is not None:
             return super().generate(inputs, *args, **kwargs)
 
         config = kwargs.get("generation_config") or self.generation_config
         asked = {name: kwargs.get(name, getattr(config, name)) for name in DECODING}
-        heard = self.hear(**audio)
-        prompt = self.embed_prompt(input_ids, kwargs.pop("attention_mask", None), **heard)
+        audio = self.project_audio(**audio_inputs)
+        prompt = self.embed_prompt(input_ids, kwargs.pop("attention_mask", None), audio=audio)
         del prompt["labels"]
         if asked["speculation_type"] == "ctc":
-            if self.ctc_head is None or kwargs.get("tokenizer") is None:
+            if not self.projector.has_ctc_head or kwargs.get("tokenizer") is None:
                 raise ValueError(
-                    'speculation_type="ctc" needs a model with a CTC head (ctc_vocab_size in its config), and '
-                    "tokenizer=processor.tokenizer beside it."
+                    'speculation_type="ctc" needs a model with a CTC head (ctc_vocab_size in its projector_config), '
+                    "and tokenizer=processor.tokenizer beside it."
                 )
             # Drafts change the time alone. They are left out for several prompts, beams or samples, and where
             # another cache is asked for: from one of a fixed size no wrong draft can be taken back.
             one_path = len(input_ids) == 1 and asked["num_beams"] in (1, None) and not asked["do_sample"]
             if one_path and asked["cache_implementation"] is None:
-                kwargs["custom_generate"] = self.draft_decoding(heard.get("audio_embeds"), kwargs["tokenizer"])
+                draft_ids = []
+                if audio is not None:
+                    draft_ids = self.projector.ctc_draft(audio.states, self.get_input_embeddings())
+                kwargs["custom_generate"] = partial(
+                    decode_with_drafts, draft_ids=draft_ids, draft_tokenizer=kwargs["tokenizer"]
+                )
         output = super().generate(None, *args, **prompt, **kwargs)
         # Where windows are merged, the language model's prompt is shorter than the one given.
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
@@ -61,8 +66,3 @@ class SalmonnGenerationMixin(GenerationMixin):
             return sequences
         output.sequences = sequences
         return output
-
-    def draft_decoding(self, audio_embeds: torch.Tensor | None, tokenizer):
-        """`decode_with_drafts` of what the CTC head hears in `audio_embeds`, as `generate` takes it."""
-        heard = [] if audio_embeds is None else best_tokens(self.ctc_head, audio_embeds, self.ctc_embedding())
-        return partial(decode_with_drafts, draft_ids=heard, draft_tokenizer=tokenizer)

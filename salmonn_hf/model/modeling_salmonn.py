@@ -1,4 +1,4 @@
-"""SALMONN: audio → encoders → window Q-Former → projection → language model → text.
+"""SALMONN: audio → encoders → projector → language model → text.
 
 Architecture: Tang et al., "SALMONN: Towards Generic Hearing Abilities for Large Language Models", ICLR 2024
 (https://arxiv.org/abs/2310.13289), figure 1 and section 3.1. This file reads in the order in which data flows.
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, Blip2QFormerModel, GenerationConfig
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import PreTrainedModel
@@ -16,27 +16,26 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .checkpoint import adapter_state_dict, base_state_dict, check_loaded, check_weight_files, without_base_parts
 from .configuration_beats import BeatsConfig
 from .configuration_salmonn import SalmonnConfig
-from .ctc_compression import leave_out, merge_wordless
-from .ctc_head import SalmonnCTCHead, caption_loss, ctc_loss, token_directions
 from .generation_salmonn import SalmonnGenerationMixin
 from .lora import LORA_FIELDS, adapted_parts, add_lora, merge_lora
 from .modeling_beats import BeatsModel
+from .placeholders import check_count, drop_spare_placeholders, embed_prompt
+from .projector import ProjectorOutput
 from .quantized_layers import quantize_parts
-from .sound_summary import SalmonnSoundSummary
-from .speech_decoder import SalmonnSpeechDecoder, SalmonnSpeechTokenHead
-from .windows import frame_mlp, num_windows
+from .remote_code import save_code
 
 
 @dataclass
 class SalmonnOutput(ModelOutput):
     r"""
-    loss (`torch.Tensor`, *optional*): next-token loss, plus the weighted CTC loss where `ctc_labels` are given.
+    loss (`torch.Tensor`, *optional*): next-token loss; the alignment loss where the language model is not run.
     logits (`torch.Tensor` of shape `(batch, kept positions, vocabulary)`).
-    ctc_loss (`torch.Tensor`, *optional*): the unweighted CTC loss, nats per target token.
+    alignment_loss (`torch.Tensor`, *optional*): with `ctc_labels`, nats per target token.
     last_hidden_state, past_key_values, hidden_states, attentions: the language model's.
-    audio_embeds (`torch.Tensor` of shape `(audio tokens of the batch, hidden size)`): what `connect_audio` gives.
+    audio_embeds (`torch.Tensor` of shape `(audio tokens of the batch, hidden size)`): what the projector gives.
     """
 
     loss: torch.Tensor | None = None
@@ -46,7 +45,7 @@ class SalmonnOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor] | None = None
     attentions: tuple[torch.Tensor] | None = None
     audio_embeds: torch.Tensor | None = None
-    ctc_loss: torch.Tensor | None = None
+    alignment_loss: torch.Tensor | None = None
 
 
 class SalmonnWhisperEncoder(WhisperEncoder):
@@ -79,71 +78,6 @@ class SalmonnWhisperEncoder(WhisperEncoder):
         return BaseModelOutput(last_hidden_state=self.layer_norm(hidden_states))
 
 
-class SalmonnWindowQFormer(nn.Module):
-    """
-    Window-level Q-Former (SALMONN, section 3.1): each window of encoder frames is summarised by a few learned queries,
-    and each query's output is projected to one embedding of the language model.
-    """
-
-    def __init__(self, config: SalmonnConfig):
-        super().__init__()
-        self.window_frames = config.window_frames
-        self.window_stride = config.window_stride
-        self.keep_tail = not config.pad_to_30_seconds
-        width, hidden_size = config.qformer_config.encoder_hidden_size, config.qformer_config.hidden_size
-        self.query_tokens = nn.Parameter(torch.zeros(1, config.queries_per_window, hidden_size))
-        if config.window_position_embeddings:
-            self.window_positions = nn.Parameter(torch.zeros(config.window_frames, width))
-        else:
-            self.window_positions = None
-        self.qformer = Blip2QFormerModel._from_config(config.qformer_config)
-        self.proj = nn.Linear(hidden_size, config.text_config.hidden_size)
-        if config.frame_mlp_size:
-            # Of a window's own frames, those before the next window's start, each query has its equal share.
-            share = config.window_stride // config.queries_per_window
-            self.frame_mlp = frame_mlp(config, share, config.text_config.hidden_size)
-        else:
-            self.frame_mlp = None
-        self.proj_norm = nn.LayerNorm(config.text_config.hidden_size) if config.projector_norm else nn.Identity()
-
-    def num_windows(self, num_frames: torch.Tensor) -> torch.Tensor:
-        """Windows of each clip, see [`windows.num_windows`]; with `pad_to_30_seconds` the whole ones alone."""
-        return num_windows(num_frames, self.window_frames, self.window_stride, self.keep_tail)
-
-    def forward(self, frames: torch.Tensor, frame_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        r"""
-        Args:
-            frames (`torch.Tensor` of shape `(clips, frames, width)`).
-            frame_mask (`torch.BoolTensor` of shape `(clips, frames)`).
-
-        Returns:
-            `audio_embeds` of shape `(audio tokens of all clips, language model's hidden size)`, in order, without
-            padding, and the number of audio tokens of each clip, of shape `(clips,)`.
-        """
-        windows_of_clips = self.num_windows(frame_mask.sum(-1))
-        length = (int(windows_of_clips.max()) - 1) * self.window_stride + self.window_frames
-        frames = nn.functional.pad(frames, (0, 0, 0, length - frames.shape[1]))
-        frame_mask = nn.functional.pad(frame_mask, (0, length - frame_mask.shape[1]))
-
-        windows = frames.unfold(1, self.window_frames, self.window_stride).transpose(2, 3)
-        window_mask = frame_mask.unfold(1, self.window_frames, self.window_stride)
-        own = torch.arange(windows.shape[1], device=frames.device) < windows_of_clips[:, None]
-        windows, window_mask = windows[own], window_mask[own]  # the windows of all clips in a row, padding left out
-
-        positions = 0 if self.window_positions is None else self.window_positions.to(windows.dtype)
-        queries = self.qformer(
-            query_embeds=self.query_tokens.expand(len(windows), -1, -1),
-            encoder_hidden_states=windows + positions,
-            encoder_attention_mask=window_mask,
-        ).last_hidden_state
-        audio_embeds = self.proj(queries)
-        if self.frame_mlp is not None:
-            own_frames = (windows * window_mask[..., None])[:, : self.window_stride].to(audio_embeds.dtype)
-            audio_embeds = audio_embeds + self.frame_mlp(own_frames.reshape(*audio_embeds.shape[:2], -1))
-        audio_embeds = self.proj_norm(audio_embeds).flatten(0, 1)
-        return audio_embeds, windows_of_clips * self.query_tokens.shape[1]
-
-
 class SalmonnPreTrainedModel(PreTrainedModel):
     config: SalmonnConfig
     config_class = SalmonnConfig
@@ -158,27 +92,12 @@ class SalmonnPreTrainedModel(PreTrainedModel):
     # Loading an adapter checkpoint must not ask for what its base parts bring, nor a saved one for derived buffers.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
 
-    @torch.no_grad()
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if isinstance(module, SalmonnWindowQFormer):
-            nn.init.normal_(module.query_tokens, std=0.02)
-            if module.window_positions is not None:
-                nn.init.normal_(module.window_positions)  # as strong as the frames that they are added to
-        elif isinstance(module, SalmonnCTCHead):
-            nn.init.normal_(module.blank)
-            nn.init.constant_(module.log_scale, 3.0)  # cosines times e³ = 20
-        elif isinstance(module, SalmonnSpeechDecoder):
-            module.reset_parameters()
-        elif isinstance(module, SalmonnSpeechTokenHead):
-            nn.init.zeros_(module.log_scale)
-
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         """
         As `PreTrainedModel.from_pretrained`. A checkpoint whose config names `base_parts` holds only what was trained;
-        the frozen parts are then taken from a local directory, the hub, or a package registry copy (see
-        `base_parts.resolve_base_part`) and put together with it.
+        the frozen parts are then taken from where `base_part_resolver.resolve_base_part` finds them, and put together
+        with it.
 
         Raises:
             OSError: if the checkpoint or one of its base parts cannot be had, or a file was cut off; the message says
@@ -190,8 +109,6 @@ class SalmonnPreTrainedModel(PreTrainedModel):
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
         if not isinstance(config, SalmonnConfig):
             config = SalmonnConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
-        from .checkpoint import adapter_state_dict, base_state_dict, check_loaded, check_weight_files
-
         check_weight_files(pretrained_model_name_or_path)
         if not config.base_parts:
             with_report = kwargs.pop("output_loading_info", False)
@@ -201,7 +118,10 @@ class SalmonnPreTrainedModel(PreTrainedModel):
             check_loaded(pretrained_model_name_or_path, report)
             return (model, report) if with_report else model
 
-        state_dict = base_state_dict(config) | adapter_state_dict(pretrained_model_name_or_path, config, **hub_kwargs)
+        with torch.device("meta"):
+            skeleton = cls(config)
+        state_dict = base_state_dict(skeleton)
+        state_dict |= adapter_state_dict(pretrained_model_name_or_path, skeleton, **hub_kwargs)
         for used in hub_kwargs:
             kwargs.pop(used)
         model = super().from_pretrained(None, *model_args, config=config, state_dict=state_dict, **kwargs)
@@ -212,8 +132,6 @@ class SalmonnPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):
         """As `PreTrainedModel.save_pretrained`, but a model with `config.base_parts` leaves those frozen parts out."""
-        from .checkpoint import save_code, without_base_parts
-
         state_dict = self.state_dict() if state_dict is None else state_dict
         super().save_pretrained(
             save_directory, *args, state_dict=without_base_parts(state_dict, self.config), **kwargs
@@ -223,25 +141,14 @@ class SalmonnPreTrainedModel(PreTrainedModel):
 
 
 class SalmonnModel(SalmonnPreTrainedModel):
-    """Encoders, window Q-Former and language model, up to its last hidden state."""
+    """Encoders, projector and language model, up to its last hidden state."""
 
     def __init__(self, config: SalmonnConfig):
         super().__init__(config)
         self.audio_tower = SalmonnWhisperEncoder._from_config(config.audio_config)
-        self.audio_norm = nn.LayerNorm(config.audio_config.d_model)
         if config.sound_config is not None:
             self.sound_tower = AutoModel.from_config(config.sound_config)
-        if config.sound_summary_size:
-            self.sound_summary = SalmonnSoundSummary(config)
-        elif config.sound_width:
-            self.sound_norm = nn.LayerNorm(config.sound_width)
-        if config.speech_decoder_layers:
-            self.connector = SalmonnSpeechDecoder(config)
-            self.speech_tokens = nn.Embedding(config.audio_config.vocab_size, config.audio_config.d_model)
-            self.ctc_head = SalmonnSpeechTokenHead(config)
-        else:
-            self.connector = SalmonnWindowQFormer(config)
-            self.ctc_head = SalmonnCTCHead(config) if config.ctc_vocab_size else None
+        self.projector = AutoModel.from_config(config.projector_config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         if config.quantization is not None:
             quantize_parts(self, config.quantization)
@@ -253,13 +160,6 @@ class SalmonnModel(SalmonnPreTrainedModel):
         """Put a LoRA adapter (`peft.LoraConfig` arguments) into a part, this or the "audio_tower", in place."""
         add_lora(self, lora, part)
 
-    def add_sound_summary(self, sound_layers: list[int], size: int, kinds: int):
-        """Let a model whose speech decoder hears words alone hear sounds as well, see [`SalmonnSoundSummary`]."""
-        self.config.sound_layers = sound_layers
-        self.config.sound_summary_size, self.config.sound_kinds = size, kinds
-        self.config.check_sound_layers()
-        self.sound_summary = SalmonnSoundSummary(self.config)
-
     def merge_lora(self):
         """
         Fold the LoRA adapters into the weights of their parts and drop them: the model is then a full one.
@@ -270,13 +170,6 @@ class SalmonnModel(SalmonnPreTrainedModel):
         merge_lora(self)
         self.config.base_parts = None
         return self
-
-    @torch.no_grad()
-    def match_projection_to_embeddings(self):
-        """Start the projection at the mean and spread of the token embeddings, so that audio enters at their scale."""
-        embedding = self.get_input_embeddings().weight.float()
-        self.connector.proj_norm.bias.copy_(embedding.mean(0))
-        self.connector.proj_norm.weight.fill_(embedding.std(0).mean())
 
     def train(self, mode: bool = True):
         """As `nn.Module.train`, but an encoder without a trainable weight stays in evaluation mode."""
@@ -332,106 +225,53 @@ class SalmonnModel(SalmonnPreTrainedModel):
         positions = torch.arange(sound_frames.shape[1], device=sound_frames.device)
         return {"sound_frames": sound_frames, "sound_frames_mask": positions < lengths[:, None]}
 
-    def connect_audio(self, audio_frames, audio_frames_mask, sound_frames=None, sound_frames_mask=None):
-        """Encoder frames (see `encode_audio`) to audio embeddings, and their number per clip."""
-        frames = self.audio_norm(audio_frames)
-        if self.config.speech_decoder_layers:
-            states, num_tokens = self.connector(frames, audio_frames_mask, audio_frames)
-            if sound_frames is not None:
-                embedding = self.get_input_embeddings()
-                summary = self.sound_summary(sound_frames, sound_frames_mask, num_tokens, embedding)
-                states = torch.cat([states, summary.to(states.dtype)], dim=-1)
-            return states, num_tokens
-        if sound_frames is not None:
-            # The shorter stream is zero-padded, after its LayerNorm, to the length of the longer. Where a clip costs
-            # what it lasts, that is the speech encoder's: pad also cuts where `missing` is negative.
-            sound_frames = self.sound_norm(sound_frames) * sound_frames_mask[..., None]
-            missing = frames.shape[1] - sound_frames.shape[1]
-            if self.config.pad_to_30_seconds and missing < 0:
-                frames = nn.functional.pad(frames, (0, 0, 0, -missing))
-                audio_frames_mask = nn.functional.pad(audio_frames_mask, (0, -missing), value=True)
-                missing = 0
-            frames = torch.cat([frames, nn.functional.pad(sound_frames, (0, 0, 0, missing))], dim=-1)
-        return self.connector(frames, audio_frames_mask)
-
-    def ctc_embedding(self) -> nn.Module:
-        """The token embeddings that the CTC head scores audio embeddings against."""
-        return self.speech_tokens if self.config.speech_decoder_layers else self.get_input_embeddings()
-
-    def embed_audio(self, audio_embeds: torch.Tensor, num_tokens: torch.LongTensor):
+    def project_audio(
+        self,
+        input_features: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        input_values: torch.Tensor | None = None,
+        input_values_mask: torch.Tensor | None = None,
+        return_ctc: bool = False,
+        **frames,
+    ) -> ProjectorOutput | None:
         """
-        What `connect_audio` gives, in the language model's space (behind a Q-Former it is there already), and which of
-        the audio tokens it reads, see `merge_wordless`: of shapes `(audio tokens, hidden size)`, `(audio tokens,)`.
+        Clips to audio tokens: through the encoders, or from `frames` that `encode_audio` returned, and through the
+        projector. `None` without clips.
         """
-        if not self.config.speech_decoder_layers:
-            return audio_embeds, torch.ones_like(audio_embeds[:, 0], dtype=torch.bool)
-        embeds, wordless = self.ctc_head.embed(audio_embeds, self.speech_tokens, self.get_input_embeddings())
-        return merge_wordless(embeds, wordless, num_tokens, self.config.merged_windows)
+        if input_features is not None:
+            frames = self.encode_audio(input_features, input_features_mask, input_values, input_values_mask)
+        if frames.get("audio_frames") is None:
+            return None
+        return self.projector(token_embedding=self.get_input_embeddings(), return_ctc=return_ctc, **frames)
 
     def get_audio_features(self, input_features, input_features_mask, input_values=None, input_values_mask=None):
         r"""
         Audio to embeddings in the language model's space.
 
         Returns:
-            `pooler_output`: `(audio tokens, hidden size)`, the clips in a row without padding, those alone that the
-            language model reads; `last_hidden_state`: the speech encoder's frames.
+            `pooler_output`: `(audio tokens, hidden size)`, the clips in a row without padding; `last_hidden_state`:
+            the speech encoder's frames.
         """
-        encoded = self.encode_audio(input_features, input_features_mask, input_values, input_values_mask)
-        embeds, kept = self.embed_audio(*self.connect_audio(**encoded))
-        return BaseModelOutputWithPooling(last_hidden_state=encoded["audio_frames"], pooler_output=embeds[kept])
+        frames = self.encode_audio(input_features, input_features_mask, input_values, input_values_mask)
+        embeds = self.project_audio(**frames).embeds
+        return BaseModelOutputWithPooling(last_hidden_state=frames["audio_frames"], pooler_output=embeds)
 
-    def caption_loss(self, audio_embeds, num_tokens, caption_labels):
-        """See [`caption_loss`]: of the mean of a clip's audio embeddings."""
-        named = (caption_labels != -100).any(-1)
-        clips = self.embed_audio(audio_embeds, num_tokens)[0].split(num_tokens.tolist())
-        center, _ = token_directions(self.get_input_embeddings())
-        clips = torch.stack([clips[clip].float().mean(0) for clip in named.nonzero()[:, 0]]) - center
-        return caption_loss(clips, caption_labels[named], self.get_input_embeddings())
-
-    def merge_audio(self, input_ids: torch.LongTensor, audio_embeds: torch.Tensor | None) -> torch.Tensor:
-        r"""
-        Token embeddings with the audio embeddings, in the language model's space, in the places of `audio_token_id`.
-
-        Raises:
-            ValueError: if there are not as many placeholders as audio embeddings.
+    def embed_prompt(self, input_ids, attention_mask=None, labels=None, audio: ProjectorOutput | None = None) -> dict:
         """
-        embedding = self.get_input_embeddings()
-        inputs_embeds = embedding(input_ids)
-        is_audio = input_ids == self.config.audio_token_id
-        num_embeds = 0 if audio_embeds is None else len(audio_embeds)
-        if is_audio.sum() != num_embeds:
-            raise ValueError(
-                f"input_ids hold {int(is_audio.sum())} audio placeholders (token {self.config.audio_token_id}), but "
-                f"the clips give {num_embeds} audio embeddings. Make the prompt with SalmonnProcessor, whose window "
-                "settings must be those of the model, and pass its input_features along."
-            )
-        if audio_embeds is None:
-            return inputs_embeds
-        # Gemma scales embeddings by √hidden where it looks them up; audio must come in at the same scale.
-        audio_embeds = audio_embeds * getattr(embedding, "embed_scale", 1.0)
-        return inputs_embeds.masked_scatter(is_audio[..., None], audio_embeds.to(inputs_embeds.dtype))
-
-    def embed_prompt(self, input_ids, attention_mask=None, labels=None, audio_embeds=None, num_tokens=None) -> dict:
+        `input_ids`, `inputs_embeds`, `attention_mask` and `labels` for the language model. Where the projector gives
+        fewer audio tokens than a clip has placeholders, these have fewer positions than what was given.
         """
-        `input_ids`, `inputs_embeds`, `attention_mask` and `labels` for the language model, of fewer positions where
-        windows are merged; `audio_embeds` and `num_tokens` are what `connect_audio` gives.
-        """
-        kept = None
-        if audio_embeds is not None:
-            audio_embeds, kept = self.embed_audio(audio_embeds, num_tokens)
         prompt = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        prompt["inputs_embeds"] = self.merge_audio(input_ids, audio_embeds)
-        if kept is None or self.config.merged_windows == 1:
-            return prompt
-        return leave_out(prompt, input_ids == self.config.audio_token_id, kept)
-
-    def hear(self, input_features, input_features_mask, input_values, input_values_mask, **frames) -> dict:
-        """`audio_embeds` and `num_tokens` of clips that are given as features or as frames; neither without clips."""
-        if input_features is not None:
-            frames = self.encode_audio(input_features, input_features_mask, input_values, input_values_mask)
-        if frames.get("audio_frames") is None:
-            return {}
-        return dict(zip(("audio_embeds", "num_tokens"), self.connect_audio(**frames), strict=True))
+        audio_token_id = self.config.audio_token_id
+        if audio is not None and len(audio.embeds) < len(audio.states):
+            is_audio = input_ids == audio_token_id
+            check_count(is_audio, len(audio.states), audio_token_id)
+            prompt = drop_spare_placeholders(prompt, is_audio, audio.num_states, audio.num_tokens)
+        embeds = None if audio is None else audio.embeds
+        prompt["inputs_embeds"] = embed_prompt(
+            prompt["input_ids"], embeds, self.get_input_embeddings(), audio_token_id
+        )
+        return prompt
 
     def forward(
         self,
@@ -445,9 +285,9 @@ class SalmonnModel(SalmonnPreTrainedModel):
         **kwargs,
     ) -> SalmonnOutput:
         """The language model's last hidden state over text and audio; arguments as in the class below."""
-        heard = self.hear(input_features, input_features_mask, input_values, input_values_mask)
+        audio = self.project_audio(input_features, input_features_mask, input_values, input_values_mask)
         if input_ids is not None and inputs_embeds is None:
-            prompt = self.embed_prompt(input_ids, attention_mask, **heard)
+            prompt = self.embed_prompt(input_ids, attention_mask, audio=audio)
             inputs_embeds, attention_mask = prompt["inputs_embeds"], prompt["attention_mask"]
         outputs = self.language_model.base_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
         return SalmonnOutput(
@@ -455,7 +295,7 @@ class SalmonnModel(SalmonnPreTrainedModel):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            audio_embeds=heard.get("audio_embeds"),
+            audio_embeds=None if audio is None else audio.embeds,
         )
 
 
@@ -469,6 +309,13 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
 
     def get_output_embeddings(self):
         return self.language_model.get_output_embeddings()
+
+    @classmethod
+    def from_base_parts(cls, config: SalmonnConfig, **kwargs):
+        """A model of `config` with the weights of its `base_parts`, everything else freshly initialised."""
+        with torch.device("meta"):
+            skeleton = cls(config)
+        return cls.from_pretrained(None, config=config, state_dict=base_state_dict(skeleton), **kwargs)
 
     def forward(
         self,
@@ -488,7 +335,7 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
         sound_frames_mask: torch.Tensor | None = None,
         ctc_labels: torch.LongTensor | None = None,
         caption_labels: torch.LongTensor | None = None,
-        num_ctc_labels: torch.Tensor | None = None,
+        num_alignment_labels: torch.Tensor | None = None,
         **kwargs,
     ) -> SalmonnOutput:
         r"""
@@ -505,42 +352,26 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
             labels (`torch.LongTensor` of shape `(batch, tokens)`): -100 where there is no loss.
             audio_frames, audio_frames_mask, sound_frames, sound_frames_mask: what `encode_audio` returned, in place of
                 the features; they need not be encoded again.
-            ctc_labels (`torch.LongTensor` of shape `(clips, tokens)`): indices into `ctc_head.token_ids`, -100 padded.
-            caption_labels (`torch.LongTensor` of shape `(clips, tokens)`, *optional*, beside `ctc_labels`): the tokens
-                of what a clip without a transcript is called, in any order, -100 padded; see `caption_loss`.
-            num_ctc_labels (`torch.Tensor`, *optional*): how many of both there are in all batches of an optimizer
-                step, as `num_items_in_batch` is for `labels`.
+            ctc_labels, caption_labels, num_alignment_labels: see `alignment_loss`, which is then given as well.
         """
-        heard = self.hear(
-            input_features,
-            input_features_mask,
-            input_values,
-            input_values_mask,
-            audio_frames=audio_frames,
-            audio_frames_mask=audio_frames_mask,
-            sound_frames=sound_frames,
-            sound_frames_mask=sound_frames_mask,
-        )
-        audio_embeds, num_tokens = heard.get("audio_embeds"), heard.get("num_tokens")
+        frames = {
+            "audio_frames": audio_frames,
+            "audio_frames_mask": audio_frames_mask,
+            "sound_frames": sound_frames,
+            "sound_frames_mask": sound_frames_mask,
+        }
+        if input_features is not None:
+            frames = self.encode_audio(input_features, input_features_mask, input_values, input_values_mask)
+        if input_ids is None and inputs_embeds is None:
+            loss = self.alignment_loss(frames, ctc_labels, caption_labels, num_alignment_labels)
+            return SalmonnOutput(loss=loss, alignment_loss=loss)
 
-        aligned = None
+        audio = self.project_audio(**frames)
+        alignment_loss = None
         if ctc_labels is not None:
-            clips = nn.utils.rnn.pad_sequence(audio_embeds.split(num_tokens.tolist()))
-            if self.config.speech_decoder_layers and self.training:
-                classes, ctc_labels = self.ctc_head.training_classes(ctc_labels)
-                log_probs = self.ctc_head(clips, self.ctc_embedding(), classes)
-            else:
-                log_probs = self.ctc_head(clips, self.ctc_embedding())
-            aligned = ctc_loss(log_probs, num_tokens, ctc_labels)
-            if caption_labels is not None:
-                aligned = aligned + self.caption_loss(audio_embeds, num_tokens, caption_labels)
-            own = sum((labels != -100).sum() for labels in (ctc_labels, caption_labels) if labels is not None)
-            aligned = aligned / (own.clamp(min=1) if num_ctc_labels is None else num_ctc_labels)
-            if input_ids is None and inputs_embeds is None:
-                return SalmonnOutput(loss=aligned, ctc_loss=aligned, audio_embeds=audio_embeds)
-
-        if input_ids is not None and inputs_embeds is None:
-            prompt = self.embed_prompt(input_ids, attention_mask, labels, **heard)
+            alignment_loss = self.alignment_loss(frames, ctc_labels, caption_labels, num_alignment_labels, audio)
+        if inputs_embeds is None:
+            prompt = self.embed_prompt(input_ids, attention_mask, labels, audio)
             inputs_embeds, attention_mask, labels = (prompt[n] for n in ("inputs_embeds", "attention_mask", "labels"))
         if labels is not None and self.training:
             # Answers stand at the end of left-padded rows: no logits for the positions before the first of them.
@@ -548,7 +379,7 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
             logits_to_keep = min(labels.shape[1] - first + 1, labels.shape[1])
             labels = labels[:, -logits_to_keep:]
         if isinstance(logits_to_keep, int) and logits_to_keep > 0:
-            # By indices, the kept states are one block of memory; of a slice, torch copies the LM head for each row.
+            # By indices, the selected states are one block of memory; of a slice, torch copies the head for each row.
             logits_to_keep = torch.arange(-logits_to_keep, 0, device=inputs_embeds.device)
         if position_ids is not None:
             kwargs["position_ids"] = position_ids
@@ -560,21 +391,55 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
             loss = self.loss_function(
                 logits=outputs.logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
-            if aligned is not None:
-                # Over accumulated batches the next-token loss is a share of their common mean; so must this one be.
-                items = kwargs.get("num_items_in_batch")
-                is_share = items is None or num_ctc_labels is not None
-                share = 1.0 if is_share else (labels[:, 1:] != -100).sum() / items
-                loss = loss + self.config.ctc_loss_weight * share * aligned
         return SalmonnOutput(
             loss=loss,
             logits=outputs.logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            audio_embeds=audio_embeds,
-            ctc_loss=aligned,
+            audio_embeds=None if audio is None else audio.embeds,
+            alignment_loss=alignment_loss,
         )
+
+    def alignment_loss(
+        self,
+        frames: dict[str, torch.Tensor],
+        ctc_labels: torch.LongTensor,
+        caption_labels: torch.LongTensor | None = None,
+        num_alignment_labels: torch.Tensor | None = None,
+        audio: ProjectorOutput | None = None,
+    ) -> torch.Tensor:
+        r"""
+        How well audio lies where its text lies in the language model's embeddings; the language model is not run.
+
+        Args:
+            frames (`dict`): what `encode_audio` returned.
+            ctc_labels (`torch.LongTensor` of shape `(clips, tokens)`): indices into the CTC head's `token_ids`, -100
+                padded; see [`alignment_loss.ctc_loss`].
+            caption_labels (`torch.LongTensor` of shape `(clips, tokens)`, *optional*): token ids of the captions of
+                clips without a transcript, in any order, -100 padded; see [`alignment_loss.caption_loss`].
+            num_alignment_labels (`torch.Tensor`, *optional*): how many of both there are in all batches of an
+                optimizer step, as `num_items_in_batch` is for `labels`.
+            audio ([`ProjectorOutput`], *optional*): of the same frames, where there is one already.
+
+        Returns:
+            Scalar, nats per label.
+        """
+        projector, embedding = self.projector, self.get_input_embeddings()
+        if audio is None:
+            states, num_states = projector.window_states(**frames)
+        else:
+            states, num_states = audio.states, audio.num_states
+        loss = projector.ctc_loss(states, num_states, ctc_labels, embedding)
+        if caption_labels is not None:
+            embeds, _ = projector.embed(
+                states, num_states, embedding, frames.get("sound_frames"), frames.get("sound_frames_mask")
+            )
+            loss = loss + projector.caption_loss(embeds, num_states, caption_labels, embedding)
+        if num_alignment_labels is None:
+            given = [labels for labels in (ctc_labels, caption_labels) if labels is not None]
+            num_alignment_labels = sum((labels != -100).sum() for labels in given).clamp(min=1)
+        return loss / num_alignment_labels
 
 
 SalmonnForConditionalGeneration.register_for_auto_class("AutoModel")

@@ -195,7 +195,7 @@ class QuantizedMatrix(nn.Module):
                 tiles = self.weight.view(torch.int32).view(self.rows // TILE_ROWS, self.columns // BLOCK, 32, -1)
                 product = torch._weight_int4pack_mm(flat.contiguous(), tiles, self.group_size, self.packed_scales)
         elif trained and not self.scales.requires_grad:
-            product = WidenedProduct.apply(flat, self)
+            product = DequantizedProduct.apply(flat, self)
         elif self.bits == 8:
             product = F.linear(flat, self.weight.to(x.dtype)) * self.scales.to(x.dtype)
         else:
@@ -217,7 +217,7 @@ class QuantizedMatrix(nn.Module):
         return super()._apply(fn, recurse)
 
 
-class WidenedProduct(torch.autograd.Function):
+class DequantizedProduct(torch.autograd.Function):
     """
     x Wᵀ for a `QuantizedMatrix` W. The backward pass widens the weights anew: those of all layers, kept from the
     forward pass, would take the memory that few bits save.
@@ -276,12 +276,19 @@ def embedding_rows(embedding: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 def linears(part: nn.Module) -> dict[str, nn.Linear]:
-    """The Linears of a part that can be quantised, by name: not LoRA's own, nor a language model's head."""
+    """
+    The Linears of a part that can be quantised, by name: not LoRA's own, nor a language model's head, nor what the
+    part itself excludes as `modules_to_not_quantize`.
+    """
     head = part.get_output_embeddings() if isinstance(part, PreTrainedModel) else None
+    excluded = tuple(f"{name}." for name in getattr(part, "modules_to_not_quantize", ()))
     return {
         name: module
         for name, module in part.named_modules()
-        if isinstance(module, nn.Linear) and ".lora_" not in name and module is not head
+        if isinstance(module, nn.Linear)
+        and ".lora_" not in name
+        and module is not head
+        and not f"{name}.".startswith(excluded)
     }
 
 
@@ -311,7 +318,7 @@ def quantize_linears(part: nn.Module, bits: int, group_size: int = 64):
                 raise ValueError(f"{type(part).__name__}.{name} cannot be quantised: {error}") from error
 
 
-def widen_linears(part: nn.Module):
+def dequantize_linears(part: nn.Module):
     """Replace the quantised Linears of a part, in place, by ordinary ones of the same values, which can be trained."""
     for name, linear in linears(part).items():
         if isinstance(linear, QuantizedLinear):
@@ -353,22 +360,23 @@ def quantize_parts(model: nn.Module, quantization: dict[str, dict]):
     Quantise a `SalmonnModel` in place.
 
     Args:
-        quantization: part name to `{"bits": 4 or 8, "group_size": int}`, as `SalmonnConfig.quantization`. Parts are
-            "embedding" (tokens and head) and the model's submodules "audio_tower", "sound_tower", "connector",
-            "speech_tokens" and "language_model" (its Linears without the head).
+        quantization: part to `{"bits": 4 or 8, "group_size": int}`, as `SalmonnConfig.quantization`. A part is a
+            submodule's name, e.g. "audio_tower", "projector" or "language_model", of which the Linears are quantised,
+            or of an `nn.Embedding`; or "embedding", the language model's token embeddings and its head.
 
     Raises:
         ValueError: for a part that the model does not have, or a matrix that `group_size` does not divide.
     """
+    modules = dict(model.named_modules())
     for part, settings in quantization.items():
+        module = modules.get(part)
         if part == "embedding":
             if isinstance(model.get_input_embeddings(), nn.Embedding):
                 quantize_vocabulary(model.language_model, **settings)
-        elif isinstance(getattr(model, part, None), nn.Embedding):
-            setattr(model, part, quantized_embedding(getattr(model, part), **settings))
-        elif isinstance(getattr(model, part, None), nn.Module):
-            quantize_linears(getattr(model, part), **settings)
-        else:
-            children = dict(model.named_children()).items()
-            parts = [name for name, child in children if linears(child) or isinstance(child, nn.Embedding)]
+        elif isinstance(module, nn.Embedding):
+            replace_module(model, part, quantized_embedding(module, **settings))
+        elif module is None:
+            parts = [name for name, child in model.named_children() if linears(child)]
             raise ValueError(f"There is no part {part!r} to quantise; choose of embedding, {', '.join(parts)}.")
+        else:
+            quantize_linears(module, **settings)

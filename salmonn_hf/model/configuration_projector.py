@@ -1,0 +1,54 @@
+"""What the configurations of all projectors have in common."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class ProjectorConfig(PreTrainedConfig):
+    r"""
+    Base of the projectors' configurations. A window is a run of encoder frames, 20 ms each.
+
+    Args:
+        audio_hidden_size (`int`, *optional*): features of a frame of the speech encoder. `SalmonnConfig` fills it in.
+        sound_hidden_size (`int`, *optional*): features of a sound frame, 0 for a model without. Filled in, too.
+        output_size (`int`, *optional*): the language model's hidden size. Filled in, too.
+        window_frames (`int`): frames of a window. SALMONN: 17, that is 0.34 s.
+        frame_mlp_size (`int`): hidden size of an MLP on a window's stacked frames; 0 for none.
+        ctc_vocab_size (`int`): tokens of the CTC head; 0 for no head.
+        ctc_merges (`int`, *optional*): the head's tokens are those of the language model's tokenizer stopped after so
+            many byte-pair merges; `None` for all.
+    """
+
+    base_parts = ()  # frozen modules that come from the speech model's checkpoint
+
+    audio_hidden_size: int | None = None
+    sound_hidden_size: int | None = None
+    output_size: int | None = None
+    window_frames: int = 17
+    frame_mlp_size: int = 0
+    ctc_vocab_size: int = 0
+    ctc_merges: int | None = None
+
+    def fit_to(self, audio_config: PreTrainedConfig, sound_hidden_size: int, text_config: PreTrainedConfig):
+        """
+        Fill in the sizes of the parts that the projector joins.
+
+        Raises:
+            ValueError: if the projector was made for parts of other sizes; the message names both.
+        """
+        sizes = {
+            "audio_hidden_size": audio_config.d_model,
+            "sound_hidden_size": sound_hidden_size,
+            "output_size": text_config.hidden_size,
+        }
+        for name, size in sizes.items():
+            if getattr(self, name) not in (None, size):
+                raise ValueError(
+                    f"projector_config.{name} is {getattr(self, name)}, but the encoders and the language model have "
+                    f"{size}; name those that the projector was trained with."
+                )
+            setattr(self, name, size)
+
+
+__all__ = ["ProjectorConfig"]

@@ -1,0 +1,86 @@
+"""Configuration of the projector that is made of Whisper's own decoder layers."""
+
+from huggingface_hub.dataclasses import strict
+
+from .configuration_projector import ProjectorConfig
+
+
+@strict
+class WhisperProjectorConfig(ProjectorConfig):
+    r"""
+    Configuration of [`WhisperProjector`]; see [`ProjectorConfig`] for the other fields. It needs `frame_mlp_size` and
+    `ctc_vocab_size`.
+
+    Args:
+        num_layers (`int`): so many of the last layers of Whisper's decoder.
+        num_attention_heads, ffn_dim, vocab_size (`int`, *optional*), activation_function (`str`, *optional*): of these
+            layers and of Whisper's token embeddings. `SalmonnConfig` fills them in from the speech encoder's config.
+        dropout (`float`): of the layers, of the MLP on the frames and of the sound summary.
+        window_context (`int`): frames on either side of a window that its query attends to as well.
+        window_reach (`int`): learned position biases reach up to so many windows; 0 for none.
+        merged_windows (`int`): so many windows in a row without a word become one audio token, see
+            [`merge_wordless`]; 1: none are merged.
+        ctc_trained_size (`int`): the first so many of the CTC head's tokens occur in training transcripts.
+        sound_summary_size (`int`): with sound frames, hidden size of the MLP of [`SalmonnSoundSummary`]; else 0.
+        sound_kinds (`int`): kinds of sound that it tells apart.
+        sound_name_size (`int`): tokens of a kind's name, at most.
+
+    Raises:
+        ValueError: if the sizes do not fit each other.
+    """
+
+    model_type = "salmonn_whisper_projector"
+    base_parts = ("speech_tokens",)
+    window_stride = property(lambda self: self.window_frames)
+    queries_per_window = property(lambda self: 1)
+    pad_to_30_seconds = property(lambda self: False)
+
+    window_frames: int = 4
+    num_layers: int = 2
+    num_attention_heads: int | None = None
+    ffn_dim: int | None = None
+    vocab_size: int | None = None
+    activation_function: str | None = None
+    dropout: float | int = 0.0
+    window_context: int = 0
+    window_reach: int = 0
+    merged_windows: int = 1
+    ctc_trained_size: int = 0
+    sound_summary_size: int = 0
+    sound_kinds: int = 400
+    sound_name_size: int = 24
+
+    def fit_to(self, audio_config, sound_hidden_size, text_config):
+        """As in [`ProjectorConfig`]; the sizes of Whisper's decoder are filled in as well."""
+        super().fit_to(audio_config, sound_hidden_size, text_config)
+        if not self.frame_mlp_size or not self.ctc_vocab_size:
+            raise ValueError(
+                "A projector of Whisper's decoder layers needs frame_mlp_size and ctc_vocab_size; they are "
+                f"{self.frame_mlp_size} and {self.ctc_vocab_size}."
+            )
+        if min(self.window_frames, self.num_layers, self.merged_windows) < 1:
+            raise ValueError(
+                f"window_frames {self.window_frames}, num_layers {self.num_layers} and merged_windows "
+                f"{self.merged_windows} must be at least 1."
+            )
+        if self.num_layers > audio_config.decoder_layers:
+            raise ValueError(
+                f"projector_config.num_layers is {self.num_layers}, but the speech model's decoder has "
+                f"{audio_config.decoder_layers} layers."
+            )
+        if bool(self.sound_summary_size) != bool(sound_hidden_size):
+            raise ValueError(
+                f"projector_config.sound_summary_size is {self.sound_summary_size} and sound frames have "
+                f"{sound_hidden_size} features; sounds need a summary, and without sound frames there is none."
+            )
+        for name, value in {
+            "num_attention_heads": audio_config.decoder_attention_heads,
+            "ffn_dim": audio_config.decoder_ffn_dim,
+            "vocab_size": audio_config.vocab_size,
+            "activation_function": audio_config.activation_function,
+        }.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+
+__all__ = ["WhisperProjectorConfig"]

@@ -1,0 +1,63 @@
+"""Audio placeholders in a prompt: embeddings take their places, and spare ones are dropped."""
+
+import torch
+from torch import nn
+
+
+def embed_prompt(input_ids: torch.LongTensor, audio_embeds, embedding: nn.Module, audio_token_id: int) -> torch.Tensor:
+    r"""
+    Token embeddings with `audio_embeds` `(audio tokens of the batch, hidden size)`, or none, in the places of
+    `audio_token_id`: `(batch, tokens, hidden size)`.
+
+    Raises:
+        ValueError: if there are not as many placeholders as audio embeddings.
+    """
+    inputs_embeds = embedding(input_ids)
+    is_audio = input_ids == audio_token_id
+    check_count(is_audio, 0 if audio_embeds is None else len(audio_embeds), audio_token_id)
+    if audio_embeds is None:
+        return inputs_embeds
+    # Gemma scales embeddings by √hidden where it looks them up; audio must come in at the same scale.
+    audio_embeds = audio_embeds * getattr(embedding, "embed_scale", 1.0)
+    return inputs_embeds.masked_scatter(is_audio[..., None], audio_embeds.to(inputs_embeds.dtype))
+
+
+def check_count(is_audio: torch.BoolTensor, count: int, audio_token_id: int):
+    if is_audio.sum() != count:
+        raise ValueError(
+            f"input_ids hold {int(is_audio.sum())} audio placeholders (token {audio_token_id}), but the clips give "
+            f"{count} audio embeddings. Make the prompt with SalmonnProcessor, whose window settings must be those of "
+            "the model, and pass its input_features along."
+        )
+
+
+def drop_spare_placeholders(
+    prompt: dict[str, torch.Tensor | None],
+    is_audio: torch.BoolTensor,
+    num_placeholders: torch.LongTensor,
+    num_tokens: torch.LongTensor,
+) -> dict[str, torch.Tensor | None]:
+    """
+    A batch's `input_ids`, `attention_mask` and `labels` (the last two may be `None`) with as many placeholders for
+    each clip as it has audio tokens. Rows that are then shorter than the longest are padded on the left.
+
+    Args:
+        is_audio (`torch.BoolTensor` of shape `(batch, tokens)`): where the placeholders are.
+        num_placeholders, num_tokens (`torch.LongTensor` of shape `(clips,)`): of each clip, in the order of the rows.
+    """
+    starts = num_placeholders.cumsum(0) - num_placeholders
+    place_in_clip = torch.arange(int(num_placeholders.sum()), device=is_audio.device)
+    place_in_clip = place_in_clip - starts.repeat_interleave(num_placeholders)
+    keep = ~is_audio.masked_scatter(is_audio, place_in_clip >= num_tokens.repeat_interleave(num_placeholders))
+    if prompt["attention_mask"] is not None:
+        keep &= prompt["attention_mask"].bool()
+    lengths = keep.sum(-1, keepdim=True)
+    width = int(lengths.max())
+    positions = keep.int().argsort(dim=-1, stable=True)[:, -width:]  # those to keep come last, in their order
+    rows = torch.arange(len(keep), device=keep.device)[:, None]
+    shorter = {name: None if value is None else value[rows, positions] for name, value in prompt.items()}
+    padding = torch.arange(width, device=keep.device) < width - lengths
+    shorter["attention_mask"] = (~padding).long()
+    if shorter["labels"] is not None:
+        shorter["labels"] = shorter["labels"].masked_fill(padding, -100)
+    return shorter
