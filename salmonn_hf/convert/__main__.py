@@ -12,8 +12,9 @@ import sys
 from transformers import AutoConfig
 
 from .beats import convert_beats, export_beats
+from .export_salmonn import export_salmonn
 from .migrate import migrate
-from .salmonn import convert_salmonn, export_salmonn
+from .salmonn import convert_salmonn
 
 
 def parse_arguments(arguments=None):

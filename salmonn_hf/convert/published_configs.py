@@ -110,18 +110,20 @@ QWEN_2_5_0_5B = {  # Qwen/Qwen2.5-0.5B-Instruct
 # What all have in common. The window Q-Former: https://arxiv.org/abs/2310.13289, section 4.1.
 SALMONN = {
     "sound_config": {"model_type": "beats"},
-    "qformer_config": {
-        "hidden_size": 768,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 12,
-        "intermediate_size": 3072,
-        "cross_attention_frequency": 1,
-        "encoder_hidden_size": 2048,
+    "projector_config": {
+        "model_type": "salmonn_window_qformer",
+        "qformer_config": {
+            "hidden_size": 768,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 12,
+            "intermediate_size": 3072,
+            "cross_attention_frequency": 1,
+        },
+        "window_frames": 17,
+        "window_stride": 17,
+        "queries_per_window": 1,
+        "pad_to_30_seconds": True,
     },
-    "window_frames": 17,
-    "window_stride": 17,
-    "queries_per_window": 1,
-    "pad_to_30_seconds": True,
     "lora": {"r": 8, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]},
 }
 # The audio token is one that the tokenizer has and text does not use.
@@ -147,7 +149,7 @@ def published_config(name: str, **kwargs) -> SalmonnConfig:
     the system of it, with random weights.
 
     All have SALMONN's Q-Former (two layers, one query per window of 17 frames or 0.34 s) over the features of Whisper
-    and BEATs, hear every clip as 30 s, and have LoRA of rank 8 and α 32 in the language model's query and value
+    and BEATs, pad every clip to 30 s, and have LoRA of rank 8 and α 32 in the language model's query and value
     projections.
 
     Args:
@@ -155,11 +157,14 @@ def published_config(name: str, **kwargs) -> SalmonnConfig:
             large-v2), `"seed"` (Gemma-2-2B-it, Whisper large-v3-turbo; its language model was quantised to 4 bits,
             here it is not) or `"nlp-07"` (Qwen2.5-0.5B-Instruct, Whisper large-v3-turbo; its sound encoder was
             CED-small, here it is BEATs, and its adapter's sizes are taken to be those of the others).
-        kwargs: fields of [`SalmonnConfig`] to change, e.g. `pad_to_30_seconds=False`.
+        kwargs: fields of [`SalmonnConfig`] to change; those of `projector_config` one by one, e.g.
+            `projector_config={"pad_to_30_seconds": False}`.
 
     Raises:
         ValueError: if there is no system of this name; the message lists those there are.
     """
     if name not in PUBLISHED_SYSTEMS:
         raise ValueError(f"There is no published system '{name}'; choose one of {', '.join(PUBLISHED_SYSTEMS)}.")
-    return SalmonnConfig(**deepcopy(SALMONN | PUBLISHED_SYSTEMS[name]) | kwargs)
+    fields = deepcopy(SALMONN | PUBLISHED_SYSTEMS[name])
+    fields["projector_config"] |= kwargs.pop("projector_config", {})
+    return SalmonnConfig(**fields | kwargs)

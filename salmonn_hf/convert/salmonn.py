@@ -1,4 +1,4 @@
-"""Original SALMONN checkpoints to adapter checkpoints of this package, and back.
+"""Original SALMONN checkpoints to adapter checkpoints of this package.
 
 The original (https://github.com/bytedance/SALMONN, `models/salmonn.py`, and the trainers built on it) saves every
 tensor that is not a frozen parameter as `{"model": tensors, "config": settings, ...}`. Whisper, BEATs and the language
@@ -20,10 +20,12 @@ from ..base_parts.resolver import resolve_base_part
 from ..model.checkpoint import is_base_key, part_keys, read_weights
 from ..model.configuration_salmonn import SalmonnConfig
 from ..model.feature_extraction_salmonn import SalmonnFeatureExtractor
+from ..model.modeling_salmonn import SalmonnForConditionalGeneration
 from ..model.processing_salmonn import CONTENT_PRELUDE, SalmonnProcessor
 from .beats import encoder_tensors, read_beats_checkpoint
 from .beats import from_original_key as from_original_beats_key
-from .original_checkpoint import load_original_checkpoint, save_original_checkpoint
+from .original_checkpoint import load_original_checkpoint
+from .salmonn_keys import from_original_key, to_original_key
 
 # What the original leaves to its code: `WindowQformer` on BERT base, and the defaults of `SALMONN.__init__`.
 BERT_BASE_HIDDEN, BERT_BASE_HEADS = 768, 12
@@ -35,18 +37,6 @@ DEFAULT_PROMPT_TEMPLATE = "USER: {}\nASSISTANT:"
 TRANSCRIPTION_PROMPT = "Recognize the speech and give me the transcription."
 ENCODER_FRAMES, ENCODER_SECONDS = 1500, 30.0
 
-# Original module name -> ours. The language model's and its projection's names vary, see `LANGUAGE_MODEL`.
-MODULES = {
-    "speech_query_tokens": "connector.query_tokens",
-    "speech_Qformer.bert.embeddings.LayerNorm": "connector.qformer.layernorm",
-    "speech_Qformer.bert.encoder": "connector.qformer.encoder",
-    "ln_speech": "audio_norm",
-    "ln_audio": "sound_norm",
-    "speech_encoder": "audio_tower",
-    "beats": "sound_tower",
-}
-LANGUAGE_MODEL = re.compile(r"^[a-z0-9]+_model\.(base_model\.model\.)?")
-PROJECTION = re.compile(r"^speech_[a-z0-9]+_proj\.")
 # Buffers that the model makes by itself.
 DERIVED = re.compile(r"^speech_Qformer\.bert\.embeddings\.position_ids$|\.rotary_emb\.inv_freq$")
 BEATS_BIAS_TABLE = re.compile(r"layers\.\d+(\.self_attn\.relative_attention_bias\.weight)$")
@@ -56,31 +46,6 @@ AUDIO_TOKENS = (
     "<|audio|>", "<|AUDIO|>", "<|reserved_special_token_0|>", "<unused0>", "<unused99>", "<|fim_pad|>", "<unk>",
 )  # fmt: skip
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-
-
-def from_original_key(key: str) -> str:
-    """The name here of a tensor of an original checkpoint; a name that is not SALMONN's comes back unchanged."""
-    if PROJECTION.match(key):
-        return PROJECTION.sub("connector.proj.", key)
-    if LANGUAGE_MODEL.match(key):
-        return LANGUAGE_MODEL.sub("language_model.", key)
-    for original, ours in MODULES.items():
-        if key == original or key.startswith(f"{original}."):
-            return re.sub(r"attention\.self\.", "attention.attention.", ours + key.removeprefix(original))
-    return key
-
-
-def to_original_key(key: str, text_config) -> str:
-    """The inverse of `from_original_key`. Trainers for Gemma say `gemma` for the language model, others `llama`."""
-    name = "gemma" if text_config.model_type.startswith("gemma") else "llama"
-    if key.startswith("language_model."):
-        return f"{name}_model.base_model.model.{key.removeprefix('language_model.')}"
-    if key.startswith("connector.proj."):
-        return f"speech_{name}_proj.{key.removeprefix('connector.proj.')}"
-    for original, ours in MODULES.items():
-        if key == ours or key.startswith(f"{ours}."):
-            return original + re.sub(r"attention\.attention\.", "attention.self.", key.removeprefix(ours))
-    return key
 
 
 def convert_salmonn(
@@ -95,7 +60,7 @@ def convert_salmonn(
 ) -> str:
     r"""
     Write an original SALMONN checkpoint as an adapter checkpoint that `AutoModel.from_pretrained` loads, in the
-    original's geometry (`SalmonnConfig.pad_to_30_seconds`). Its tensors are kept in float32, LoRA as a PEFT adapter.
+    original's geometry (`WindowQFormerConfig.pad_to_30_seconds`). Its tensors stay float32, LoRA is a PEFT adapter.
 
     Args:
         source: the `.pth` file.
@@ -118,8 +83,6 @@ def convert_salmonn(
         ValueError: if the checkpoint and its parts do not fit each other, naming the tensors; if `out` is not empty.
             Nothing is left half-written.
     """
-    from ..model.modeling_salmonn import SalmonnForConditionalGeneration
-
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty; name a new directory, or remove it first.")
@@ -151,7 +114,7 @@ def convert_salmonn(
         raise ValueError(f"The language model {llm} is a '{text_config.model_type}' model, not a causal one.")
 
     sound_config, sound_tensors = None, {}
-    if ("sound_norm.weight" in tensors) != (beats is not None):
+    if ("projector.sound_norm.weight" in tensors) != (beats is not None):
         raise ValueError(
             f"{source} was trained without BEATs (it has no ln_audio); leave the BEATs file out."
             if beats is not None
@@ -221,11 +184,11 @@ def convert_salmonn(
         shutil.rmtree(work, ignore_errors=True)
         raise
 
-    qformer, lora = config.qformer_config, config.lora
+    projector, qformer, lora = config.projector_config, config.projector_config.qformer_config, config.lora
     report.append(
         f"Q-Former: {qformer.num_hidden_layers} layers, hidden size {qformer.hidden_size}, "
-        f"{qformer.num_attention_heads} heads; windows of {config.window_frames} frames every {config.window_stride}, "
-        f"{config.queries_per_window} queries each"
+        f"{qformer.num_attention_heads} heads; windows of {projector.window_frames} frames every "
+        f"{projector.window_stride}, {projector.queries_per_window} queries each"
     )
     if lora:
         targets = ", ".join(lora["target_modules"])
@@ -246,11 +209,11 @@ def salmonn_config(tensors, settings, audio_config, sound_config, text_config, q
         return tensors[key].shape
 
     widths = [
-        ("audio_norm.weight", "Whisper's d_model", audio_config.d_model),
-        ("connector.proj.weight", "the language model's hidden size", text_config.hidden_size),
+        ("projector.audio_norm.weight", "Whisper's d_model", audio_config.d_model),
+        ("projector.proj.weight", "the language model's hidden size", text_config.hidden_size),
     ]
     if sound_config is not None:
-        widths.append(("sound_norm.weight", "BEATs' width", sound_config.hidden_size))
+        widths.append(("projector.sound_norm.weight", "BEATs' width", sound_config.hidden_size))
     for key, part, width in widths:
         if shape(key)[0] != width:
             raise ValueError(
@@ -258,7 +221,7 @@ def salmonn_config(tensors, settings, audio_config, sound_config, text_config, q
                 "name the part that the checkpoint was trained with."
             )
 
-    _, queries, hidden_size = shape("connector.query_tokens")
+    _, queries, hidden_size = shape("projector.query_tokens")
     heads = qformer_heads or settings.get("qformer_heads")
     if heads is None and hidden_size == BERT_BASE_HIDDEN:
         heads = BERT_BASE_HEADS
@@ -268,7 +231,7 @@ def salmonn_config(tensors, settings, audio_config, sound_config, text_config, q
             f"ASSUMED: {heads} attention heads in the Q-Former, whose hidden size {hidden_size} is not BERT base's; "
             "tensors do not tell. If the original has another number, convert again with --qformer-heads."
         )
-    layer = "connector.qformer.encoder.layer."
+    layer = "projector.qformer.encoder.layer."
     layers = {int(key.removeprefix(layer).split(".")[0]) for key in tensors if key.startswith(layer)}
     crossing = sorted(n for n in layers if f"{layer}{n}.crossattention.attention.query.weight" in tensors)
 
@@ -288,19 +251,22 @@ def salmonn_config(tensors, settings, audio_config, sound_config, text_config, q
     return SalmonnConfig(
         audio_config=audio_config,
         sound_config=sound_config,
-        qformer_config={
-            "hidden_size": hidden_size,
-            "num_hidden_layers": len(layers),
-            "num_attention_heads": heads,
-            "intermediate_size": shape(f"{layer}0.intermediate_query.dense.weight")[0],
-            "encoder_hidden_size": shape(f"{layer}0.crossattention.attention.key.weight")[1],
-            "cross_attention_frequency": crossing[1] if len(crossing) > 1 else len(layers),
+        projector_config={
+            "qformer_config": {
+                "hidden_size": hidden_size,
+                "num_hidden_layers": len(layers),
+                "num_attention_heads": heads,
+                "intermediate_size": shape(f"{layer}0.intermediate_query.dense.weight")[0],
+                "encoder_hidden_size": shape(f"{layer}0.crossattention.attention.key.weight")[1],
+                "cross_attention_frequency": crossing[1] if len(crossing) > 1 else len(layers),
+            },
+            "window_frames": round(settings.get("second_per_window", DEFAULT_SECONDS) * frames_per_second),
+            "window_stride": round(settings.get("second_stride", DEFAULT_SECONDS) * frames_per_second),
+            "queries_per_window": queries,
+            "pad_to_30_seconds": True,
+            "dtype": "float32",
         },
         text_config=text_config,
-        window_frames=round(settings.get("second_per_window", DEFAULT_SECONDS) * frames_per_second),
-        window_stride=round(settings.get("second_stride", DEFAULT_SECONDS) * frames_per_second),
-        queries_per_window=queries,
-        pad_to_30_seconds=True,
         lora=lora,
         dtype="float32",
         **kwargs,
@@ -434,74 +400,8 @@ def original_processor(feature_extractor, tokenizer, audio_token, settings, conf
         tokenizer,
         chat_template=chat_template,
         audio_token=audio_token,
-        window_frames=config.window_frames,
-        window_stride=config.window_stride,
-        queries_per_window=config.queries_per_window,
+        window_frames=config.projector_config.window_frames,
+        window_stride=config.projector_config.window_stride,
+        queries_per_window=config.projector_config.queries_per_window,
         transcription_prompt=TRANSCRIPTION_PROMPT,
     )
-
-
-def export_salmonn(directory: str | Path, out: str | Path) -> str:
-    r"""
-    Write a checkpoint directory of this package as an original SALMONN `.pth` file, in the tensors' own dtype, for the
-    original's code. Language models other than Gemma go by the names of the Llama trainer.
-
-    Args:
-        directory: a local checkpoint directory; its base parts are not needed.
-        out: the file to write.
-
-    Returns:
-        The report: what was left out, and how the original's result will differ.
-
-    Raises:
-        OSError: if the directory holds no whole checkpoint.
-        ValueError: if the model has parts that the original does not know, naming their tensors; if `out` exists.
-    """
-    directory, out = Path(directory), Path(out)
-    if out.exists():
-        raise ValueError(f"{out} exists; name a new file, or remove it first.")
-    config = SalmonnConfig.from_pretrained(directory)
-    report, tensors, foreign = [f"{directory} -> {out}"], {}, []
-    left_out = {
-        "ctc_head": "a training aid that the original does not have",
-        "sound_tower": "the original reads BEATs from a file of its own",
-        "language_model": "the original reads its language model from a directory of its own",
-    }
-    reported = set()
-    for key, tensor in read_weights(directory).items():
-        part = key.split(".")[0]
-        if part in left_out and ".lora_" not in key:
-            reported.add(part)
-        elif (original := to_original_key(key, config.text_config)) == key:
-            foreign.append(key)
-        else:
-            tensors[original] = tensor
-    if foreign:
-        raise ValueError(
-            f"The original SALMONN has no place for {foreign}: {directory} cannot be written in its layout."
-        )
-    if not config.lora and "language_model" not in (config.base_parts or {}):
-        raise ValueError(
-            f"{directory} holds a language model of its own (LoRA merged?); export the adapter checkpoint."
-        )
-    report += [f"left out, {left_out[part]}: {part}" for part in sorted(reported)]
-    if not config.pad_to_30_seconds:
-        report.append("the original will pad every clip to 30 s and drop its last window; this model does not")
-
-    settings = {
-        "window_level_Qformer": True,
-        "num_speech_query_token": config.queries_per_window,
-        "second_per_window": config.window_frames * ENCODER_SECONDS / ENCODER_FRAMES,
-        "second_stride": config.window_stride * ENCODER_SECONDS / ENCODER_FRAMES,
-        "qformer_heads": config.qformer_config.num_attention_heads,
-        "lora": config.lora is not None,
-    }
-    if config.lora:
-        settings |= {
-            "lora_rank": config.lora["r"],
-            "lora_alpha": config.lora["lora_alpha"],
-            "lora_dropout": config.lora["lora_dropout"],
-        }
-    save_original_checkpoint({"model": tensors, "config": {"model": settings}, "epoch": 0}, out)
-    report.append(f"written: {len(tensors)} tensors")
-    return "\n".join(report)

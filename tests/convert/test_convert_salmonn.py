@@ -18,7 +18,8 @@ from transformers import (
 
 from salmonn_hf.convert.__main__ import main
 from salmonn_hf.convert.beats import export_beats
-from salmonn_hf.convert.salmonn import convert_salmonn, export_salmonn
+from salmonn_hf.convert.export_salmonn import export_salmonn
+from salmonn_hf.convert.salmonn import convert_salmonn
 from salmonn_hf.model.configuration_beats import BeatsConfig
 from salmonn_hf.model.modeling_beats import BeatsForAudioClassification, BeatsModel
 
@@ -113,9 +114,15 @@ def test_round_trip_is_bit_equal(parts, tmp_path, llm, kwargs):
 
     model = AutoModel.from_pretrained(tmp_path / "converted")
     config = model.config
-    assert config.queries_per_window == kwargs.get("queries", 2) and (config.sound_config is not None) == sound
-    assert (config.window_frames, config.window_stride) == (12, 5)  # 0.25 s and 0.1 s at 50 frames a second
-    assert config.qformer_config.num_hidden_layers == kwargs.get("layers", 3)
+    assert (
+        config.projector_config.queries_per_window == kwargs.get("queries", 2)
+        and (config.sound_config is not None) == sound
+    )
+    assert (projector.window_frames, projector.window_stride) == (
+        12,
+        5,
+    )  # 0.25 s and 0.1 s at 50 frames a second
+    assert projector.qformer_config.num_hidden_layers == kwargs.get("layers", 3)
     targets = sorted(kwargs.get("targets", ("q_proj", "v_proj")))
     lora = {"r": kwargs.get("rank", 4), "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": targets}
     assert config.lora == (lora if targets else None)
@@ -125,7 +132,10 @@ def test_round_trip_is_bit_equal(parts, tmp_path, llm, kwargs):
         [noise(0.05), noise(2.0)], return_tensors="pt"
     )
     windows = (1500 - 12) // 5 + 1
-    assert len(model.get_audio_features(**inputs).pooler_output) == 2 * windows * config.queries_per_window
+    assert (
+        len(model.get_audio_features(**inputs).pooler_output)
+        == 2 * windows * projector.queries_per_window
+    )
 
     model.save_pretrained(tmp_path / "again")
     AutoModel.from_pretrained(tmp_path / "again").save_pretrained(tmp_path / "and_again")
@@ -151,7 +161,7 @@ def test_an_assumed_number_of_heads_is_reported(parts, tmp_path):
     source = save(original(), tmp_path / "a.pth")
     assert "ASSUMED" not in convert(parts, source, tmp_path / "told")
     assert "ASSUMED: 4 attention heads" in convert(parts, source, tmp_path / "assumed", qformer_heads=None)
-    assert AutoConfig.from_pretrained(tmp_path / "assumed").qformer_config.num_attention_heads == 4
+    assert AutoConfig.from_pretrained(tmp_path / "assumed").projector_config.qformer_config.num_attention_heads == 4
 
 
 def test_lora_is_scaled_by_alpha_over_r(parts, tmp_path):

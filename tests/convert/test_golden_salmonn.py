@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
 
 from salmonn_hf.convert.salmonn import convert_salmonn
+from salmonn_hf.model import placeholders
 
 GOLDEN = SHARED / "golden"
 pytestmark = pytest.mark.skipif(
@@ -30,7 +31,8 @@ def case(request, tmp_path_factory):
         llm=str(GOLDEN / f"llm_{request.param}_tiny"),
     )
     assert (
-        AutoConfig.from_pretrained(out).qformer_config.num_attention_heads == description["connector"]["qformer_heads"]
+        AutoConfig.from_pretrained(out).projector_config.qformer_config.num_attention_heads
+        == description["connector"]["qformer_heads"]
     )
     waveforms = load_file(GOLDEN / "beats_golden.safetensors")
     return SimpleNamespace(
@@ -87,20 +89,26 @@ def test_whisper_output_from_its_own_features(case):
     assert_near(frames, case.encoders["whisper.last_hidden_state"], 1e-4)
 
 
-def test_connector_from_stored_encoder_outputs(case):
+def embed_prompt(case, input_ids, audio_embeds):
+    return placeholders.embed_prompt(
+        input_ids, audio_embeds, case.model.get_input_embeddings(), case.model.config.audio_token_id
+    )
+
+
+def test_projector_from_stored_encoder_outputs(case):
     """The original lets BEATs' output at padding through, so the mask of sound frames is 1 here."""
-    connector, stages = case.model.connector, {}
+    projector, stages = case.model.projector, {}
     hooks = [
-        connector.register_forward_pre_hook(lambda _, args: stages.update(joined=args[0])),
-        connector.qformer.register_forward_pre_hook(
+        projector.qformer.register_forward_pre_hook(
             lambda _, args, kwargs: stages.update(windows=kwargs["encoder_hidden_states"]), with_kwargs=True
         ),
-        connector.qformer.encoder.layer[0].register_forward_hook(lambda _, args, output: stages.update(layer0=output)),
-        connector.qformer.register_forward_hook(lambda _, args, output: stages.update(last=output.last_hidden_state)),
+        projector.qformer.encoder.layer[0].register_forward_hook(lambda _, args, output: stages.update(layer0=output)),
+        projector.qformer.register_forward_hook(lambda _, args, output: stages.update(last=output.last_hidden_state)),
     ]
     speech, sound = case.encoders["whisper.last_hidden_state"], case.encoders["beats.features"]
     masks = [torch.ones(frames.shape[:2], dtype=torch.bool) for frames in (speech, sound)]
-    embeds, num_tokens = case.model.connect_audio(speech, masks[0], sound, masks[1])
+    stages["joined"], _ = projector.join_frames(speech, masks[0], sound, masks[1])
+    embeds, num_tokens = projector.window_states(speech, masks[0], sound, masks[1])
     for hook in hooks:
         hook.remove()
     golden = case.numbers
@@ -120,7 +128,7 @@ def test_the_shorter_stream_is_padded(case, longer, speech_frames, sound_frames)
     speech = case.numbers["direct.speech_in"][None, :speech_frames]
     sound = case.numbers["direct.audio_in"][None, :sound_frames]
     masks = [torch.ones(frames.shape[:2], dtype=torch.bool) for frames in (speech, sound)]
-    embeds, _ = case.model.connect_audio(speech, masks[0], sound, masks[1])
+    embeds, _ = case.model.projector.window_states(speech, masks[0], sound, masks[1])
     assert_near(embeds, case.numbers[f"direct.longer_{longer}.speech_embeds"], 5e-5)
 
 
@@ -139,7 +147,7 @@ def test_logits_labels_and_loss_from_stored_speech_embeddings(case):
     golden = case.numbers
     input_ids, attention_mask, labels = prompt(case)
     assert torch.equal(attention_mask, golden["llm.attention_mask"]) and torch.equal(labels, golden["llm.labels"])
-    inputs_embeds = case.model.merge_audio(input_ids, golden["speech_embeds"].flatten(0, 1))
+    inputs_embeds = embed_prompt(case, input_ids, golden["speech_embeds"].flatten(0, 1))
     scale = getattr(case.model.get_input_embeddings(), "embed_scale", 1.0)
     assert_near(inputs_embeds, golden["llm.inputs_embeds"] * scale, 1e-5)
     # The original's training counts positions through padding in the middle of a row.
@@ -158,11 +166,11 @@ def test_one_clip_alone_from_stored_speech_embeddings(case):
     for row in range(len(case.clips)):
         embeds = case.numbers[f"alone.{row}.speech_embeds"]
         input_ids, attention_mask, labels = prompt(case, row)
-        loss = case.model(inputs_embeds=case.model.merge_audio(input_ids, embeds), labels=labels).loss
+        loss = case.model(inputs_embeds=embed_prompt(case, input_ids, embeds), labels=labels).loss
         assert_near(loss, case.numbers[f"alone.{row}.loss"][0], 1e-4)
         input_ids, attention_mask, _ = prompt(case, row, target=False)
         logits, ids = first_step_and_greedy(
-            case, inputs_embeds=case.model.merge_audio(input_ids, embeds), attention_mask=attention_mask
+            case, inputs_embeds=embed_prompt(case, input_ids, embeds), attention_mask=attention_mask
         )
         assert_near(logits[0], case.numbers[f"alone.{row}.first_step_logits"], 5e-4)
         assert ids[0].tolist() == case.numbers[f"alone.{row}.greedy_ids"].tolist()
@@ -176,7 +184,7 @@ def test_generation_of_the_batch_from_stored_speech_embeddings(case):
     input_ids, attention_mask, _ = prompt(case, target=False)
     assert torch.equal(attention_mask, case.numbers["generate.attention_mask"])
     golden = case.numbers["generate.greedy_ids"]
-    embeds = case.model.merge_audio(input_ids, case.numbers["speech_embeds"].flatten(0, 1))
+    embeds = embed_prompt(case, input_ids, case.numbers["speech_embeds"].flatten(0, 1))
     for step in range(golden.shape[1]):
         positions = (attention_mask.cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
         output = case.model(inputs_embeds=embeds, attention_mask=attention_mask, position_ids=positions)
@@ -184,7 +192,7 @@ def test_generation_of_the_batch_from_stored_speech_embeddings(case):
             assert_near(output.logits[:, -1], case.numbers["generate.first_step_logits"], 5e-4)
         ids = output.logits[:, -1:].argmax(-1)
         assert torch.equal(ids[:, 0], golden[:, step])
-        embeds = torch.cat([embeds, case.model.merge_audio(ids, None)], dim=1)
+        embeds = torch.cat([embeds, embed_prompt(case, ids, None)], dim=1)
         attention_mask = torch.cat([attention_mask, torch.ones_like(ids)], dim=1)
 
 

@@ -12,6 +12,7 @@ from salmonn_hf import SalmonnForConditionalGeneration
 from salmonn_hf.convert import beats as convert_beats
 from salmonn_hf.convert.published_configs import PUBLISHED_SYSTEMS, published_config
 from salmonn_hf.convert.salmonn import DERIVED, from_original_key
+from salmonn_hf.model.windows import num_windows
 
 SYSTEMS = tuple(PUBLISHED_SYSTEMS)
 
@@ -92,8 +93,9 @@ def test_trained_parts_have_the_parameters_of_the_formula(name, hidden, query_ro
     feed_forward = (h * inner + inner) + (inner * h + h)
     qformer = h + 2 * h + 2 * (own + cross + feed_forward + 3 * 2 * h)  # query, its LayerNorm, layers
     assert qformer == 22_838_016  # "22.8 M"
-    assert count(model.connector) == qformer + h * hidden + hidden
-    assert count(model.audio_norm) + count(model.sound_norm) == 2 * 1280 + 2 * 768
+    norms = count(model.projector.audio_norm) + count(model.projector.sound_norm)
+    assert count(model.projector) - norms == qformer + h * hidden + hidden
+    assert norms == 2 * 1280 + 2 * 768
 
     rank = 8
     assert lora == layers * rank * ((hidden + query_rows) + (hidden + value_rows))
@@ -159,17 +161,18 @@ def test_rotations(name, head_dim, theta, slowest_divided_by):
 def test_thirty_seconds_are_88_audio_tokens(name):
     model = meta_model(name)
     assert model.config.audio_config.max_source_positions == 1500
-    assert model.connector.num_windows(torch.tensor([1500])).tolist() == [88]
+    projector = model.config.projector_config
+    assert num_windows(1500, projector.window_frames, projector.window_stride, not projector.pad_to_30_seconds) == 88
 
 
 def test_configs_do_not_share_what_they_hold():
-    changed = published_config("nota", pad_to_30_seconds=False)
-    assert changed.pad_to_30_seconds is False
+    changed = published_config("nota", projector_config={"pad_to_30_seconds": False})
+    assert changed.projector_config.pad_to_30_seconds is False
     changed.text_config.rope_parameters["factor"] = 1.0
     changed.lora["r"] = 1
     fresh = published_config("nota")
     assert fresh.text_config.rope_parameters["factor"] == 32.0
-    assert (fresh.lora["r"], fresh.pad_to_30_seconds) == (8, True)
+    assert (fresh.lora["r"], fresh.projector_config.pad_to_30_seconds) == (8, True)
 
 
 def test_unknown_name():
