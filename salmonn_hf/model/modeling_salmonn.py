@@ -17,7 +17,6 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .checkpoint import adapter_state_dict, base_state_dict, check_loaded, check_weight_files, without_base_parts
-from .configuration_beats import BeatsConfig
 from .configuration_salmonn import SalmonnConfig
 from .generation_salmonn import SalmonnGenerationMixin
 from .lora import LORA_FIELDS, adapted_parts, add_lora, merge_lora
@@ -26,6 +25,8 @@ from .placeholders import check_count, drop_spare_placeholders, embed_prompt
 from .projector import ProjectorOutput
 from .quantized_layers import quantize_parts
 from .remote_code import save_code
+from .whisper_projector import WhisperProjector
+from .window_qformer import WindowQFormerProjector
 
 
 @dataclass
@@ -443,6 +444,8 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
 
 
 SalmonnForConditionalGeneration.register_for_auto_class("AutoModel")
-AutoModel.register(BeatsConfig, BeatsModel, exist_ok=True)
+# Here and not in the package's __init__, so that the code in a checkpoint knows its parts, too.
+for part in (BeatsModel, WindowQFormerProjector, WhisperProjector):
+    AutoModel.register(part.config_class, part, exist_ok=True)
 
 __all__ = ["SalmonnForConditionalGeneration", "SalmonnModel", "SalmonnPreTrainedModel"]

@@ -9,7 +9,7 @@ import re
 
 import torch
 from torch import nn
-from transformers import AutoModel, WhisperConfig, WhisperForConditionalGeneration
+from transformers import WhisperConfig, WhisperForConditionalGeneration
 from transformers.models.whisper.modeling_whisper import WhisperDecoderLayer
 
 from .configuration_whisper_projector import WhisperProjectorConfig
@@ -184,7 +184,5 @@ def shared_tokens(tokenizer, speech_tokenizer, trained: set[int]) -> list[tuple[
             shared.append((vocabulary[token], speech_id, speech_vocabulary.get(capital, speech_id)))
     return sorted(shared, key=lambda ids: ids[0] not in trained)
 
-
-AutoModel.register(WhisperProjectorConfig, WhisperProjector, exist_ok=True)
 
 __all__ = ["WhisperProjector"]

@@ -113,15 +113,9 @@ def test_round_trip_is_bit_equal(parts, tmp_path, llm, kwargs):
     convert(parts, source, tmp_path / "converted", {"llama": "llama", "gemma": "gemma2"}[llm], beats=sound)
 
     model = AutoModel.from_pretrained(tmp_path / "converted")
-    config = model.config
-    assert (
-        config.projector_config.queries_per_window == kwargs.get("queries", 2)
-        and (config.sound_config is not None) == sound
-    )
-    assert (projector.window_frames, projector.window_stride) == (
-        12,
-        5,
-    )  # 0.25 s and 0.1 s at 50 frames a second
+    config, projector = model.config, model.config.projector_config
+    assert projector.queries_per_window == kwargs.get("queries", 2) and (config.sound_config is not None) == sound
+    assert (projector.window_frames, projector.window_stride) == (12, 5)  # 0.25 s and 0.1 s at 50 frames a second
     assert projector.qformer_config.num_hidden_layers == kwargs.get("layers", 3)
     targets = sorted(kwargs.get("targets", ("q_proj", "v_proj")))
     lora = {"r": kwargs.get("rank", 4), "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": targets}
@@ -132,10 +126,8 @@ def test_round_trip_is_bit_equal(parts, tmp_path, llm, kwargs):
         [noise(0.05), noise(2.0)], return_tensors="pt"
     )
     windows = (1500 - 12) // 5 + 1
-    assert (
-        len(model.get_audio_features(**inputs).pooler_output)
-        == 2 * windows * projector.queries_per_window
-    )
+    audio_tokens = 2 * windows * projector.queries_per_window
+    assert len(model.get_audio_features(**inputs).pooler_output) == audio_tokens
 
     model.save_pretrained(tmp_path / "again")
     AutoModel.from_pretrained(tmp_path / "again").save_pretrained(tmp_path / "and_again")
