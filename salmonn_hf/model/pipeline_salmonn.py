@@ -6,9 +6,9 @@ from itertools import islice
 from transformers import AutomaticSpeechRecognitionPipeline, GenerationConfig, pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .answering import generate_answers, transcript_limit
 from .audio import load_audio
 from .processing_salmonn import SalmonnProcessor
-from .repetition import RepetitionGuard, clean_answer
 from .segmentation import TARGET_SECONDS, is_silent, split_at_pauses
 
 TASK = "automatic-speech-recognition"
@@ -39,7 +39,7 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
     _load_processor = None
     _load_tokenizer = None
     _load_feature_extractor = None
-    # Greedy. Whisper allows itself 448 tokens for 30 s; a shorter segment may have its share, see `_transcribe`.
+    # Greedy. Where nobody says how many tokens, each segment may have its share of them, see `transcript_limit`.
     _default_generation_config = GenerationConfig(max_new_tokens=448)
 
     def __init__(self, model, processor=None, tokenizer=None, feature_extractor=None, **kwargs):
@@ -138,32 +138,13 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
         }
 
     def _transcribe(self, waveforms, prompt, language, generate_kwargs) -> list[str]:
-        inputs = self.processor.apply_transcription_request(waveforms, prompt=prompt, language=language).to(
-            self.device
-        )
-        prepared = self._prepare_generate_kwargs(generate_kwargs)
-        limits = [None] * len(waveforms)
-        if "max_new_tokens" in prepared and "max_new_tokens" not in generate_kwargs:
-            # Nobody says more than 15 tokens a second: where a model repeats itself without end, stop it. Each segment
-            # has its own limit, whatever is beside it in the batch.
-            limits = [16 + 15 * len(waveform) // self.feature_extractor.sampling_rate for waveform in waveforms]
-            prepared["max_new_tokens"] = max(limits)
-        config = prepared.get("generation_config", self.model.generation_config)
-        if prepared.get("speculation_type", config.speculation_type) == "ctc":
-            if len(waveforms) == 1:
-                prepared["tokenizer"] = self.tokenizer
-            else:
-                prepared["speculation_type"] = None  # drafts are for one clip at a time; a batch has the same texts
-        prepared["stopping_criteria"] = [*prepared.get("stopping_criteria", []), RepetitionGuard()]
-        output = self.model.generate(**inputs, **prepared)
-        sequences = getattr(output, "sequences", output)  # an object with return_dict_in_generate
-        if len(sequences) != len(waveforms):
-            raise ValueError(
-                f"generate gave {len(sequences)} texts for {len(waveforms)} segments; leave num_return_sequences at 1."
-            )
-        answers = sequences[:, inputs["input_ids"].shape[1] :].tolist()
-        answers = [clean_answer(answer[:limit], self.tokenizer) for answer, limit in zip(answers, limits, strict=True)]
-        return self.processor.batch_decode(answers, skip_special_tokens=True)
+        inputs = self.processor.apply_transcription_request(waveforms, prompt=prompt, language=language)
+        settings = self._prepare_generate_kwargs(generate_kwargs)
+        limits = settings.pop("max_new_tokens", None)
+        if limits is not None and "max_new_tokens" not in self._generate_kwargs | generate_kwargs:
+            rate = self.feature_extractor.sampling_rate
+            limits = [transcript_limit(len(waveform) / rate) for waveform in waveforms]
+        return generate_answers(self.model, self.processor, inputs, limits, **settings)
 
     def postprocess(self, model_outputs, return_timestamps=False) -> dict:
         # One space between words, whatever the segments begin and end with.
