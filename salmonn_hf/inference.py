@@ -116,6 +116,4 @@ class Answerer:
         inputs = self.processor.apply_chat_template(
             conversations, tokenize=True, return_dict=True, add_generation_prompt=True
         )
-        return generate_answers(
-            self.model, self.processor, inputs, self.max_new_tokens, do_sample=False, num_beams=1
-        )
+        return generate_answers(self.model, self.processor, inputs, self.max_new_tokens, do_sample=False, num_beams=1)
