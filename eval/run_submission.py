@@ -18,7 +18,8 @@ from pathlib import Path
 
 from salmonn_hf.data.tasks import TEST_PROMPTS
 from salmonn_hf.evaluation.caption_metrics import require_java
-from salmonn_hf.evaluation.engine import Clip, annotation_clips, argument_parser, finish, predict, run_settings
+from salmonn_hf.evaluation.clips import Clip, annotation_clips
+from salmonn_hf.evaluation.command_line import argument_parser, evaluate, format_metric
 from salmonn_hf.evaluation.scoring import score_caption_predictions, score_transcripts
 from salmonn_hf.inference import Answerer, Transcriber
 
@@ -32,7 +33,7 @@ def check_clips(clips: list[Clip], kind: str):
     """
     name, count = Counter(clip.id for clip in clips).most_common(1)[0]
     if count > 1:
-        raise ValueError(f"The testset_id {name} stands at {count} clips; mend the annotation file.")
+        raise ValueError(f"The testset_id {name} stands at {count} clips; correct the annotation file.")
     if kind == "valid" and (missing := [clip.id for clip in clips if not clip.references]):
         raise ValueError(
             f"{len(missing)} clips have no text to score against, the first is {missing[0]}; add it, or use "
@@ -56,11 +57,10 @@ def write_csv(file: Path, predictions: list[dict]):
 
 
 def main() -> None:
-    parser = argument_parser(__doc__)
+    parser = argument_parser(__doc__, data=False)
     parser.add_argument("--mode", required=True, choices=[f"{a}_{b}" for a in ("submission", "valid") for b in TASKS])
     parser.add_argument("--annotation", required=True, help='JSON: {"annotation": [{"path", "task", "testset_id"}]}')
     parser.add_argument("--prefix", default="", help="directory that the annotation's paths are under")
-    parser.add_argument("--device", default=None, help="default: the GPU, where there is one")
     parser.add_argument("--corenlp", help="directory with CoreNLP's jars, for SPICE and SPIDEr")
     arguments = parser.parse_args()
     kind, task = arguments.mode.split("_")
@@ -70,31 +70,29 @@ def main() -> None:
     prompts = {name: TEST_PROMPTS[name] for name in TASKS[task]}
     clips = annotation_clips(arguments.annotation, arguments.prefix, prompts)[: arguments.max_clips]
     check_clips(clips, kind)
-    models = {"asr": Transcriber, "aac": Answerer}  # a transcript may be of a clip of any length
-    predictions = predict(
-        clips,
-        lambda: models[task](arguments.model, arguments.dtype, arguments.device),
-        arguments.output,
-        run_settings(arguments, task, [arguments.annotation]) | {"mode": arguments.mode, "prefix": arguments.prefix},
-        arguments.batch_size,
-    )
-    if predictions is None:
-        return
-    write_csv(arguments.output / f"{arguments.mode}.csv", predictions)
-    if kind == "valid":
-        scored = (
+    csv_file = arguments.output / f"{arguments.mode}.csv"
+
+    def make_model():
+        model_class = {"asr": Transcriber, "aac": Answerer}[task]  # a transcript may be of a clip of any length
+        return model_class(arguments.model, arguments.dtype, arguments.device)
+
+    def score(predictions):
+        write_csv(csv_file, predictions)
+        if kind == "submission":
+            return {"metrics": {}}, [{} for _ in predictions]
+        return (
             score_transcripts(predictions)
             if task == "asr"
             else score_caption_predictions(predictions, arguments.corenlp)
         )
-    else:
-        scored = {"metrics": {}}, [{} for _ in predictions]
-    result = finish(arguments.output, predictions, *scored)
+
+    settings = {"data": [arguments.annotation], "mode": arguments.mode, "prefix": arguments.prefix}
+    result = evaluate(arguments, task, clips, make_model, score, **settings)
+    if result is None:
+        return
     for name, metric in result["metrics"].items():
-        print(f"{name}: {metric['value']:.4f} ({metric['low']:.4f} to {metric['high']:.4f})")
-    print(
-        f"{arguments.output / arguments.mode}.csv: {len(predictions)} rows, {len(result['broken_clips'])} broken clips"
-    )
+        print(f"{name}: {format_metric(metric)}")
+    print(f"{csv_file}: {result['clips']} rows, {len(result['broken_clips'])} broken clips")
 
 
 if __name__ == "__main__":
