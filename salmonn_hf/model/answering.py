@@ -1,4 +1,4 @@
-"""Answers to prompts about audio: one way to generate them, for the pipeline, the commands, evaluation and training."""
+"""Generates the answers to prompts about audio, for pipeline, commands, evaluation and training alike."""
 
 from .repetition import RepetitionGuard, cut_repetition, strip_end
 

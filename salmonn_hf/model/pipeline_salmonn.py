@@ -18,9 +18,9 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
     r"""
     Transcribes audio with [`SalmonnForConditionalGeneration`].
 
-    Audio is cut at pauses into segments that the encoder can hear, and each is transcribed on its own, `batch_size` at
-    a time, from one file or several. Digital silence gives empty text without asking the model. Inputs and results are
-    streamed: no more than the features of one batch are in memory.
+    Audio is cut at pauses into segments no longer than the encoder's input, and each is transcribed on its own,
+    `batch_size` at a time, from one file or several. Digital silence gives empty text without a run of the model.
+    Inputs and results are streamed: no more than the features of one batch are in memory.
 
     ```python
     >>> transcriber = pipeline("automatic-speech-recognition", model="path/to/checkpoint")
@@ -66,7 +66,7 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
             prompt (`str`, *optional*): ask this instead of the prompt that the processor was saved with.
             language (`str`, *optional*): the language to write, e.g. "English".
             batch_size (`int`, *optional*): segments that the model transcribes at once. It changes the speed alone.
-            chunk_length_s (`float`, *optional*): the longest segment. Default: as long as the encoder can hear, 30 s.
+            chunk_length_s (`float`, *optional*): the longest segment. Default: as long as the encoder's input, 30 s.
             target_length_s (`float`, *optional*): cut at any pause rather than make a segment longer than this.
             speculation_type (`str`, *optional*): "ctc" transcribes a clip in fewer passes of the language model, which
                 verifies a draft of the CTC head; the text is the same. With batches of one, the default.
@@ -210,7 +210,7 @@ def processor_from_parts(model, tokenizer, feature_extractor) -> SalmonnProcesso
     if tokenizer is None or feature_extractor is None:
         raise ValueError(
             "The pipeline needs a processor=, or a tokenizer= and a feature_extractor=. If they should have come with "
-            f"the checkpoint '{model.name_or_path}', AutoProcessor.from_pretrained on it tells why they did not."
+            f"the checkpoint '{model.name_or_path}', AutoProcessor.from_pretrained on it says why they did not."
         )
     settings = {
         "audio_token": tokenizer.convert_ids_to_tokens(model.config.audio_token_id),
