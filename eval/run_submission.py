@@ -9,10 +9,11 @@ answers by `testset_id` as CSV.
 
 `submission_*` writes answers alone; `valid_*` also scores them against the annotation's texts. As in the original
 evaluator (nota-github/audiolm-evaluator, `evaluate_salmonn.py`) the CSV has the columns testset_id and text, and the
-text is in lower case. It is read back and checked: every testset_id of the annotation, once, in its order.
+text is in lower case: every testset_id of the annotation, once, in its order.
 """
 
 import csv
+import io
 from collections import Counter
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from salmonn_hf.evaluation.caption_metrics import require_java
 from salmonn_hf.evaluation.clips import Clip, annotation_clips
 from salmonn_hf.evaluation.command_line import argument_parser, evaluate, format_metric
 from salmonn_hf.evaluation.scoring import score_caption_predictions, score_transcripts
+from salmonn_hf.files import write_whole
 from salmonn_hf.inference import Answerer, Transcriber
 
 TASKS = {"asr": ("asr",), "aac": ("audiocaption", "audiocaption_v2")}
@@ -42,18 +44,10 @@ def check_clips(clips: list[Clip], kind: str):
 
 
 def write_csv(file: Path, predictions: list[dict]):
-    """
-    Raises:
-        ValueError: if what was written does not read back as it should.
-    """
     rows = [[line["id"], " ".join(line["hypothesis"].lower().split())] for line in predictions]
-    sibling = file.with_suffix(".part")
-    with sibling.open("w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream, lineterminator="\n").writerows([["testset_id", "text"], *rows])
-    with sibling.open(newline="", encoding="utf-8") as stream:
-        if list(csv.reader(stream)) != [["testset_id", "text"], *rows]:
-            raise ValueError(f"{sibling} does not read back as it was written.")
-    sibling.replace(file)
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\n").writerows([["testset_id", "text"], *rows])
+    write_whole(file, stream.getvalue())
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """The "automatic-speech-recognition" pipeline of SALMONN: audio of any kind and any length to text."""
 
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sized
 from itertools import islice
 
 from transformers import AutomaticSpeechRecognitionPipeline, GenerationConfig, pipeline
@@ -157,20 +157,12 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
             result["chunks"] = chunks
         return result
 
-    def get_iterator(
-        self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params
-    ) -> "TranscriptIterator":
+    def get_iterator(self, inputs, num_workers, batch_size, *parameters) -> "TranscriptIterator":
         """
         Batches of waveforms, of which the processor makes one padded input; the base class's data loader would pad
         tensors without knowing what they are. `num_workers` has no use here.
         """
-        return TranscriptIterator(
-            inputs,
-            batch_size,
-            segment=lambda source: self.preprocess(source, **preprocess_params),
-            transcribe=lambda segments: self.forward({"segments": segments}, **forward_params)["segments"],
-            join=lambda segments: self.postprocess(segments, **postprocess_params),
-        )
+        return TranscriptIterator(self, inputs, batch_size, *parameters)
 
     def save_pretrained(self, save_directory, **kwargs):
         """Save the model and its processor, from which `pipeline` makes this pipeline again."""
@@ -181,12 +173,9 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
 class TranscriptIterator:
     """Reads inputs as it goes, and gives one result per input, in order; its length is theirs."""
 
-    def __init__(self, inputs: Iterable, batch_size: int, segment: Callable, transcribe: Callable, join: Callable):
-        self.inputs = inputs
-        self.batch_size = batch_size
-        self.segment = segment
-        self.transcribe = transcribe
-        self.join = join
+    def __init__(self, pipe, inputs: Iterable, batch_size: int, preprocess: dict, forward: dict, postprocess: dict):
+        self.pipe, self.inputs, self.batch_size = pipe, inputs, batch_size
+        self.preprocess, self.forward, self.postprocess = preprocess, forward, postprocess
 
     def __len__(self):
         return len(self.inputs)
@@ -195,13 +184,13 @@ class TranscriptIterator:
         # A torch dataset has a length and items, but need not end by itself when iterated over.
         indexed = isinstance(self.inputs, Sized)
         sources = (self.inputs[i] for i in range(len(self.inputs))) if indexed else self.inputs
-        segments = (segment for source in sources for segment in self.segment(source))
+        segments = (segment for source in sources for segment in self.pipe.preprocess(source, **self.preprocess))
         transcribed = []
         while batch := list(islice(segments, self.batch_size)):
-            for segment in self.transcribe(batch):
+            for segment in self.pipe.forward({"segments": batch}, **self.forward)["segments"]:
                 transcribed.append(segment)
                 if segment["is_last"]:
-                    yield self.join(transcribed)
+                    yield self.pipe.postprocess(transcribed, **self.postprocess)
                     transcribed = []
 
 
