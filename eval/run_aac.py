@@ -14,27 +14,16 @@ a killed run goes on where it was.
 from salmonn_hf.data.tasks import TEST_PROMPTS
 from salmonn_hf.evaluation.caption_baselines import BASELINES, MostFrequentCaption, NearestCaption
 from salmonn_hf.evaluation.caption_metrics import require_java
-from salmonn_hf.evaluation.engine import argument_parser, finish, parquet_clips, predict, run_settings
+from salmonn_hf.evaluation.clips import parquet_clips
+from salmonn_hf.evaluation.command_line import argument_parser, evaluate, format_metric
 from salmonn_hf.evaluation.scoring import score_caption_predictions
 from salmonn_hf.inference import Answerer
 
 
-def make_model(arguments):
-    if arguments.baseline == "most_frequent":
-        return MostFrequentCaption(parquet_clips(arguments.train_data, arguments.captions_column))
-    answerer = Answerer(arguments.model, arguments.dtype, arguments.device)
-    if arguments.baseline == "nearest":
-        train = parquet_clips(arguments.train_data, arguments.captions_column)
-        return NearestCaption(train, answerer, arguments.batch_size)
-    return answerer
-
-
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("--data", required=True, nargs="+", help="Parquet files")
     parser.add_argument("--captions_column", default="captions", help="default: %(default)s")
     parser.add_argument("--prompt", default=TEST_PROMPTS["audiocaption"], help="default: %(default)s")
-    parser.add_argument("--device", default=None, help="default: the GPU, where there is one")
     parser.add_argument("--corenlp", help="directory with CoreNLP's jars")
     parser.add_argument("--minilm", help="all-MiniLM-L6-v2: directory or hub name")
     parser.add_argument("--baseline", choices=BASELINES, help="captions of this in place of the model's")
@@ -44,20 +33,31 @@ def main() -> None:
         parser.error("a baseline needs --train_data")
     require_java()  # before the model runs: what is missing should not cost that wait
 
-    clips = parquet_clips(arguments.data, arguments.captions_column, arguments.prompt)[: arguments.max_clips]
-    settings = run_settings(arguments, "aac", arguments.data) | {"prompt": arguments.prompt}
+    settings = {"prompt": arguments.prompt}
     if arguments.baseline:
         settings |= {"model": BASELINES[arguments.baseline], "encoder": arguments.model, "train": arguments.train_data}
-    predictions = predict(clips, lambda: make_model(arguments), arguments.output, settings, arguments.batch_size)
-    if predictions is None:
+
+    def make_model():
+        if arguments.baseline == "most_frequent":
+            return MostFrequentCaption(parquet_clips(arguments.train_data, arguments.captions_column))
+        answerer = Answerer(arguments.model, arguments.dtype, arguments.device)
+        if arguments.baseline == "nearest":
+            train = parquet_clips(arguments.train_data, arguments.captions_column)
+            return NearestCaption(train, answerer, arguments.batch_size)
+        return answerer
+
+    def score(predictions):
+        return score_caption_predictions(predictions, arguments.corenlp, arguments.minilm)
+
+    clips = parquet_clips(arguments.data, arguments.captions_column, arguments.prompt)
+    result = evaluate(arguments, "aac", clips, make_model, score, **settings)
+    if result is None:
         return
-    scored = score_caption_predictions(predictions, arguments.corenlp, arguments.minilm)
-    result = finish(arguments.output, predictions, *scored)
     for name, why in result["not_computed"].items():
         print(f"not computed, {name}: {why}")
     for name, metric in result["metrics"].items():
-        print(f"{name:18} {metric['value']:.4f} ({metric['low']:.4f} to {metric['high']:.4f})")
-    print(f"of {len(clips)} clips ({len(result['broken_clips'])} broken). {arguments.note}")
+        print(f"{name:18} {format_metric(metric)}")
+    print(f"of {result['clips']} clips ({len(result['broken_clips'])} broken). {arguments.note}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import json
 import time
 from pathlib import Path
 
-from salmonn_hf.evaluation.engine import parquet_clips
+from salmonn_hf.evaluation.clips import parquet_clips
 from salmonn_hf.files import write_whole
 from salmonn_hf.inference import Transcriber
 
@@ -32,7 +32,7 @@ def main() -> None:
 
     transcriber = Transcriber(arguments.model, arguments.dtype, arguments.device)
     clips = parquet_clips(arguments.data, arguments.text_column)[: arguments.max_clips]
-    result = compare(transcriber, [clip.read(clip.audio) for clip in clips])
+    result = compare(transcriber, [clip.waveform() for clip in clips])
     result |= {"model": arguments.model, "device": transcriber.device, "dtype": transcriber.dtype}
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -65,26 +64,24 @@ def output_name(file: str, form: str) -> str:
     return Path(file).stem + SUFFIXES[form]
 
 
-def segments(waveform: np.ndarray, target_seconds: float) -> Iterator[tuple[float, float, np.ndarray]]:
-    """Start and end in seconds, and samples, of what can be heard; digital silence is left out."""
-    for start, end in split_at_pauses(waveform, SAMPLING_RATE, 30.0, target_seconds):
-        if not is_silent(waveform[start:end]):
-            yield start / SAMPLING_RATE, end / SAMPLING_RATE, waveform[start:end]
-
-
 def answer_file(model, waveform: np.ndarray, prompt: str, arguments, progress) -> list[dict]:
-    """What is answered to each segment: `[{"start", "end", "text"}, ...]`, seconds."""
-    # A transcript of short segments has the better times; a caption or an answer should be of the whole.
+    """The answer to each segment that is not silent: `[{"start", "end", "text"}, ...]`, in seconds."""
+    # A transcript of short segments has the better times; a caption or an answer should be of all that is there.
     target_seconds = TARGET_SECONDS if arguments.task == "transcribe" else 30.0
-    heard = list(segments(waveform, target_seconds))
-    progress.reset(total=len(heard))
+    segments = split_at_pauses(waveform, SAMPLING_RATE, 30.0, target_seconds)
+    segments = [(start, end) for start, end in segments if not is_silent(waveform[start:end])]
+    progress.reset(total=len(segments))
     chunks = []
-    for first in range(0, len(heard), arguments.batch_size):
-        batch = heard[first : first + arguments.batch_size]
-        texts = model([clip for _, _, clip in batch], [prompt] * len(batch))
+    for first in range(0, len(segments), arguments.batch_size):
+        batch = segments[first : first + arguments.batch_size]
+        texts = model([waveform[start:end] for start, end in batch], [prompt] * len(batch))
         chunks += [
-            {"start": round(start, 2), "end": round(end, 2), "text": " ".join(text.split())}
-            for (start, end, _), text in zip(batch, texts, strict=True)
+            {
+                "start": round(start / SAMPLING_RATE, 2),
+                "end": round(end / SAMPLING_RATE, 2),
+                "text": " ".join(text.split()),
+            }
+            for (start, end), text in zip(batch, texts, strict=True)
         ]
         progress.update(len(batch))
     return [chunk for chunk in chunks if chunk["text"]]

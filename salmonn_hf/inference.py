@@ -1,4 +1,4 @@
-"""Answers to requests about audio, a batch at a time, without endless repetition."""
+"""Transcripts of, and answers to requests about, a batch of clips, by any checkpoint: what evaluation and CLI use."""
 
 from functools import partial
 
@@ -8,13 +8,13 @@ from torch import nn
 from transformers import AutoModel, AutoProcessor, pipeline
 
 from .base_parts.resolver import REGISTRY_COPIES, resolve_base_part
+from .model.answering import generate_answers
 from .model.lora import adapted_parts
-from .model.repetition import RepetitionGuard, clean_answer
 
-LONE_FEATURES = 1024  # up to which a lone row's product is that of several (measured on AVX-512)
+SINGLE_ROW_FEATURES = 1024  # up to which a single row's product equals that of several (measured on AVX-512)
 
 
-def usual_dtype(device=None) -> str:
+def default_dtype(device=None) -> str:
     """
     The checkpoint's own precision, "auto"; but "float32" on a CPU without bfloat16 instructions, which takes several
     times as long in bfloat16.
@@ -23,31 +23,31 @@ def usual_dtype(device=None) -> str:
     return "float32" if on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported() else "auto"
 
 
-def fold_lora(model):
-    """LoRA into the weights beside it, where that rounds nothing: its products then cost nothing."""
+def merge_lora_if_exact(model):
+    """Merge LoRA into the weights beside it where that rounds nothing, in float32: its products then cost nothing."""
     adapted = adapted_parts(model.config)
     quantized = getattr(model.config, "quantization", None) or {}
     if adapted and model.dtype == torch.float32 and not any(part in quantized for part in adapted):
         model.merge_lora()
 
 
-def compute_tokens_alike(model):
+def make_batch_invariant(model):
     """
     Have a CPU give a token of the language model the same numbers alone, in a batch and in a draft, in bfloat16 too:
-    attention is written out, and a product with many features never has one row alone, whose terms torch would sum up
-    in another order than those of two rows or more.
+    attention is eager, and a product with many features never has a single row, whose terms torch would sum in another
+    order than those of two rows or more.
     """
     if model.config.model_type == "salmonn" and model.device.type == "cpu" and model.dtype == torch.bfloat16:
         model.language_model.set_attn_implementation("eager")
         for module in model.language_model.modules():
-            if type(module) is nn.Linear and module.in_features > LONE_FEATURES:
-                module.forward = partial(product_of_two_rows, module.forward)
+            if type(module) is nn.Linear and module.in_features > SINGLE_ROW_FEATURES:
+                module.forward = partial(pad_single_row, module.forward)
 
 
-def product_of_two_rows(product, rows: torch.Tensor) -> torch.Tensor:
-    """`product(rows)`, a lone row with one of zeros beside it."""
-    lone = rows.numel() == rows.shape[-1]
-    return product(nn.functional.pad(rows, (0, 0, 0, 1)))[..., :1, :] if lone else product(rows)
+def pad_single_row(product, rows: torch.Tensor) -> torch.Tensor:
+    """`product(rows)`, a single row with one of zeros beside it."""
+    is_single = rows.numel() == rows.shape[-1]
+    return product(nn.functional.pad(rows, (0, 0, 0, 1)))[..., :1, :] if is_single else product(rows)
 
 
 class Transcriber:
@@ -56,7 +56,7 @@ class Transcriber:
 
     Args:
         model (`str`): directory or hub name.
-        dtype (`str`, *optional*): "auto" for the checkpoint's own; default: see `usual_dtype`.
+        dtype (`str`, *optional*): "auto" for the checkpoint's own; default: see `default_dtype`.
         device (*optional*): as in any pipeline; default: the GPU, where there is one.
         speculation_type (`str`, *optional*): "ctc": SALMONN's drafted decoding, one clip at a time.
     """
@@ -64,14 +64,14 @@ class Transcriber:
     max_seconds = float("inf")
 
     def __init__(self, model: str, dtype: str | None = None, device=None, speculation_type: str | None = None):
-        dtype = dtype or usual_dtype(device)
+        dtype = dtype or default_dtype(device)
         name = str(resolve_base_part(model)) if model in REGISTRY_COPIES else model
         self.pipeline = pipeline("automatic-speech-recognition", model=name, dtype=dtype, device=device)
         if self.pipeline.tokenizer.pad_token is None:  # transformers' own pipeline needs one to make batches
             self.pipeline.tokenizer.pad_token = self.pipeline.tokenizer.eos_token
         self.model = self.pipeline.model
-        fold_lora(self.model)
-        compute_tokens_alike(self.model)
+        merge_lora_if_exact(self.model)
+        make_batch_invariant(self.model)
         self.speculation_type = speculation_type
         self.device, self.dtype = str(self.model.device), str(self.model.dtype)
 
@@ -88,7 +88,7 @@ class Transcriber:
 
 class Answerer:
     """
-    A SALMONN checkpoint as a function of clips and what is asked of them. Greedy, with [`RepetitionGuard`].
+    A SALMONN checkpoint as a function of clips and what is asked of them: greedy, see [`generate_answers`].
 
     Args:
         model (`str`): directory or hub name.
@@ -96,39 +96,24 @@ class Answerer:
         max_new_tokens (`int`): no answer is longer.
     """
 
-    max_seconds = 30.0  # what the encoder hears at once
+    max_seconds = 30.0  # the encoder's input
 
     def __init__(self, model: str, dtype: str | None = None, device=None, max_new_tokens: int = 96):
-        self.model = AutoModel.from_pretrained(model, dtype=dtype or usual_dtype(device)).eval()
-        fold_lora(self.model)
+        self.model = AutoModel.from_pretrained(model, dtype=dtype or default_dtype(device)).eval()
+        merge_lora_if_exact(self.model)
         self.processor = AutoProcessor.from_pretrained(model)
         self.max_new_tokens = max_new_tokens
         self.model.to(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-        compute_tokens_alike(self.model)
+        make_batch_invariant(self.model)
         self.device, self.dtype = str(self.model.device), str(self.model.dtype)
 
     def __call__(self, waveforms: list[np.ndarray], prompts: list[str]) -> list[str]:
         """The answer to each prompt about its clip, of 30 s at most."""
-        return self.answer(
-            [
-                [{"role": "user", "content": [{"type": "audio", "audio": clip}, {"type": "text", "text": prompt}]}]
-                for clip, prompt in zip(waveforms, prompts, strict=True)
-            ]
-        )
-
-    @torch.inference_mode()
-    def answer(self, conversations: list[list[dict]]) -> list[str]:
-        """The next turn of each conversation, as `SalmonnProcessor.apply_chat_template` takes them."""
+        conversations = [
+            self.processor.transcription_messages(clip, prompt)
+            for clip, prompt in zip(waveforms, prompts, strict=True)
+        ]
         inputs = self.processor.apply_chat_template(
             conversations, tokenize=True, return_dict=True, add_generation_prompt=True
-        ).to(self.model.device)
-        output = self.model.generate(
-            **inputs,
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            stopping_criteria=[RepetitionGuard()],
         )
-        answers = output[:, inputs["input_ids"].shape[1] :].tolist()
-        answers = [clean_answer(answer, self.processor.tokenizer) for answer in answers]
-        return [text.strip() for text in self.processor.batch_decode(answers, skip_special_tokens=True)]
+        return generate_answers(self.model, self.processor, inputs, self.max_new_tokens, do_sample=False, num_beams=1)

@@ -6,7 +6,7 @@ import torch
 from conftest import noise, tiny_config, tiny_model, tiny_processor
 from transformers import AutoModel
 
-from salmonn_hf.inference import Answerer, Transcriber, usual_dtype
+from salmonn_hf.inference import Answerer, Transcriber, default_dtype
 
 
 def test_answers_are_those_of_generate_alone_and_in_a_batch(tiny_checkpoint):
@@ -51,7 +51,7 @@ def test_transcriber_gives_what_the_pipeline_gives(tiny_checkpoint):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_lora_is_folded_in_where_that_changes_nothing(tmp_path, dtype):
+def test_lora_is_merged_where_that_changes_nothing(tmp_path, dtype):
     tiny_model(tiny_config(lora={"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]})).save_pretrained(
         tmp_path
     )
@@ -64,9 +64,9 @@ def test_lora_is_folded_in_where_that_changes_nothing(tmp_path, dtype):
     torch.testing.assert_close(model(**inputs).logits, before, atol=1e-4, rtol=1e-4)
 
 
-def test_no_product_of_many_features_has_one_row_alone(tmp_path, monkeypatch):
+def test_no_product_of_many_features_has_a_single_row(tmp_path, monkeypatch):
     """In bfloat16 on a CPU; the others, and those of one row in float32, are as they were."""
-    monkeypatch.setattr("salmonn_hf.inference.LONE_FEATURES", 48)  # of the tiny model down_proj alone has more
+    monkeypatch.setattr("salmonn_hf.inference.SINGLE_ROW_FEATURES", 48)  # of the tiny model down_proj alone has more
     tiny_model().save_pretrained(tmp_path)
     tiny_processor().save_pretrained(tmp_path)
     linear, rows = torch.nn.functional.linear, []
@@ -99,4 +99,4 @@ def test_no_product_of_many_features_has_one_row_alone(tmp_path, monkeypatch):
 def test_bfloat16_only_where_it_is_fast(monkeypatch, device, has_gpu, has_bfloat16, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bfloat16)
-    assert usual_dtype(device) == expected
+    assert default_dtype(device) == expected

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from ..model.audio import AudioError
-from .engine import Clip
+from ..data.corpora import UnusableClip
+from .clips import Clip
 
 BASELINES = {
     "most_frequent": "the most frequent training caption",
@@ -33,7 +33,7 @@ class NearestCaption:
     """
     Says of a clip the first caption of the training clip whose speech-encoder features, averaged over time and
     standardised over the training clips, have the highest cosine with its own. Training clips that cannot be read, or
-    are longer than the encoder hears, are left out.
+    are longer than the encoder's 30 s, are not used.
 
     Args:
         answerer ([`Answerer`]): of whose encoder and processor the features are.
@@ -44,10 +44,10 @@ class NearestCaption:
     def __init__(self, train: list[Clip], answerer, batch_size: int = 16):
         self.answerer = answerer
         self.device, self.dtype = answerer.device, answerer.dtype
-        heard = [(clip, waveform) for clip, waveform in readable(train) if len(waveform) <= 30 * 16000]
-        heard.sort(key=lambda pair: -len(pair[1]))
-        self.captions = [clip.references[0] for clip, _ in heard]
-        waveforms = [waveform for _, waveform in heard]
+        pairs = [(clip, waveform) for clip, waveform in readable(train) if len(waveform) <= 30 * 16000]
+        pairs.sort(key=lambda pair: -len(pair[1]))
+        self.captions = [clip.references[0] for clip, _ in pairs]
+        waveforms = [waveform for _, waveform in pairs]
         means = [self.mean_features(waveforms[i : i + batch_size]) for i in range(0, len(waveforms), batch_size)]
         means = torch.cat(means)
         self.mean, self.std = means.mean(0), means.std(0) + 1e-6
@@ -73,6 +73,6 @@ class NearestCaption:
 def readable(clips: list[Clip]) -> Iterator[tuple[Clip, np.ndarray]]:
     for clip in clips:
         try:
-            yield clip, clip.read(clip.audio)
-        except AudioError:
+            yield clip, clip.waveform()
+        except (UnusableClip, OSError):
             continue

@@ -73,11 +73,13 @@ def score_captions(
     for order in range(4):
         scores[f"BLEU-{order + 1}"] = CaptionScore(values[order], *interval(samples[:, order]), np.array(clips[order]))
     if corenlp is not None:
-        clips = spice(references, hypotheses, corenlp)
-        scores["SPICE"] = CaptionScore(float(clips.mean()), *mean_interval(clips), clips)
-        clips = (clips + scores["CIDEr-D"].clips) / 2
-        scores["SPIDEr"] = CaptionScore(float(clips.mean()), *mean_interval(clips), clips)
+        scores["SPICE"] = mean_score(spice(references, hypotheses, corenlp))
+        scores["SPIDEr"] = mean_score((scores["SPICE"].clips + scores["CIDEr-D"].clips) / 2)
     return scores
+
+
+def mean_score(clips: np.ndarray) -> CaptionScore:
+    return CaptionScore(float(clips.mean()), *mean_interval(clips), clips)
 
 
 def cider_d(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> float:
@@ -253,13 +255,14 @@ def minilm_similarity(
         states, mask = encoder(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
         means = (states * mask).sum(1) / mask.sum(1)
         vectors |= dict(zip(batch, torch.nn.functional.normalize(means, dim=-1), strict=True))
-    clips = np.array(
-        [
-            float(torch.stack([vectors[text] for text in several]).mean(0) @ vectors[hypothesis])
-            for several, hypothesis in zip(references, hypotheses, strict=True)
-        ]
+    return mean_score(
+        np.array(
+            [
+                float(torch.stack([vectors[text] for text in several]).mean(0) @ vectors[hypothesis])
+                for several, hypothesis in zip(references, hypotheses, strict=True)
+            ]
+        )
     )
-    return CaptionScore(float(clips.mean()), *mean_interval(clips), clips)
 
 
 def caption_statistics(captions: Sequence[str]) -> dict[str, float]:

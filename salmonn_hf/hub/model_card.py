@@ -10,7 +10,9 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data.tasks import TEST_PROMPTS
-from ..evaluation.report import Run, markdown_table, metrics_table, read_run, remarks, timings
+from ..evaluation.report import metrics_table, remarks
+from ..evaluation.results import Run, read_run, timings
+from ..evaluation.tables import markdown_table
 from ..files import write_whole
 from ..model.configuration_salmonn import SalmonnConfig
 from ..model.lora import LORA_FIELDS, adapted_parts

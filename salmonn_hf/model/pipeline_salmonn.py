@@ -1,14 +1,14 @@
 """The "automatic-speech-recognition" pipeline of SALMONN: audio of any kind and any length to text."""
 
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sized
 from itertools import islice
 
 from transformers import AutomaticSpeechRecognitionPipeline, GenerationConfig, pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .answering import generate_answers, transcript_limit
 from .audio import load_audio
 from .processing_salmonn import SalmonnProcessor
-from .repetition import RepetitionGuard, clean_answer
 from .segmentation import TARGET_SECONDS, is_silent, split_at_pauses
 
 TASK = "automatic-speech-recognition"
@@ -18,9 +18,9 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
     r"""
     Transcribes audio with [`SalmonnForConditionalGeneration`].
 
-    Audio is cut at pauses into segments that the encoder can hear, and each is transcribed on its own, `batch_size` at
-    a time, from one file or several. Digital silence gives empty text without asking the model. Inputs and results are
-    streamed: no more than the features of one batch are in memory.
+    Audio is cut at pauses into segments no longer than the encoder's input, and each is transcribed on its own,
+    `batch_size` at a time, from one file or several. Digital silence gives empty text without a run of the model.
+    Inputs and results are streamed: no more than the features of one batch are in memory.
 
     ```python
     >>> transcriber = pipeline("automatic-speech-recognition", model="path/to/checkpoint")
@@ -39,7 +39,7 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
     _load_processor = None
     _load_tokenizer = None
     _load_feature_extractor = None
-    # Greedy. Whisper allows itself 448 tokens for 30 s; a shorter segment may have its share, see `_transcribe`.
+    # Greedy. Where nobody says how many tokens, each segment may have its share of them, see `transcript_limit`.
     _default_generation_config = GenerationConfig(max_new_tokens=448)
 
     def __init__(self, model, processor=None, tokenizer=None, feature_extractor=None, **kwargs):
@@ -66,7 +66,7 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
             prompt (`str`, *optional*): ask this instead of the prompt that the processor was saved with.
             language (`str`, *optional*): the language to write, e.g. "English".
             batch_size (`int`, *optional*): segments that the model transcribes at once. It changes the speed alone.
-            chunk_length_s (`float`, *optional*): the longest segment. Default: as long as the encoder can hear, 30 s.
+            chunk_length_s (`float`, *optional*): the longest segment. Default: as long as the encoder's input, 30 s.
             target_length_s (`float`, *optional*): cut at any pause rather than make a segment longer than this.
             speculation_type (`str`, *optional*): "ctc" transcribes a clip in fewer passes of the language model, which
                 verifies a draft of the CTC head; the text is the same. With batches of one, the default.
@@ -138,32 +138,13 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
         }
 
     def _transcribe(self, waveforms, prompt, language, generate_kwargs) -> list[str]:
-        inputs = self.processor.apply_transcription_request(waveforms, prompt=prompt, language=language).to(
-            self.device
-        )
-        prepared = self._prepare_generate_kwargs(generate_kwargs)
-        limits = [None] * len(waveforms)
-        if "max_new_tokens" in prepared and "max_new_tokens" not in generate_kwargs:
-            # Nobody says more than 15 tokens a second: where a model repeats itself without end, stop it. Each segment
-            # has its own limit, whatever is beside it in the batch.
-            limits = [16 + 15 * len(waveform) // self.feature_extractor.sampling_rate for waveform in waveforms]
-            prepared["max_new_tokens"] = max(limits)
-        config = prepared.get("generation_config", self.model.generation_config)
-        if prepared.get("speculation_type", config.speculation_type) == "ctc":
-            if len(waveforms) == 1:
-                prepared["tokenizer"] = self.tokenizer
-            else:
-                prepared["speculation_type"] = None  # drafts are for one clip at a time; a batch has the same texts
-        prepared["stopping_criteria"] = [*prepared.get("stopping_criteria", []), RepetitionGuard()]
-        output = self.model.generate(**inputs, **prepared)
-        sequences = getattr(output, "sequences", output)  # an object with return_dict_in_generate
-        if len(sequences) != len(waveforms):
-            raise ValueError(
-                f"generate gave {len(sequences)} texts for {len(waveforms)} segments; leave num_return_sequences at 1."
-            )
-        answers = sequences[:, inputs["input_ids"].shape[1] :].tolist()
-        answers = [clean_answer(answer[:limit], self.tokenizer) for answer, limit in zip(answers, limits, strict=True)]
-        return self.processor.batch_decode(answers, skip_special_tokens=True)
+        inputs = self.processor.apply_transcription_request(waveforms, prompt=prompt, language=language)
+        settings = self._prepare_generate_kwargs(generate_kwargs)
+        limits = settings.pop("max_new_tokens", None)
+        if limits is not None and "max_new_tokens" not in self._generate_kwargs | generate_kwargs:
+            rate = self.feature_extractor.sampling_rate
+            limits = [transcript_limit(len(waveform) / rate) for waveform in waveforms]
+        return generate_answers(self.model, self.processor, inputs, limits, **settings)
 
     def postprocess(self, model_outputs, return_timestamps=False) -> dict:
         # One space between words, whatever the segments begin and end with.
@@ -176,20 +157,12 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
             result["chunks"] = chunks
         return result
 
-    def get_iterator(
-        self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params
-    ) -> "TranscriptIterator":
+    def get_iterator(self, inputs, num_workers, batch_size, *parameters) -> "TranscriptIterator":
         """
         Batches of waveforms, of which the processor makes one padded input; the base class's data loader would pad
         tensors without knowing what they are. `num_workers` has no use here.
         """
-        return TranscriptIterator(
-            inputs,
-            batch_size,
-            segment=lambda source: self.preprocess(source, **preprocess_params),
-            transcribe=lambda segments: self.forward({"segments": segments}, **forward_params)["segments"],
-            join=lambda segments: self.postprocess(segments, **postprocess_params),
-        )
+        return TranscriptIterator(self, inputs, batch_size, *parameters)
 
     def save_pretrained(self, save_directory, **kwargs):
         """Save the model and its processor, from which `pipeline` makes this pipeline again."""
@@ -200,12 +173,9 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
 class TranscriptIterator:
     """Reads inputs as it goes, and gives one result per input, in order; its length is theirs."""
 
-    def __init__(self, inputs: Iterable, batch_size: int, segment: Callable, transcribe: Callable, join: Callable):
-        self.inputs = inputs
-        self.batch_size = batch_size
-        self.segment = segment
-        self.transcribe = transcribe
-        self.join = join
+    def __init__(self, pipe, inputs: Iterable, batch_size: int, preprocess: dict, forward: dict, postprocess: dict):
+        self.pipe, self.inputs, self.batch_size = pipe, inputs, batch_size
+        self.preprocess, self.forward, self.postprocess = preprocess, forward, postprocess
 
     def __len__(self):
         return len(self.inputs)
@@ -214,13 +184,13 @@ class TranscriptIterator:
         # A torch dataset has a length and items, but need not end by itself when iterated over.
         indexed = isinstance(self.inputs, Sized)
         sources = (self.inputs[i] for i in range(len(self.inputs))) if indexed else self.inputs
-        segments = (segment for source in sources for segment in self.segment(source))
+        segments = (segment for source in sources for segment in self.pipe.preprocess(source, **self.preprocess))
         transcribed = []
         while batch := list(islice(segments, self.batch_size)):
-            for segment in self.transcribe(batch):
+            for segment in self.pipe.forward({"segments": batch}, **self.forward)["segments"]:
                 transcribed.append(segment)
                 if segment["is_last"]:
-                    yield self.join(transcribed)
+                    yield self.pipe.postprocess(transcribed, **self.postprocess)
                     transcribed = []
 
 
@@ -229,7 +199,7 @@ def processor_from_parts(model, tokenizer, feature_extractor) -> SalmonnProcesso
     if tokenizer is None or feature_extractor is None:
         raise ValueError(
             "The pipeline needs a processor=, or a tokenizer= and a feature_extractor=. If they should have come with "
-            f"the checkpoint '{model.name_or_path}', AutoProcessor.from_pretrained on it tells why they did not."
+            f"the checkpoint '{model.name_or_path}', AutoProcessor.from_pretrained on it says why they did not."
         )
     settings = {
         "audio_token": tokenizer.convert_ids_to_tokens(model.config.audio_token_id),

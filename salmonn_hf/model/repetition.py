@@ -38,8 +38,3 @@ def strip_end(tokens: list[int], ends: set[int]) -> list[int]:
     while length and tokens[length - 1] in ends:
         length -= 1
     return tokens[:length]
-
-
-def clean_answer(tokens: list[int], tokenizer) -> list[int]:
-    """An answer's tokens without end symbols, and without the rest of a phrase repeated without end."""
-    return cut_repetition(strip_end(tokens, {tokenizer.pad_token_id, tokenizer.eos_token_id}))

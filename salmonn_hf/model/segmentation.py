@@ -1,8 +1,8 @@
-"""Long audio to segments that a model hears one by one, cut at pauses."""
+"""Long audio cut at pauses into segments, each of which goes through the model on its own."""
 
 import numpy as np
 
-TARGET_SECONDS = 6.0  # a small language model reads short segments best: docs/nano.md
+TARGET_SECONDS = 6.0  # a small language model transcribes short segments best: docs/nano.md
 HOP_SECONDS = 0.01
 SMOOTHING_HOPS = 5  # bridges the gaps between the pulses of a low voice
 FORCED_CUT_HOPS = 20  # where there is no pause, the cut goes to the quietest 0.2 s
@@ -80,17 +80,17 @@ def levels_db(waveform: np.ndarray, hop: int) -> np.ndarray:
     return (10 * np.log10(np.maximum(power, 10 ** (LOWEST_DB / 10)))).astype(np.float32)
 
 
-def choose_pause(levels, goes_on: bool, first: int, last: int, target_hops: int, pause_hops: int) -> int | None:
+def choose_pause(levels, continues: bool, first: int, last: int, target_hops: int, pause_hops: int) -> int | None:
     """
     The hop from `first` to `last` at which to end a segment that starts at `levels[0]`, or None if there is no pause.
-    `goes_on` tells that the audio continues after `levels`: silence up to its very end, as at its very start, is no
+    `continues`: whether the audio continues after `levels`. Silence up to its very end, as at its very start, is no
     pause between words, and cut off it would only be a segment without any.
     """
     quiet = np.concatenate([[False], levels < pause_threshold_db(levels), [False]])
     edges = np.flatnonzero(quiet[1:] != quiet[:-1])
     begins, ends = edges[::2], edges[1::2]
     centers, lengths = (begins + ends) // 2, ends - begins
-    usable = (lengths >= pause_hops) & (begins > 0) & (goes_on | (ends < len(levels)))
+    usable = (lengths >= pause_hops) & (begins > 0) & (continues | (ends < len(levels)))
     usable &= (first <= centers) & (centers <= last)
     centers, lengths = centers[usable], lengths[usable]
 

@@ -20,17 +20,9 @@ import torch
 from accelerate import PartialState
 from conftest import noise
 
-from salmonn_hf import load_audio
-from salmonn_hf.evaluation.engine import (
-    Clip,
-    annotation_clips,
-    finish,
-    header_seconds,
-    parquet_clips,
-    plan_batches,
-    predict,
-    read_lines,
-)
+from salmonn_hf.evaluation.clips import Clip, annotation_clips, parquet_clips
+from salmonn_hf.evaluation.engine import plan_batches, predict
+from salmonn_hf.evaluation.results import read_lines, write_result
 from salmonn_hf.evaluation.scoring import breakdowns, duration_part, score_answers, score_transcripts
 
 EVAL = Path(__file__).resolve().parents[2] / "eval"
@@ -45,15 +37,15 @@ def flac(waveform):
 
 def clips_of(seconds):
     texts = ["a dog", "barks", "in the yard", "", "all night"]
+    files = [b"no audio" if length is None else flac(noise(length, row)) for row, length in enumerate(seconds)]
     return [
         Clip(
             id=f"clip-{row}",
-            audio={"audio": {"bytes": b"no audio" if length is None else flac(noise(length, row))}},
+            row=lambda file=file: {"audio": {"bytes": file, "path": None}},
             references=[texts[row % 5]],
             groups={"source": "ab"[row % 2]},
-            read=lambda audio: load_audio(audio["audio"]),
         )
-        for row, length in enumerate(seconds)
+        for row, file in enumerate(files)
     ]
 
 
@@ -80,7 +72,7 @@ SECONDS = [0.5, 1.0, None, 0.3, 2.5, 0.7, 0.9, 1.1, 0.2, 0.4, 0.6]
 def evaluate(output, model, clips=None):
     predictions = predict(clips or clips_of(SECONDS), lambda: model, output, {"model": "listener"}, batch_size=2)
     if predictions is not None:
-        finish(output, predictions, *score_transcripts(predictions))
+        write_result(output, predictions, *score_transcripts(predictions))
     return predictions
 
 
@@ -160,7 +152,7 @@ def test_two_processes_share_the_clips_and_give_the_files_of_one(tmp_path):
 def test_batches_hold_clips_of_like_length_and_the_longest_come_first():
     batches = plan_batches(clips_of(SECONDS), 4)
     assert batches == [[4, 7, 1, 6], [5, 10, 0, 9], [3, 8, 2]]
-    assert header_seconds(clips_of([1.5])[0].audio) == 1.5
+    assert clips_of([1.5])[0].header_seconds() == 1.5
 
 
 def test_a_broken_clip_is_counted_and_named(tmp_path, capsys):
@@ -175,12 +167,12 @@ def test_a_broken_clip_is_counted_and_named(tmp_path, capsys):
     assert read_lines(tmp_path / "scores.jsonl")[2]["deletions"] == 3
 
 
-def test_a_clip_longer_than_the_model_hears_is_named(tmp_path, capsys):
+def test_a_clip_longer_than_the_models_input_is_named(tmp_path, capsys):
     predictions = evaluate(tmp_path, Listener())
     assert predictions[4]["hypothesis"] == "32000 samples"
-    assert (predictions[4]["seconds"], predictions[4]["heard_seconds"]) == (2.5, 2.0)
+    assert (predictions[4]["seconds"], predictions[4]["truncated_to"]) == (2.5, 2.0)
     assert json.loads((tmp_path / "result.json").read_text())["cut_clips"] == ["clip-4: 2.0 of 2.5 s"]
-    assert "clip longer than the model hears, clip-4" in capsys.readouterr().err
+    assert "clip longer than the model's input, clip-4" in capsys.readouterr().err
 
 
 def test_refuses_to_go_on_with_other_settings(tmp_path):
@@ -317,7 +309,7 @@ def test_run_asr_measures_other_models_too(data, tmp_path, monkeypatch):
 
 def test_run_aac(data, tiny_checkpoint, tmp_path, monkeypatch, capsys):
     pytest.importorskip("pycocoevalcap", reason="caption metrics need pycocoevalcap: pip install -e .[captions]")
-    from salmonn_hf import caption_metrics
+    from salmonn_hf.evaluation import caption_metrics
 
     # Java takes longer to start than all the rest; test_caption_metrics.py has it.
     monkeypatch.setattr(caption_metrics, "require_java", lambda: None)

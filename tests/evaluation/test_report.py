@@ -13,8 +13,11 @@ import pytest
 import soundfile
 from conftest import efficiency_result, noise
 
-from salmonn_hf.evaluation.engine import finish, parquet_clips, predict
-from salmonn_hf.evaluation.report import challenge_table, read_run, worst_clips, write_report
+from salmonn_hf.evaluation.challenge_table import challenge_table
+from salmonn_hf.evaluation.clips import parquet_clips
+from salmonn_hf.evaluation.engine import predict
+from salmonn_hf.evaluation.report import worst_clips, write_report
+from salmonn_hf.evaluation.results import read_run, write_result
 from salmonn_hf.evaluation.scoring import score_answers, score_transcripts
 from salmonn_hf.files import write_whole
 
@@ -51,7 +54,7 @@ def results(tmp_path_factory):
         output = root / task
         settings = {"task": task, "model": "models/nano", "data": data, "note": NOTE if task == "aac" else ""}
         predictions = predict(clips, Model, output, settings)
-        finish(output, predictions, *score(predictions))
+        write_result(output, predictions, *score(predictions))
     (root / "times").mkdir()
     efficiency = efficiency_result("models/nano", nano=(0.51e9, 0.06, 0.0123), another=(0.9e9, 0.08, 0.0456))
     write_whole(root / "times" / "efficiency.json", json.dumps(efficiency))

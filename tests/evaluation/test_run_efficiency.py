@@ -12,21 +12,23 @@ from torch.testing._internal.two_tensor import TwoTensor
 from transformers import GraniteSpeechForConditionalGeneration
 
 from salmonn_hf import SalmonnForConditionalGeneration
+from salmonn_hf.evaluation.efficiency import PARTS, Benchmark, random_model, stored_bytes, weights_by_module
 from salmonn_hf.evaluation.report import write_report
 from salmonn_hf.hub.model_card import make_card
 from salmonn_hf.model.quantized_layers import quantize_parts
 
 ROOT = Path(__file__).resolve().parents[2]
+SPEECH = noise(2.0)
 SCRIPT = runpy.run_path(str(ROOT / "eval" / "run_efficiency.py"))
 
 
 def test_the_timed_parts_are_the_whole_model():
     model = tiny_model()
-    bench = SCRIPT["Bench"](model, prompt_tokens=9)
+    bench = Benchmark(model, SPEECH, prompt_tokens=9)
     clip, logits = noise(0.7), []
     model.language_model.register_forward_hook(lambda *args: logits.append(args[-1].logits[:, -1]))
     parts, steps = bench.round(clip, decode_steps=3)
-    assert list(parts) == list(SCRIPT["PARTS"]) and len(steps) == 3 and min(*parts.values(), *steps) >= 0
+    assert list(parts) == list(PARTS) and len(steps) == 3 and min(*parts.values(), *steps) >= 0
     features = bench.extractor([clip], return_tensors="pt")
     num_tokens = len(model.get_audio_features(**features).pooler_output)
     with torch.no_grad():
@@ -36,7 +38,7 @@ def test_the_timed_parts_are_the_whole_model():
 
 def test_a_cached_start_of_the_prompt_changes_nothing_but_the_time():
     model = tiny_model()
-    bench = SCRIPT["Bench"](model, prompt_tokens=9)
+    bench = Benchmark(model, SPEECH, prompt_tokens=9)
     clip, logits = noise(0.7), []
     cache = bench.prompt_cache()
     model.language_model.register_forward_hook(lambda *args: logits.append(args[-1].logits[:, -1]))
@@ -53,7 +55,7 @@ def test_the_parts_of_a_peer_are_transformers_own_model():
     config = tiny_config(text_config=tiny_text_config(tie_word_embeddings=True))
     torch.manual_seed(0)
     model = GraniteSpeechForConditionalGeneration(SCRIPT["granite_config"](config)).eval()
-    bench = SCRIPT["GraniteBench"](model, prompt_tokens=9)
+    bench = SCRIPT["GraniteBenchmark"](model, SPEECH, prompt_tokens=9)
     clip, logits = noise(0.9), []
     model.lm_head.register_forward_hook(lambda *args: logits.append(args[-1][:, -1]))
     parts, steps = bench.round(clip, decode_steps=3)
@@ -67,28 +69,28 @@ def test_the_parts_of_a_peer_are_transformers_own_model():
 
 def test_weights_count_tied_and_quantised_matrices_once():
     model = tiny_model(tiny_config(text_config=tiny_text_config(tie_word_embeddings=True)))
-    sizes = SCRIPT["weights_by_module"](model)
+    sizes = weights_by_module(model)
     assert sizes["embedding and head"] == 300 * 32 * 4
     state = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
     rotary = sum(t.nbytes for n, t in model.named_buffers() if "inv_freq" in n)
     assert sum(sizes.values()) == sum(state.values()) + rotary
     quantize_parts(model, {"embedding": {"bits": 8}})
-    assert SCRIPT["weights_by_module"](model)["embedding and head"] == 300 * 32 + 300 * 4
+    assert weights_by_module(model)["embedding and head"] == 300 * 32 + 300 * 4
 
 
 def test_weights_of_a_tensor_made_of_others_are_those():
     inner = torch.zeros(4, 4, dtype=torch.int8), torch.zeros(4, 4, dtype=torch.int8)
     model = tiny_model()
-    before = SCRIPT["weights_by_module"](model)["audio_norm"]
+    before = weights_by_module(model)["audio_norm"]
     model.audio_norm.register_buffer("quantised", TwoTensor(*inner))
-    assert SCRIPT["weights_by_module"](model)["audio_norm"] == before + 32
+    assert weights_by_module(model)["audio_norm"] == before + 32
 
 
 def test_weights_of_bitsandbytes_are_counted_with_their_scales():
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install -e .[quant]")
     linear = bitsandbytes.nn.Linear4bit(64, 32, bias=False, quant_type="nf4").to("cpu")
     stored = [tensor.nbytes for name, tensor in linear.state_dict().items() if "quant_state" not in name]
-    assert len(stored) > 1 and SCRIPT["stored_bytes"](linear.weight) == sum(stored)
+    assert len(stored) > 1 and stored_bytes(linear.weight) == sum(stored)
 
 
 @pytest.mark.parametrize("sounds", [{}, {"sound_layers": [1], "sound_summary_size": 8}])
@@ -112,7 +114,7 @@ def test_lora_in_the_encoder_is_merged_and_not_in_the_published_way(tmp_path, mo
                  "--output", tmp_path / "out"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["run_efficiency.py", *map(str, arguments)])
     SCRIPT["main"]()
-    plain = SCRIPT["weights_by_module"](tiny_model())["audio_tower"]
+    plain = weights_by_module(tiny_model())["audio_tower"]
     systems = json.loads((tmp_path / "out" / "efficiency.json").read_text())["systems"]
     assert [system["weights"]["audio_tower"] for system in systems.values()] == [plain, plain]
 
@@ -163,7 +165,7 @@ def test_the_report_and_the_card_take_what_it_writes(tiny_checkpoint, tmp_path, 
 
 def test_random_weights_of_quantised_shapes_run():
     config = tiny_config(quantization={"language_model": {"bits": 4, "group_size": 16}, "embedding": {"bits": 8}})
-    model = SCRIPT["random_model"](SalmonnForConditionalGeneration, config, torch.bfloat16, "cpu")
-    parts, steps = SCRIPT["Bench"](model, 9).round(noise(0.5), 2)
+    model = random_model(SalmonnForConditionalGeneration, config, torch.bfloat16, "cpu")
+    parts, steps = Benchmark(model, SPEECH, 9).round(noise(0.5), 2)
     assert len(steps) == 2
     assert model.language_model.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8

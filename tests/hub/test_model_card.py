@@ -12,7 +12,8 @@ from conftest import efficiency_result, tiny_config, tiny_model
 from huggingface_hub import ModelCard
 from test_evaluation import Listener, clips_of
 
-from salmonn_hf.evaluation.engine import finish, predict
+from salmonn_hf.evaluation.engine import predict
+from salmonn_hf.evaluation.results import write_result
 from salmonn_hf.evaluation.scoring import score_transcripts
 from salmonn_hf.files import write_whole
 from salmonn_hf.hub.model_card import count_parts, licence_of, make_card, parts_table, training_state
@@ -38,7 +39,7 @@ def made(tiny_checkpoint, tmp_path_factory):
     output = root / "asr"
     # All clips are heard as numbers of samples: every word of the references is an error.
     predictions = predict(clips_of([0.5, 1.0, None, 0.3, 1.5, 0.7, 1.8] * 3), Listener, output, settings)
-    finish(output, predictions, *score_transcripts(predictions))
+    write_result(output, predictions, *score_transcripts(predictions))
     (root / "times").mkdir()
     efficiency = efficiency_result(str(checkpoint), tiny=(0.51e9, 0.06, 0.0123))
     write_whole(root / "times" / "efficiency.json", json.dumps(efficiency))

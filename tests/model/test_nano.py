@@ -85,7 +85,7 @@ def test_captions_beat_retrieval(shared_data):
     from salmonn_hf.data.tasks import TEST_PROMPTS
     from salmonn_hf.evaluation.caption_baselines import NearestCaption, readable
     from salmonn_hf.evaluation.caption_metrics import score_captions
-    from salmonn_hf.evaluation.engine import parquet_clips
+    from salmonn_hf.evaluation.clips import parquet_clips
     from salmonn_hf.inference import Answerer
 
     sounds = shared_data / "sounds"

@@ -335,6 +335,8 @@ def test_endless_text_is_cut_by_each_clips_own_length(transcriber, monkeypatch):
     lengths = [len(result["text"]) for result in transcriber(clips, batch_size=3)]
     assert lengths == [31, 76, 23] == [len(transcriber(clip)["text"]) for clip in clips]
     assert len(transcriber(clips[0], max_new_tokens=100)["text"]) == 100
+    monkeypatch.setattr(transcriber, "_generate_kwargs", {"max_new_tokens": 90})  # as pipeline(max_new_tokens=90) does
+    assert len(transcriber(clips[0])["text"]) == 90
 
 
 def test_a_phrase_repeated_without_end_is_written_once(transcriber, monkeypatch):
@@ -362,7 +364,7 @@ def test_what_it_refuses(transcriber, tmp_path):
     for timestamps in ("word", "char"):
         with pytest.raises(ValueError, match=f"return_timestamps='{timestamps}'.*True or False"):
             transcriber(noise(1), return_timestamps=timestamps)
-    with pytest.raises(ValueError, match="2 texts for 1 segments"):
+    with pytest.raises(ValueError, match="2 texts for 1 prompts"):
         transcriber(noise(1), num_beams=2, num_return_sequences=2, **FEW)
     with pytest.raises(ValueError, match=f"{tmp_path}/none.wav does not exist"):
         transcriber(str(tmp_path / "none.wav"))

@@ -1,0 +1,97 @@
+"""The clips of an evaluation, with what is asked of each and what may be answered."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+
+from ..data.corpora import annotation
+from ..data.sources import parquet_rows, row_seconds, row_waveform
+
+GROUP_COLUMNS = ("source", "kind", "speaker", "label", "task")
+
+
+@dataclass
+class Clip:
+    """
+    Args:
+        id (`str`): names the clip in messages and results.
+        row (`Callable[[], dict]`): reads the row of the clip, which stays in its file until it is needed.
+        references (`list[str]`): accepted transcripts, captions or answers; none where they are not known.
+        prompt (`str`): what is asked of it; "" for the model's own transcription prompt.
+        groups (`dict[str, str]`): what scores are broken down by, e.g. its source.
+    """
+
+    id: str
+    row: Callable[[], dict]
+    references: list[str]
+    prompt: str = ""
+    groups: dict[str, str] = field(default_factory=dict)
+
+    def waveform(self) -> np.ndarray:
+        """
+        Float32 of shape `(samples,)` at 16 kHz.
+
+        Raises:
+            UnusableClip, OSError: for a clip that cannot be read.
+        """
+        return row_waveform(self.row())
+
+    def header_seconds(self) -> float:
+        """The length by the file's header, 0 where that tells none: enough to put like beside like."""
+        seconds = row_seconds(self.row())
+        return 0.0 if math.isnan(seconds) else seconds
+
+
+def parquet_clips(files: list[str], references: str, prompt: str = "", question: str | None = None) -> list[Clip]:
+    """
+    Clips of Parquet files with an `audio` column, as `datasets` writes it.
+
+    Args:
+        references (`str`): the column of the accepted texts, a string or a list of them.
+        prompt (`str`): asked of every clip.
+        question (`str`, *optional*): the column of a question of each clip's own, asked instead.
+
+    Raises:
+        ValueError: for a file without one of the columns, naming what it has.
+    """
+    data = parquet_rows(files, *filter(None, (references, question)))
+    clips = []
+    for row, columns in enumerate(data.remove_columns("audio")):
+        accepted = columns[references]
+        clips.append(
+            Clip(
+                id=str(columns.get("clip_id") or row),
+                row=partial(data.__getitem__, row),
+                references=[accepted or ""] if isinstance(accepted, str | None) else list(accepted),
+                prompt=columns[question] if question else prompt,
+                groups={name: str(columns[name]) for name in GROUP_COLUMNS if columns.get(name)},
+            )
+        )
+    return clips
+
+
+def annotation_clips(path: str, prefix: str, prompts: dict[str, str]) -> list[Clip]:
+    """
+    Clips of a SALMONN annotation file, named by their `testset_id` where they have one; `prompts` by task.
+
+    Raises:
+        ValueError: for an entry of a task that has no prompt.
+        CorpusError: for a file that is not in that form.
+    """
+    clips = []
+    for number, entry in enumerate(annotation(path, prefix)):
+        if entry["task"] not in prompts:
+            raise ValueError(f"{path}: entry {number} is of task {entry['task']!r}; expected {', '.join(prompts)}.")
+        clips.append(
+            Clip(
+                id=str(entry.get("testset_id", number)),
+                row=lambda entry=entry: entry,
+                references=[entry["text"]] if isinstance(entry["text"], str) else [],
+                prompt=prompts[entry["task"]],
+                groups={"source": entry["source"]},
+            )
+        )
+    return clips
