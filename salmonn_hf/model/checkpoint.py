@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, WhisperConfig
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import cached_file
 
 from .base_part_resolver import resolve_base_part
@@ -143,13 +142,6 @@ def adapter_state_dict(name_or_path: str, config, **hub_kwargs) -> dict[str, tor
     if missing or left_over:
         raise ValueError(f"{file} does not fit its config: missing {missing[:5]}, left over {left_over[:5]}.")
     return state_dict
-
-
-def save_code(directory: str | Path):
-    """Copy the pipeline and the modules it needs into a checkpoint, for processes without the package."""
-    from .pipeline_salmonn import SalmonnAutomaticSpeechRecognitionPipeline
-
-    custom_object_save(SalmonnAutomaticSpeechRecognitionPipeline, directory)
 
 
 def config_from_base_parts(audio_tower: str, language_model: str, sound_tower: str | None = None, **kwargs):

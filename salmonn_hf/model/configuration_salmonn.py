@@ -6,7 +6,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_beats import BeatsConfig
 
-# Where a checkpoint keeps its code, see `checkpoint.save_code`.
+# Where a checkpoint keeps its code, see `remote_code.save_code`.
 CUSTOM_PIPELINES = {
     "automatic-speech-recognition": {
         "impl": "pipeline_salmonn.SalmonnAutomaticSpeechRecognitionPipeline",

@@ -24,6 +24,7 @@ from .generation_salmonn import SalmonnGenerationMixin
 from .lora import LORA_FIELDS, adapted_parts, add_lora, merge_lora
 from .modeling_beats import BeatsModel
 from .quantized_layers import quantize_parts
+from .remote_code import save_code
 from .sound_summary import SalmonnSoundSummary
 from .speech_decoder import SalmonnSpeechDecoder, SalmonnSpeechTokenHead
 from .windows import frame_mlp, num_windows
@@ -177,8 +178,7 @@ class SalmonnPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         """
         As `PreTrainedModel.from_pretrained`. A checkpoint whose config names `base_parts` holds only what was trained;
-        the frozen parts are then taken from a local directory, the hub, or a package registry copy (see
-        `base_parts.resolve_base_part`) and put together with it.
+        the frozen parts are then found by [`resolve_base_part`] and put together with it.
 
         Raises:
             OSError: if the checkpoint or one of its base parts cannot be had, or a file was cut off; the message says
@@ -212,7 +212,7 @@ class SalmonnPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):
         """As `PreTrainedModel.save_pretrained`, but a model with `config.base_parts` leaves those frozen parts out."""
-        from .checkpoint import save_code, without_base_parts
+        from .checkpoint import without_base_parts
 
         state_dict = self.state_dict() if state_dict is None else state_dict
         super().save_pretrained(
