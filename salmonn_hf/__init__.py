@@ -23,7 +23,7 @@ from .model.modeling_salmonn import SalmonnForConditionalGeneration, SalmonnMode
 from .model.pipeline_salmonn import register_pipeline
 from .model.processing_salmonn import SalmonnProcessor
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 AutoConfig.register("salmonn", SalmonnConfig)
 # The generative model, which is also a SalmonnModel: what AutoModel gives can transcribe.
