@@ -33,9 +33,8 @@ def test_each_use_is_in_the_table():
     listed = {(name, file) for names, files in rows() for name in names for file in files}
     for file, tree in trees.items():
         for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and re.match(
-                "_(?!replace$)[a-z]", node.attr
-            ):  # a named tuple's `_replace` is documented
+            # A named tuple's `_replace` is documented.
+            if isinstance(node, ast.Attribute) and re.match("_(?!replace$)[a-z]", node.attr):
                 place = (node.attr, str(file.relative_to(ROOT)))
                 if (node.attr not in own or is_super(node.value)) and place not in listed:
                     missing.append(place)

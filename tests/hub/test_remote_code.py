@@ -7,6 +7,7 @@ From a hub, transformers looks at the imports of every module; of a directory, a
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import distribution, packages_distributions
@@ -18,13 +19,14 @@ import torch
 from conftest import noise, tiny_config, tiny_model, tiny_processor, tiny_text_config, tiny_tokenizer
 from hub_server import Hub
 from test_quantization import quantized_tiny_model
-from transformers import AutoModelForCausalLM, WhisperForConditionalGeneration, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, WhisperForConditionalGeneration, pipeline
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import salmonn_hf
 from salmonn_hf.base_parts import REGISTRY_COPIES
 from salmonn_hf.model.checkpoint import config_from_base_parts, from_base_parts
 
+ROOT = Path(__file__).resolve().parents[2]
 MODEL_ROOM = Path(salmonn_hf.__file__).parent / "model"
 MODULES = {file.name for file in MODEL_ROOM.glob("*.py")} - {"__init__.py"}
 REQUIRED = ["torch", "transformers", "safetensors", "numpy", "soundfile", "soxr", "huggingface_hub", "tokenizers"]
@@ -188,3 +190,29 @@ def test_remote_code_starts_no_package_client(answers):
     assert "openai/whisper-tiny" in REGISTRY_COPIES
     assert "base part 'openai/whisper-tiny' was not found" in error and "salmonn_hf, once installed" in error
     assert not list(answers[1].glob("*-was-started"))
+
+
+def test_git_holds_no_copy_of_the_code():
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git clone: what git holds cannot be listed")
+    listed = subprocess.run(
+        ["git", "ls-files", "model_cards"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout.split()
+    assert "model_cards/salmonn-lite-nano/model.safetensors" in listed
+    assert [name for name in listed if name.endswith(".py")] == ["model_cards/make_card.py"]
+
+
+@pytest.mark.slow
+def test_the_nano_model_merged_and_pushed_transcribes_a_recording(tmp_path):
+    clip = ROOT / "eval" / "recordings" / "librivox-austen-930.flac"
+    nano = ROOT / "model_cards" / "salmonn-lite-nano"
+    AutoModel.from_pretrained(nano).merge_lora().save_pretrained(tmp_path / "nano")
+    AutoProcessor.from_pretrained(nano).save_pretrained(tmp_path / "nano")
+    with Hub({"hf_alice": "alice"}) as hub:
+        hub.add("alice/nano", tmp_path / "nano")
+        arguments = ["-c", SCRIPT, clip, tmp_path / "saved", "alice/nano"]
+        output = bare_process(tmp_path, *arguments, **hub.environment("hf_alice"))
+    found = json.loads(output.splitlines()[-1])["alice/nano"]
+    transcriber = pipeline("automatic-speech-recognition", model=str(tmp_path / "nano"))
+    assert found["pipeline"] == transcriber(str(clip), max_new_tokens=20)["text"]
+    assert len(found["pipeline"].split()) > 5
