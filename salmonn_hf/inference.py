@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoProcessor, pipeline
 
-from .base_parts.resolver import REGISTRY_COPIES, resolve_base_part
+from .base_parts import REGISTRY_COPIES, resolve_base_part
 from .model.lora import adapted_parts
 from .model.repetition import RepetitionGuard, clean_answer
 

@@ -24,6 +24,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from filecmp import cmpfiles
 from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,7 +33,6 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
-from huggingface_hub.utils.sha import sha_fileobj
 
 from ..model.base_part_resolver import is_complete, is_hub_id, resolve_base_part
 from ..model.checkpoint import check_weight_files
@@ -246,11 +246,11 @@ def verify(
         # What the pipeline has downloaded is not downloaded again, only the card and the like.
         snapshot = Path(api.snapshot_download(repo_id, revision=commit, cache_dir=cache / "hub"))
     remedy = "Push again; if that does not help, delete the repository and push anew."
-    differing = [file for file in files if checksum(snapshot / file) != checksum(directory / file)]
-    if differing:
+    _, differing, missing = cmpfiles(snapshot, directory, files, shallow=False)
+    if differing or missing:
         raise PushError(
-            f"{repo_id} holds a bad state: at commit {commit}, {', '.join(differing)} came back other than in "
-            f"{directory}. {remedy}"
+            f"{repo_id} holds a bad state: at commit {commit}, {', '.join(differing + missing)} came back other than "
+            f"in {directory}. {remedy}"
         )
     if failure is not None:
         raise PushError(f"{repo_id} holds the files of {directory}, but does not work: {failure}") from failure
@@ -259,14 +259,6 @@ def verify(
             f"{repo_id} holds a bad state: of {audio.name}, commit {commit} makes {text!r}, {directory} {expected!r}. "
             f"{remedy}"
         )
-
-
-def checksum(file: Path) -> str | None:
-    """SHA-256 of a file; `None` if there is none."""
-    if not file.is_file():
-        return None
-    with open(file, "rb") as stream:
-        return sha_fileobj(stream).hex()
 
 
 @contextmanager

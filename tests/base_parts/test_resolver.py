@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from salmonn_hf.base_parts import BasePartNotFoundError, __main__, resolve_base_part
 from salmonn_hf.base_parts.registry_copies import REGISTRY_COPIES, RegistryCopy
 from salmonn_hf.model import base_part_resolver
-from salmonn_hf.model.base_part_resolver import HUB_PROBE_SECONDS, directory_or_hub, hub_unreachable, is_complete
+from salmonn_hf.model.base_part_resolver import HUB_PROBE_SECONDS, hub_unreachable, is_complete
 
 NAME = "some/part"
 MODEL_FILE = b"weights, more or less"
@@ -233,23 +233,28 @@ def test_the_cache_may_be_elsewhere(hub, tmp_path):
 # What the code in a checkpoint does without the package
 
 
-def test_a_directory_the_hub_and_its_cache_are_all_that_a_checkpoint_knows(hub, tmp_path, monkeypatch):
+@pytest.fixture
+def without_package(monkeypatch):
+    monkeypatch.setattr(base_part_resolver, "_find_copy", None)
+
+
+def test_a_checkpoint_alone_knows_directories_and_the_hub(without_package, hub, tmp_path, monkeypatch):
     directory = write_part(tmp_path / "part")
-    assert directory_or_hub(directory) == directory
-    fetched = directory_or_hub(NAME)
+    assert resolve_base_part(directory) == directory
+    fetched = resolve_base_part(NAME)
     use_endpoint(monkeypatch, "http://127.0.0.1:9")
-    assert directory_or_hub(NAME) == directory_or_hub(NAME, local_files_only=True) == fetched
+    assert resolve_base_part(NAME) == resolve_base_part(NAME, local_files_only=True) == fetched
 
 
-def test_a_checkpoint_alone_starts_no_program_and_names_the_remedies(tmp_path, monkeypatch):
+def test_a_checkpoint_alone_starts_no_program_and_names_the_remedies(without_package, tmp_path, monkeypatch):
     register(monkeypatch)
     log = npm_with_package(monkeypatch, tmp_path)
     write_part(tmp_path / "cache" / "some--part")  # the package's own
     for offline, why in ((False, "http://127.0.0.1:9: not reachable"), (True, "HF_HUB_OFFLINE is set")):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
         with pytest.raises(BasePartNotFoundError, match=why) as caught:
-            directory_or_hub(NAME)
-        for remedy in ("path of a directory", f"hf download {NAME} --local-dir", "salmonn_hf, once installed"):
+            resolve_base_part(NAME)
+        for remedy in ("path of a directory", f"hf download {NAME} --local-dir", "install the package salmonn_hf"):
             assert remedy in str(caught.value)
     assert not log.exists()
 

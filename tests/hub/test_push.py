@@ -251,6 +251,7 @@ print(type(model).__module__)
 """
 
 
+@pytest.mark.slow
 def test_command_pushes_and_another_process_loads(hub, command, checkpoint, tmp_path):
     (tmp_path / "alice" / "tiny").mkdir(parents=True)  # where the command runs: not what is to be verified
     result = command("-m", "salmonn_hf.push", checkpoint, "alice/tiny", "--private")

@@ -188,7 +188,7 @@ def test_remote_code_starts_no_package_client(answers):
     """The base part that is missing has a copy in a registry."""
     error = answers[0]["alice/adapter"]["error"]
     assert "openai/whisper-tiny" in REGISTRY_COPIES
-    assert "base part 'openai/whisper-tiny' was not found" in error and "salmonn_hf, once installed" in error
+    assert "base part 'openai/whisper-tiny' was not found" in error and "install the package salmonn_hf" in error
     assert not list(answers[1].glob("*-was-started"))
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, WhisperForConditionalGeneration
 
 from salmonn_hf import SalmonnForConditionalGeneration
-from salmonn_hf.base_parts.resolver import BasePartNotFoundError
+from salmonn_hf.base_parts import BasePartNotFoundError
 from salmonn_hf.model.checkpoint import config_from_base_parts, from_base_parts
 from salmonn_hf.model.configuration_beats import BeatsConfig
 from salmonn_hf.model.modeling_beats import BeatsForAudioClassification, BeatsModel
