@@ -1,12 +1,12 @@
 """
-Write the model card of a checkpoint, its README.md, from what is known of it: its config, its recipe, the state of its
-training, and the results of its evaluation. Nothing in a card is written by hand; made again, it is the same.
+Write the model card of a checkpoint, its README.md, from its config, its recipe, the state of its training, and the
+results of its evaluation. Nothing in a card is written by hand; made again, it is the same.
 
     python model_cards/make_card.py model_cards/salmonn-lite-nano --recipe training/recipes/nano/stage2.yaml \\
         --results runs/eval/nano runs/eval/captions
 
 `--results` are the `--output` directories of `eval/run_asr.py`, `run_aac.py`, `run_qa.py` and `run_efficiency.py`. The
-text around the figures is `template.md`.
+text around the figures is `salmonn_hf/hub/model_card_template.md`.
 """
 
 import argparse
@@ -27,7 +27,6 @@ def main() -> None:
     card = make_card(
         arguments.checkpoint,
         arguments.results,
-        Path(__file__).with_name("template.md"),
         arguments.recipe,
         arguments.name,
         arguments.license,

@@ -11,9 +11,9 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES
 
-from .base_parts import resolve_base_part
+from .base_parts import find_copy
 from .model.audio import AudioError, load_audio
-from .model.base_part_resolver import register_resolver
+from .model.base_part_resolver import register_copies
 from .model.configuration_beats import BeatsConfig
 from .model.configuration_salmonn import SalmonnConfig
 from .model.feature_extraction_beats import BeatsFeatureExtractor
@@ -23,7 +23,7 @@ from .model.modeling_salmonn import SalmonnForConditionalGeneration, SalmonnMode
 from .model.pipeline_salmonn import register_pipeline
 from .model.processing_salmonn import SalmonnProcessor
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 AutoConfig.register("salmonn", SalmonnConfig)
 # The generative model, which is also a SalmonnModel: what AutoModel gives can transcribe.
@@ -39,7 +39,7 @@ AutoFeatureExtractor.register(BeatsConfig, BeatsFeatureExtractor)
 # The pipeline looks here, and not among what is registered, to tell whether it supports a model.
 MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES["beats"] = "BeatsForAudioClassification"
 register_pipeline()
-register_resolver(resolve_base_part)
+register_copies(find_copy)
 
 __all__ = [
     "AudioError",

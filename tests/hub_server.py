@@ -14,6 +14,7 @@ import socket
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 GITATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
@@ -54,6 +55,11 @@ class Hub:
     def files(self, repo_id: str) -> dict[str, bytes]:
         """The newest files of a repository but for the hub's own .gitattributes."""
         return {name: data for name, data in self.commits[repo_id][-1][1].items() if name != ".gitattributes"}
+
+    def add(self, repo_id: str, directory: Path):
+        """A repository with the files of a directory, as if they had been pushed."""
+        self.commits[repo_id] = []
+        self.commit(repo_id, {file.name: file.read_bytes() for file in directory.iterdir() if file.is_file()})
 
     def commit(self, repo_id: str, files: dict[str, bytes]) -> str:
         oid = hashlib.sha1(f"{repo_id} {len(self.commits[repo_id])}".encode()).hexdigest()

@@ -37,7 +37,6 @@ from salmonn_hf.training.recipe import parse_recipe
 # The language model in another library's format, by transformers' own quantisers.
 LIBRARIES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao-int8": "torchao"}
 TUNING_BATCH = 16
-CARD = Path(__file__).resolve().parents[1] / "model_cards" / "template.md"
 
 
 @dataclass
@@ -216,7 +215,7 @@ def save(model, processor, output_dir: str, merged_parts: dict[str, str] | None 
     tokenizer = unfinished / "tokenizer.json"  # which is written with an indented line for each half of a merge
     tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text("utf-8")), ensure_ascii=False), "utf-8")
     name = Path(output_dir).resolve().name
-    write_card(make_card(unfinished.resolve(), [], CARD, name=name, merged_parts=merged_parts), unfinished)
+    write_card(make_card(unfinished.resolve(), [], name=name, merged_parts=merged_parts), unfinished)
     if os.path.isdir(output_dir):
         shutil.rmtree(output_dir)
     os.replace(unfinished, output_dir)

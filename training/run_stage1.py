@@ -16,7 +16,7 @@ import torch
 from transformers import AutoTokenizer
 
 from salmonn_hf import SalmonnFeatureExtractor, SalmonnProcessor
-from salmonn_hf.base_parts.resolver import resolve_base_part
+from salmonn_hf.base_parts import resolve_base_part
 from salmonn_hf.data.arguments import DataArguments
 from salmonn_hf.data.augmentation import Augmentation
 from salmonn_hf.data.sources import SkippedClips

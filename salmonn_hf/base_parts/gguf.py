@@ -38,6 +38,7 @@ def convert_llama_gguf(source: str | Path, destination: str | Path) -> Path:
     except ImportError as error:
         raise ImportError("converting a GGUF file needs the gguf package: pip install gguf") from error
     from safetensors.torch import save_file
+    from transformers import GenerationConfig
 
     destination = Path(destination)
     destination.mkdir(parents=True, exist_ok=True)
@@ -50,7 +51,8 @@ def convert_llama_gguf(source: str | Path, destination: str | Path) -> Path:
     tokenizer = byte_level_tokenizer(fields)
     save_file(llama_state_dict(reader.tensors, config), destination / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(destination)
-    llama_generation_config(config).save_pretrained(destination)
+    tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    GenerationConfig(**tokens).save_pretrained(destination)
     tokenizer.save_pretrained(destination)
     return destination
 
@@ -76,15 +78,6 @@ def llama_config(fields: dict, tied: bool):
         eos_token_id=fields["tokenizer.ggml.eos_token_id"],
         pad_token_id=fields.get("tokenizer.ggml.padding_token_id"),
         tie_word_embeddings=tied,
-    )
-
-
-def llama_generation_config(config):
-    """Start, end and padding tokens for `generate`."""
-    from transformers import GenerationConfig
-
-    return GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
 
 

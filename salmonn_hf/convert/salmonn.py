@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from ..base_parts.resolver import resolve_base_part
+from ..model.base_part_resolver import resolve_base_part
 from ..model.checkpoint import is_base_key, part_keys, read_weights
 from ..model.configuration_salmonn import SalmonnConfig
 from ..model.feature_extraction_salmonn import SalmonnFeatureExtractor

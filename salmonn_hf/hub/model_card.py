@@ -18,7 +18,8 @@ from ..model.configuration_salmonn import SalmonnConfig
 from ..model.lora import LORA_FIELDS, adapted_parts
 from ..model.modeling_salmonn import SalmonnForConditionalGeneration
 
-# Of the base parts' own pages; the longest name that a part's begins with counts.
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
+# As the base parts' own pages give them, by the beginning of a part's name; the longest that fits counts.
 LICENCES = {
     "openai/whisper": "MIT",
     "HuggingFaceTB/SmolLM2": "Apache-2.0",
@@ -87,12 +88,9 @@ def parts_table(config: SalmonnConfig, bases: dict[str, str], licence: str) -> s
         return table
     bits = ", ".join(f"{part} {settings['bits']}" for part, settings in config.quantization.items())
     note = f"{table}\n\nBits per weight: {bits}. Everything else is in bfloat16."
-    library = getattr(config, "quantization_config", None)
-    if library is None:
-        return note
-    return (
-        f"{note} But the language model's layers: they are in a format of {library['quant_method']}, which it needs."
-    )
+    if (library := getattr(config, "quantization_config", None)) is not None:
+        note += f" But the language model's layers: they are in a format of {library['quant_method']}, which it needs."
+    return note
 
 
 def data_table(files: list[str]) -> str:
@@ -101,26 +99,20 @@ def data_table(files: list[str]) -> str:
 
     rows = [["file", "clips", "hours", "source", "licence"]]
     for file in map(Path, files):
-        if not file.exists():
-            rows.append([file.name, "—", "—", "not at hand when the card was made", "—"])
+        if file.suffix != ".parquet" or not file.exists():  # audio in a directory, or an annotation, is not counted
+            rows.append([file.name, "—", "—", "—" if file.exists() else "not at hand when the card was made", "—"])
             continue
-        if file.suffix != ".parquet":  # a directory of audio, or an annotation: what is in it is not counted
-            rows.append([file.name, "—", "—", "—", "—"])
-            continue
-        names = pyarrow.parquet.read_schema(file).names
-        columns = [name for name in ("seconds", "source", "license") if name in names]
-        table = pyarrow.parquet.read_table(file, columns=columns)
-        hours = f"{sum(table['seconds'].to_pylist()) / 3600:.2f}" if "seconds" in columns else "—"
-        told = [
-            ", ".join(sorted(set(filter(None, table[name].to_pylist())))) if name in columns else "—"
-            for name in ("source", "license")
-        ]
-        rows.append([file.name, str(pyarrow.parquet.read_metadata(file).num_rows), hours, *told])
+        clips = pyarrow.parquet.ParquetFile(file)
+        columns = [name for name in ("seconds", "source", "license") if name in clips.schema_arrow.names]
+        table = clips.read(columns).to_pydict()
+        hours = f"{sum(table['seconds']) / 3600:.2f}" if "seconds" in table else "—"
+        origins = [", ".join(sorted(set(filter(None, table.get(name, []))))) for name in ("source", "license")]
+        rows.append([file.name, str(clips.metadata.num_rows), hours, *(origin or "—" for origin in origins)])
     return markdown_table(rows)
 
 
 def training_state(checkpoint: Path) -> str:
-    """What the last `trainer_state.json` under a training's output directory tells; "" if there is none."""
+    """Steps and losses by the last `trainer_state.json` under a training's output directory; "" if there is none."""
     files = [checkpoint / "trainer_state.json", *checkpoint.glob("checkpoint-*/trainer_state.json")]
     states = [json.loads(file.read_text()) for file in files if file.exists()]
     if not states:
@@ -130,11 +122,11 @@ def training_state(checkpoint: Path) -> str:
     errors = [entry for entry in state["log_history"] if "eval_wer" in entry]
     lines = [f"Trained for {state['global_step']} steps ({state['epoch']:.2f} epochs)."]
     if losses:
-        lines.append(f"Training loss {losses[0]['loss']:.3f} at step {losses[0]['step']}, "
-                     f"{losses[-1]['loss']:.3f} at step {losses[-1]['step']}.")  # fmt: skip
+        first, last = (f"{entry['loss']:.3f} at step {entry['step']}" for entry in (losses[0], losses[-1]))
+        lines.append(f"Training loss {first}, {last}.")
     if errors:
-        told = ", ".join(f"{100 * entry['eval_wer']:.1f} % at step {entry['step']}" for entry in errors)
-        lines.append(f"Word error rate on held-out clips while training: {told}.")
+        rates = ", ".join(f"{100 * entry['eval_wer']:.1f} % at step {entry['step']}" for entry in errors)
+        lines.append(f"Word error rate on held-out clips while training: {rates}.")
     return " ".join(lines)
 
 
@@ -147,26 +139,23 @@ def model_index(runs: list[Run]) -> list[EvalResult]:
     results = []
     for run in runs:
         task, name = TASKS[run.task]
+        note = run.result["settings"].get("note")
+        about = {
+            "task_type": task,
+            "task_name": name,
+            "dataset_type": data_name(run),
+            "dataset_name": data_name(run),
+            "dataset_config": run.task,
+            "dataset_args": {"clips": run.result["clips"]} | ({"note": note} if note else {}),
+        }
         for metric, found in run.result["metrics"].items():
             if found["value"] is None:
                 continue
             factor, unit = (100, " (%)") if metric in PERCENT else (1, "")
-            bounds = [found["low"], found["high"]]
-            results.append(
-                EvalResult(
-                    task_type=task,
-                    task_name=name,
-                    dataset_type=data_name(run),
-                    dataset_name=data_name(run),
-                    dataset_config=run.task,
-                    dataset_args={"clips": run.result["clips"]}
-                    | ({"note": note} if (note := run.result["settings"].get("note")) else {}),
-                    metric_type=metric.lower(),
-                    metric_name=f"{metric}{unit}",
-                    metric_value=round(factor * found["value"], 4),
-                    metric_args={"interval_95": [None if b is None else round(factor * b, 4) for b in bounds]},
-                )
-            )
+            low, high = (None if b is None else round(factor * b, 4) for b in (found["low"], found["high"]))
+            about |= {"metric_type": metric.lower(), "metric_name": f"{metric}{unit}"}
+            about |= {"metric_value": round(factor * found["value"], 4), "metric_args": {"interval_95": [low, high]}}
+            results.append(EvalResult(**about))
     return results
 
 
@@ -198,31 +187,30 @@ def efficiency_lines(runs: list[Run]) -> list[str]:
 
 
 def limits(config: SalmonnConfig, runs: list[Run]) -> list[str]:
-    """What the results show to go wrong: error types, loops, the parts of the data that fare worst."""
+    """Errors that the results show: their types, loops, the parts of the data with the worst scores."""
     lines = []
     for run in runs:
         metrics, name = run.result["metrics"], data_name(run)
         if run.task == "asr":
-            wer, errors = metrics["wer"], {k: metrics["wer"][k] for k in ("substitutions", "deletions", "insertions")}
-            told = ", ".join(f"{count} {kind}" for kind, count in errors.items())
-            lines.append(f"{name}: {sum(errors.values())} errors in {wer['words']} words ({told}).")
-            loops = metrics["loops"]["value"]
-            lines.append(f"{name}: {loops:.1%} of the transcripts repeat a phrase endlessly.")
+            wer = metrics["wer"]
+            errors = {kind: wer[kind] for kind in ("substitutions", "deletions", "insertions")}
+            kinds = ", ".join(f"{count} {kind}" for kind, count in errors.items())
+            lines.append(f"{name}: {sum(errors.values())} errors in {wer['words']} words ({kinds}).")
+            lines.append(f"{name}: {metrics['loops']['value']:.1%} of the transcripts repeat a phrase endlessly.")
         for metric, breakdowns in run.result["breakdowns"].items():
             for key, parts in breakdowns.items():
                 parts = [part for part in parts if part["clips"] >= 5 and part["value"] is not None]
                 if len(parts) > 1:
                     worst = max(parts, key=lambda part: part["value"] * (1 if metric == "wer" else -1))
-                    whole = metrics[metric]["value"]
                     lines.append(
                         f"{name}: worst by {key}: {worst['part'] or '(none)'}, {metric} {worst['value']:.3f} on "
-                        f"{worst['clips']} clips ({whole:.3f} on all)."
+                        f"{worst['clips']} clips ({metrics[metric]['value']:.3f} on all)."
                     )
         if run.result["broken_clips"]:
             lines.append(f"{name}: {len(run.result['broken_clips'])} clips could not be read and count as errors.")
     missing = [name for task, (_, name) in TASKS.items() if task not in {run.task for run in runs}]
     lines += [f"{name} was not evaluated." for name in missing]
-    lines.append("The encoder hears 30 s at once; `pipeline()` cuts longer audio at pauses.")
+    lines.append("The encoder takes 30 s at once; `pipeline()` cuts longer audio at pauses.")
     return lines
 
 
@@ -235,7 +223,6 @@ def intended_use(runs: list[Run], languages: list[str]) -> list[str]:
 def make_card(
     checkpoint: Path,
     results: list[Path],
-    template: Path,
     recipe: Path | None = None,
     name: str | None = None,
     licence: str = "apache-2.0",
@@ -247,7 +234,6 @@ def make_card(
 
     Args:
         results (`list[Path]`): directories of finished evaluations of this checkpoint, and of an `efficiency.json`.
-        template (`Path`): Jinja text of the card, `model_cards/template.md`.
         recipe (`Path`, *optional*): the YAML that it was trained with; its training files are looked at.
         merged_parts (`dict`, *optional*): names of the base parts that a full checkpoint was made of, as
             `config.base_parts` of an adapter checkpoint has them.
@@ -279,12 +265,12 @@ def make_card(
     encoders = [bases.get("audio_tower", "a Whisper encoder")]
     encoders += [bases.get("sound_tower", "a sound encoder")] if config.sound_config is not None else []
     summary = (
-        f"A language model that hears: {' and '.join(encoders)}, {connector_name(config)} and "
+        f"An audio language model: {' and '.join(encoders)}, {connector_name(config)} and "
         f"{bases.get('language_model', config.text_config.model_type)}{' with LoRA' if config.lora else ''}."
     )
     return ModelCard.from_template(
         data,
-        template_path=str(template),
+        template_path=str(TEMPLATE),
         name=name,
         location=name if checkpoint.is_absolute() else str(checkpoint),  # no path of this machine
         summary=summary,

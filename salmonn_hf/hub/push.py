@@ -4,10 +4,10 @@ Push a checkpoint to the Hugging Face hub, and see that what lies there is what 
     python -m salmonn_hf.push runs/mine user/name
     python -m salmonn_hf.push runs/mine user/name --private --audio clip.wav
 
-First the directory must be whole, name no path of this machine, and transcribe a clip with the code that it carries;
-until then nothing is created. Then its files go to the hub in one commit. Then a process of its own, whose cache is
-empty, downloads that commit and transcribes the clip: every file and the transcript must be the local ones. Base parts
-are not what was pushed, and come from their usual cache.
+The package's code is written into the directory. Before anything is created on the hub, the checkpoint must be
+complete, name no path of this machine, and transcribe a clip with that code. Then its files go to the hub in one
+commit. Then a process with an empty cache downloads that commit and transcribes the clip: every file and the
+transcript must be the local ones. Base parts are not pushed; both processes get those that were found here.
 
 The commit is made when all the weights have arrived. A push that was cut off before leaves none, and the same command
 goes on: the hub keeps the files (with Xet, the pieces of files) that it has, and asks for the others alone.
@@ -24,6 +24,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from filecmp import cmpfiles
 from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,21 +33,22 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
-from huggingface_hub.utils.sha import sha_fileobj
 
-from ..base_parts.resolver import is_complete, is_hub_id, resolve_base_part
+from ..model.base_part_resolver import is_complete, is_hub_id, resolve_base_part
 from ..model.checkpoint import check_weight_files
+from ..model.remote_code import save_code
 
 logger = logging.getLogger(__name__)
 
-CLIP = Path(__file__).resolve().parents[2] / "eval" / "recordings" / "librivox-austen-880.flac"
-LEFT_OUT = (
+# In a clone of the repository; the installed package has no recordings.
+DEFAULT_CLIP = Path(__file__).resolve().parents[2] / "eval" / "recordings" / "librivox-austen-880.flac"
+NOT_PUSHED = (
     ".*", "*.log", "*tfevents*", "*.lock", "*.tsv", "*.parquet",
     "*.pt", "*.pth", "optimizer*", "scheduler*", "rng_state*", "trainer_state.json", "training_args.bin",
 )  # fmt: skip
-# Those of an earlier push would be loaded in place of the new ones, or beside them.
+# Files of an earlier push that would be loaded instead of the new ones, or beside them.
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
-# Without this package, so that the checkpoint's own code runs; on the CPU, since a training run may fill the GPU.
+# It does not import this package, so the checkpoint's own code runs. On the CPU, since training may fill the GPU.
 TRANSCRIBE = """
 import json, sys
 from transformers import pipeline
@@ -80,7 +82,7 @@ def push_to_hub(
         directory: as `save_pretrained` of model and processor write it.
         repo_id: "user/name"; made if it does not exist.
         private (*optional*): for a repository that is made; default: the account's own.
-        audio (*optional*): the clip that is transcribed; default: one that ships with the project.
+        audio (*optional*): the clip that is transcribed; default: one of the repository's recordings.
         token (*optional*): default: that of `hf auth login` or HF_TOKEN.
 
     Returns:
@@ -89,10 +91,11 @@ def push_to_hub(
     Raises:
         PushError: naming what stands in the way, or the files that differ, and the remedy.
     """
-    directory, audio = Path(directory).expanduser().resolve(), Path(audio or CLIP).expanduser().resolve()
+    directory, audio = Path(directory).expanduser().resolve(), Path(audio or DEFAULT_CLIP).expanduser().resolve()
     check_directory(directory)
     if not audio.is_file():
-        raise PushError(f"{audio}, the clip to verify with, does not exist; give another as audio.")
+        raise PushError(f"{audio}, the clip to verify with, does not exist; name one with speech as audio (--audio).")
+    save_code(directory)
     files = pushed_files(directory)
     api = HfApi(token=token or get_token())
     if api.token is None:
@@ -101,12 +104,11 @@ def push_to_hub(
         user = api.whoami()["name"]
         validate_repo_id(repo_id)
         repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
-        base_parts = json.loads((directory / "config.json").read_text()).get("base_parts") or {}
-        for name in base_parts.values():
-            resolve_base_part(name)
+        names = (json.loads((directory / "config.json").read_text()).get("base_parts") or {}).values()
+        base_parts = {name: resolve_base_part(name, token=api.token) for name in set(names)}
     size = sum((directory / file).stat().st_size for file in files)
     logger.info("transcribing %s with %s", audio.name, directory)
-    with empty_cache(base_parts) as cache:
+    with temporary_cache(base_parts) as cache:
         expected = transcribe(str(directory), audio, cache, api.token)
 
     logger.info("pushing %d files, %.1f MB, to %s as %s", len(files), size / 1e6, repo_id, user)
@@ -118,7 +120,7 @@ def push_to_hub(
         commit = upload(api, directory, files, repo_id)
 
     logger.info("verifying %s at %s", repo_id, commit)
-    with empty_cache(base_parts) as cache:
+    with temporary_cache(base_parts) as cache:
         verify(api, directory, files, repo_id, commit, audio, expected, cache)
     logger.info("%s/%s/tree/%s holds the files of %s: %s", constants.ENDPOINT, repo_id, commit, directory, expected)
     return commit
@@ -126,7 +128,7 @@ def push_to_hub(
 
 def check_directory(directory: Path):
     """
-    Whether a directory is a whole SALMONN checkpoint that others can load.
+    Check that a directory is a complete SALMONN checkpoint that others can load.
 
     Raises:
         PushError: naming the file, or the key of config.json that names a path of this machine.
@@ -139,7 +141,7 @@ def check_directory(directory: Path):
             f"{directory} holds a model of type {config.get('model_type')!r}, not 'salmonn'; push it with `hf upload`."
         )
     if not is_complete(directory):
-        raise PushError(f"{directory} is no whole checkpoint: weights are missing. Save the model there again.")
+        raise PushError(f"{directory} is no complete checkpoint: weights are missing. Save the model there again.")
     if not (directory / "processor_config.json").is_file():
         raise PushError(f"{directory} has no processor_config.json; save the processor there with save_pretrained.")
     try:
@@ -157,7 +159,7 @@ def check_directory(directory: Path):
 
 
 def local_paths(value, key: str = "") -> Iterator[tuple[str, str]]:
-    """The strings of a config that are absolute paths, and the base parts that are directories, with their keys."""
+    """Keys and values of a config's strings that are absolute paths, and of base parts that are directories."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from local_paths(inner, f"{key}.{name}" if key else name)
@@ -174,11 +176,14 @@ def local_paths(value, key: str = "") -> Iterator[tuple[str, str]]:
 
 def pushed_files(directory: Path) -> list[str]:
     names = sorted(path.name for path in directory.iterdir() if path.is_file())
-    return [name for name in names if not any(fnmatch(name, pattern) for pattern in LEFT_OUT)]
+    return [name for name in names if not any(fnmatch(name, pattern) for pattern in NOT_PUSHED)]
 
 
 def upload(api: HfApi, directory: Path, files: list[str], repo_id: str) -> str:
-    """One commit with `files`, without weights that are not among them; none if nothing has changed. Its hash."""
+    """
+    Make one commit with `files` that deletes weights which are not among them, and return its hash. Without a change
+    it is that of the last commit.
+    """
     # Not upload_folder: with Xet it commits in batches, also after some minutes, and a push that is cut off may leave
     # the config of one model beside the weights of another.
     operations = [CommitOperationAdd(file, str(directory / file)) for file in files]
@@ -189,22 +194,23 @@ def upload(api: HfApi, directory: Path, files: list[str], repo_id: str) -> str:
 
 
 @contextmanager
-def empty_cache(base_parts: dict) -> Iterator[Path]:
-    """A directory for caches, in which the hub's has nothing but the base parts that the usual one has."""
+def temporary_cache(base_parts: dict[str, Path]) -> Iterator[Path]:
+    """A directory for caches; the hub's holds the base parts, directories by repository, and nothing else."""
     with TemporaryDirectory() as root:
         cache = Path(root)
         (cache / "hub").mkdir()
-        for name in set(base_parts.values()):
-            folder = repo_folder_name(repo_id=name, repo_type="model")
-            usual = Path(constants.HF_HUB_CACHE).resolve() / folder
-            if usual.is_dir():
-                (cache / "hub" / folder).symlink_to(usual)
+        for name, directory in base_parts.items():
+            repository = cache / "hub" / repo_folder_name(repo_id=name, repo_type="model")
+            for folder in ("refs", "snapshots"):
+                (repository / folder).mkdir(parents=True)
+            (repository / "refs" / "main").write_text("local")
+            (repository / "snapshots" / "local").symlink_to(directory)
         yield cache
 
 
 def transcribe(model: str, audio: Path, cache: Path, token: str, revision: str = "") -> str:
     """
-    What `pipeline` makes of a clip in a process of its own with the caches in `cache`.
+    Transcribe a clip with `pipeline`, in a process of its own with its caches in `cache`.
 
     Raises:
         PushError: with the error of that process.
@@ -226,7 +232,7 @@ def verify(
     api: HfApi, directory: Path, files: list[str], repo_id: str, commit: str, audio: Path, expected: str, cache: Path
 ):
     """
-    Whether a commit of the hub, downloaded anew, has the directory's files and gives the `expected` transcript.
+    Check that a commit of the hub, downloaded anew, has the directory's files and gives the `expected` transcript.
 
     Raises:
         PushError: naming the files that differ, or both transcripts.
@@ -240,11 +246,11 @@ def verify(
         # What the pipeline has downloaded is not downloaded again, only the card and the like.
         snapshot = Path(api.snapshot_download(repo_id, revision=commit, cache_dir=cache / "hub"))
     remedy = "Push again; if that does not help, delete the repository and push anew."
-    differing = [file for file in files if checksum(snapshot / file) != checksum(directory / file)]
-    if differing:
+    _, differing, missing = cmpfiles(snapshot, directory, files, shallow=False)
+    if differing or missing:
         raise PushError(
-            f"{repo_id} holds a bad state: at commit {commit}, {', '.join(differing)} came back other than in "
-            f"{directory}. {remedy}"
+            f"{repo_id} holds a bad state: at commit {commit}, {', '.join(differing + missing)} came back other than "
+            f"in {directory}. {remedy}"
         )
     if failure is not None:
         raise PushError(f"{repo_id} holds the files of {directory}, but does not work: {failure}") from failure
@@ -255,17 +261,9 @@ def verify(
         )
 
 
-def checksum(file: Path) -> str | None:
-    """SHA-256 of a file; `None` if there is none."""
-    if not file.is_file():
-        return None
-    with open(file, "rb") as stream:
-        return sha_fileobj(stream).hex()
-
-
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Say of an error of the hub, or on the way to it, what it means here and what can be done."""
+    """Turn errors of the hub and of the connection into a [`PushError`] that says `what` failed and the remedy."""
     try:
         yield
     except PushError:
@@ -295,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("directory", metavar="DIR", help="checkpoint: model, processor and card")
     parser.add_argument("repo_id", metavar="user/name", help="the repository; made if it does not exist")
     parser.add_argument("--private", action="store_true", default=None, help="make it private")
-    parser.add_argument("--audio", help="clip to verify with; default: one that ships with the project")
+    parser.add_argument("--audio", help="clip to verify with; default: one of eval/recordings")
     arguments = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logger.setLevel(logging.INFO)
@@ -306,7 +304,3 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     print(commit)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -86,7 +86,7 @@ def _describe(source) -> str:
 
 
 def _load(source, name: str, from_rate: float, to_rate: int) -> np.ndarray:
-    """`from_rate` is that of a bare array; a file tells its own."""
+    """`from_rate` is that of a bare array; a file has its own."""
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         source = _fetch(source)
     if isinstance(source, (str, Path)):
@@ -168,16 +168,16 @@ def _mono_blocks(file: soundfile.SoundFile, stream: BinaryIO, name: str) -> Iter
         frames += len(block)
         yield block.mean(axis=1)
     if file.format == "MP3":
-        _check_mp3_is_whole(file, stream, frames, name)
+        _check_mp3_length(file, stream, frames, name)
     elif file.format in ("WAV", "WAVEX"):
-        _check_wav_is_whole(file, name)
+        _check_wav_length(file, name)
     elif frames < file.frames != UNKNOWN_FRAMES:
         raise AudioError(
             f"{name} is damaged: {frames} of its {file.frames} frames are readable; get a whole copy of it."
         )
 
 
-def _check_mp3_is_whole(file: soundfile.SoundFile, stream: BinaryIO, frames: int, name: str):
+def _check_mp3_length(file: soundfile.SoundFile, stream: BinaryIO, frames: int, name: str):
     position = stream.tell()
     unread = stream.seek(0, SEEK_END) - position
     if _has_length_header(stream):
@@ -204,7 +204,7 @@ def _has_length_header(stream: BinaryIO) -> bool:
     return b"Xing" in first_frame or b"Info" in first_frame
 
 
-def _check_wav_is_whole(file: soundfile.SoundFile, name: str):
+def _check_wav_length(file: soundfile.SoundFile, name: str):
     # libsndfile quietly shortens a WAV to the bytes that are there, but says so in its log.
     sizes = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, flags=re.MULTILINE)
     if sizes and 0 < int(sizes[1]) < STREAMED_WAV_BYTES and int(sizes[2]) < int(sizes[1]):
@@ -261,10 +261,10 @@ def _join(blocks: Iterable[np.ndarray], name: str, from_rate: float, to_rate: in
     )
     for block in blocks:
         if not np.isfinite(block).all():
-            raise AudioError(f"{name} holds NaN or infinite samples; mend what made it.")
+            raise AudioError(f"{name} holds NaN or infinite samples; correct what made it.")
         parts.append(block if resampler is None else resampler.resample_chunk(block))
     if resampler is not None:
         parts.append(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
     if sum(map(len, parts)) == 0:
-        raise AudioError(f"{name} has no samples; leave it out, or make the recording again.")
+        raise AudioError(f"{name} has no samples; exclude it, or make the recording again.")
     return np.concatenate(parts) if len(parts) > 1 else np.ascontiguousarray(parts[0])

@@ -22,7 +22,7 @@ class BeatsFeatureExtractor(SequenceFeatureExtractor):
     def __call__(self, raw_speech, sampling_rate=None, padding=True, return_tensors=None, **kwargs) -> BatchFeature:
         r"""
         Args:
-            raw_speech: one clip or a list of clips, each anything that `salmonn_hf.audio.load_audio` takes: an array
+            raw_speech: one clip or a list of clips, each anything that [`load_audio`] takes: an array
                 at 16 kHz, path, bytes, dict.
             sampling_rate (`int`, *optional*): of arrays; must be `self.sampling_rate`.
             padding, return_tensors, **kwargs: as for `SequenceFeatureExtractor.pad`.
@@ -35,8 +35,8 @@ class BeatsFeatureExtractor(SequenceFeatureExtractor):
         """
         if sampling_rate is not None and sampling_rate != self.sampling_rate:
             raise AudioError(
-                f"The clips are sampled at {sampling_rate} Hz, but the model hears {self.sampling_rate} Hz. "
-                "Resample them, e.g. with salmonn_hf.audio.load_audio."
+                f"The clips are sampled at {sampling_rate} Hz, but the model takes {self.sampling_rate} Hz. "
+                "Resample them, e.g. with salmonn_hf.load_audio."
             )
         batched = isinstance(raw_speech, (list, tuple)) and not (raw_speech and isinstance(raw_speech[0], float))
         clips = [load_audio(clip, self.sampling_rate) for clip in (raw_speech if batched else [raw_speech])]

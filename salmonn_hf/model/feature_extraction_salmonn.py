@@ -11,13 +11,13 @@ from .audio import AudioError, load_audio
 class SalmonnFeatureExtractor(WhisperFeatureExtractor):
     r"""
     Whisper's log-mel spectrogram (25 ms windows, 10 ms hop) without its padding to 30 s: a batch is padded to its
-    longest clip only, and `input_features_mask` tells the frames of each. A clip's features do not depend on its
+    longest clip only, and `input_features_mask` is 1 on the frames of each. A clip's features do not depend on its
     batch.
 
     Args:
         feature_size (`int`): mel bins; Whisper base 80, large-v3 128.
-        tail_seconds (`float`): silence appended to each clip. Whisper was trained on padded audio and reads a last
-            word better with a little of it.
+        tail_seconds (`float`): silence appended to each clip. Whisper was trained on padded audio and
+            recognises a last word better with a little of it.
         pad_to_30_seconds (`bool`): SALMONN's original geometry: every clip is padded with silence to 30 s, and the
             mask is 1 on all of it. As in the model's config.
         return_input_values (`bool`): also return the waveform, for a sound encoder. As in SALMONN, a clip shorter than
@@ -57,14 +57,14 @@ class SalmonnFeatureExtractor(WhisperFeatureExtractor):
         """
         if sampling_rate is not None and sampling_rate != self.sampling_rate:
             raise AudioError(
-                f"The clips are sampled at {sampling_rate} Hz, but the model hears {self.sampling_rate} Hz. "
-                "Resample them, e.g. with salmonn_hf.audio.load_audio."
+                f"The clips are sampled at {sampling_rate} Hz, but the model takes {self.sampling_rate} Hz. "
+                "Resample them, e.g. with salmonn_hf.load_audio."
             )
         clips = self.fetch_audio(raw_speech if isinstance(raw_speech, (list, tuple)) else [raw_speech])
         for index, clip in enumerate(clips):
             if len(clip) > self.n_samples:
                 raise AudioError(
-                    f"Clip {index} lasts {len(clip) / self.sampling_rate:.1f} s; the encoder hears "
+                    f"Clip {index} lasts {len(clip) / self.sampling_rate:.1f} s; the encoder takes "
                     f'{self.chunk_length} s at most. Use pipeline("automatic-speech-recognition"), which cuts it.'
                 )
         # Whole encoder frames (two hops each) only, so that the length in frames is the same alone and in any batch.

@@ -18,12 +18,26 @@ def encoder_lora(rank: int) -> dict:
     return {"r": rank, "lora_alpha": 2 * rank, "target_modules": linears}
 
 
+def require_peft():
+    """
+    The module `peft`. Not an import at the top, since a checkpoint without LoRA needs no PEFT; and within `try`, since
+    transformers takes any other import, wherever it stands, for a requirement of the checkpoints that carry this file.
+
+    Raises:
+        ImportError: if it is not installed.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("This model has LoRA beside its weights, which needs PEFT: pip install peft") from error
+    return peft
+
+
 def add_lora(model: nn.Module, lora: dict, part: str):
     """Put a LoRA adapter (`peft.LoraConfig` arguments) into a `part` of a `SalmonnModel`, in place."""
-    from peft import LoraConfig, inject_adapter_in_model
-
+    peft = require_peft()
     setattr(model.config, LORA_FIELDS[part], lora)
-    inject_adapter_in_model(LoraConfig(**lora), getattr(model, part))
+    peft.inject_adapter_in_model(peft.LoraConfig(**lora), getattr(model, part))
 
 
 def merge_lora(model: nn.Module):
@@ -33,8 +47,6 @@ def merge_lora(model: nn.Module):
     Raises:
         ValueError: if these weights are quantised.
     """
-    from peft.tuners.lora import LoraLayer
-
     adapted = adapted_parts(model.config)
     if quantized := [part for part in adapted if part in (model.config.quantization or {})]:
         raise ValueError(
@@ -43,6 +55,7 @@ def merge_lora(model: nn.Module):
             "from_pretrained(..., config=config)."
         )
     for part in adapted:
+        LoraLayer = require_peft().tuners.lora.LoraLayer
         for module in list(getattr(model, part).modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, LoraLayer):
@@ -61,13 +74,11 @@ def cut_lora_rank(model: nn.Module, rank: int):
     Raises:
         ValueError: if `rank` is more than the adapter's, or less than 1.
     """
-    from peft.tuners.lora import LoraLayer
-
     lora = model.config.lora
     if not 1 <= rank <= lora["r"]:
         raise ValueError(f"The checkpoint's LoRA has rank {lora['r']}; it can be cut to 1 at least, not to {rank}.")
     for layer in model.language_model.modules():
-        if isinstance(layer, LoraLayer):
+        if isinstance(layer, require_peft().tuners.lora.LoraLayer):
             for name in layer.lora_A:
                 down, up = layer.lora_A[name].weight.float(), layer.lora_B[name].weight.float()
                 # Both factors are thin: the product's singular values are those of a matrix of rank by rank.

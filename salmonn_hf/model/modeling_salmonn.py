@@ -97,8 +97,7 @@ class SalmonnPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         """
         As `PreTrainedModel.from_pretrained`. A checkpoint whose config names `base_parts` holds only what was trained;
-        the frozen parts are then taken from where `base_part_resolver.resolve_base_part` finds them, and put together
-        with it.
+        the frozen parts are then found by [`resolve_base_part`] and put together with it.
 
         Raises:
             OSError: if the checkpoint or one of its base parts cannot be had, or a file was cut off; the message says

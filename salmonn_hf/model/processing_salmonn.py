@@ -85,7 +85,7 @@ class SalmonnProcessor(ProcessorMixin):
         Args:
             text (`str` or `list[str]`): prompts, with one `audio_token` per clip.
             audio: one clip or a flat list of clips, in the order of their placeholders: arrays at 16 kHz, paths, bytes
-                or anything else that `salmonn_hf.audio.load_audio` takes.
+                or anything else that [`load_audio`] takes.
 
         Returns:
             `BatchFeature` with `input_ids` and `attention_mask` (left-padded) and what the feature extractor returns.

@@ -151,7 +151,7 @@ def test_the_report_and_the_card_take_what_it_writes(tiny_checkpoint, tmp_path, 
     SCRIPT["main"]()
     write_report([output], tmp_path / "report")
     report = (tmp_path / "report" / "report.md").read_text()
-    card = str(make_card(tiny_checkpoint, [output], ROOT / "model_cards" / "template.md"))
+    card = str(make_card(tiny_checkpoint, [output]))
     systems = json.loads((output / "efficiency.json").read_text())["systems"]
     assert len(systems) == 2
     for name, system in systems.items():

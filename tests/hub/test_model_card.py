@@ -61,7 +61,7 @@ def made(tiny_checkpoint, tmp_path_factory):
 @pytest.fixture(scope="module")
 def card(made):
     results = [made / "asr", made / "times"]
-    return make_card(made / "tiny", results, CARDS / "template.md", made / "recipe.yaml")
+    return make_card(made / "tiny", results, made / "recipe.yaml")
 
 
 def test_the_hub_reads_its_results(card, made):
@@ -154,7 +154,7 @@ def test_the_best_known_state_is_the_last_one(made, tmp_path):
 def test_results_of_another_model_are_refused(made, tmp_path):
     shutil.copytree(made / "tiny", tmp_path / "other")
     with pytest.raises(ValueError, match="holds results of .*tiny, the card is of .*other"):
-        make_card(tmp_path / "other", [made / "asr"], CARDS / "template.md")
+        make_card(tmp_path / "other", [made / "asr"])
 
 
 def test_script_writes_the_same_card_every_time(made, card, monkeypatch):
@@ -166,6 +166,6 @@ def test_script_writes_the_same_card_every_time(made, card, monkeypatch):
 
 
 def test_a_card_without_results_claims_nothing(tiny_checkpoint):
-    text = str(make_card(tiny_checkpoint, [], CARDS / "template.md"))
+    text = str(make_card(tiny_checkpoint, []))
     assert "Nothing was measured." in text and "not measured" in text and "Not known here" in text
     assert "model-index" not in text

@@ -76,6 +76,15 @@ def test_files_of_the_checkpoint_and_nothing_else(online, checkpoint):
     assert [oid for oid, _ in online.commits["alice/tiny"]][1:] == [commit]  # after the one that makes the repository
 
 
+def test_the_code_is_the_packages_whatever_was_there(online, checkpoint):
+    saved = contents(checkpoint)
+    for module in checkpoint.glob("*.py"):  # as in a clone, where git holds none
+        module.unlink()
+    (checkpoint / "audio.py").write_text("raise ImportError")
+    push_to_hub(checkpoint, "alice/tiny")
+    assert online.files("alice/tiny") == saved == contents(checkpoint)
+
+
 def test_nothing_new_is_no_commit(online, checkpoint):
     commits = {push_to_hub(checkpoint, "alice/tiny"), push_to_hub(checkpoint, "alice/tiny")}
     (checkpoint / "README.md").write_text(CARD + "\nNews.\n")
@@ -242,9 +251,10 @@ print(type(model).__module__)
 """
 
 
+@pytest.mark.slow
 def test_command_pushes_and_another_process_loads(hub, command, checkpoint, tmp_path):
     (tmp_path / "alice" / "tiny").mkdir(parents=True)  # where the command runs: not what is to be verified
-    result = command("-m", "salmonn_hf.hub.push", checkpoint, "alice/tiny", "--private")
+    result = command("-m", "salmonn_hf.push", checkpoint, "alice/tiny", "--private")
     assert result.returncode == 0, result.stderr
     assert not (tmp_path / "home" / "hub").exists()  # verified from another cache than this
     ((_, _), (commit, files)) = hub.commits["alice/tiny"]
@@ -260,11 +270,11 @@ def test_command_pushes_and_another_process_loads(hub, command, checkpoint, tmp_
 def test_killed_halfway_the_same_command_goes_on(hub, command, checkpoint):
     pushing = []
     hub.put_faults = [lambda: pushing[0].kill()]
-    pushing.append(command("-m", "salmonn_hf.hub.push", checkpoint, "alice/tiny", start=subprocess.Popen))
+    pushing.append(command("-m", "salmonn_hf.push", checkpoint, "alice/tiny", start=subprocess.Popen))
     pushing[0].communicate()
     assert pushing[0].returncode == -9
     assert hub.files("alice/tiny") == {} and not hub.objects
-    result = command("-m", "salmonn_hf.hub.push", checkpoint, "alice/tiny")
+    result = command("-m", "salmonn_hf.push", checkpoint, "alice/tiny")
     assert result.returncode == 0, result.stderr
     assert hub.files("alice/tiny") == contents(checkpoint) and len(hub.commits["alice/tiny"]) == 2
 
@@ -272,11 +282,11 @@ def test_killed_halfway_the_same_command_goes_on(hub, command, checkpoint):
 @pytest.mark.slow
 def test_a_hub_that_fails_for_long_leaves_no_commit(hub, command, checkpoint):
     hub.put_faults = 6 * [500]  # huggingface_hub tries six times
-    result = command("-m", "salmonn_hf.hub.push", checkpoint, "alice/tiny")
+    result = command("-m", "salmonn_hf.push", checkpoint, "alice/tiny")
     assert result.returncode == 1 and len(hub.uploads) == 6
     assert "Error while uploading 'model.safetensors'" in result.stderr and "same command goes on" in result.stderr
     assert hub.files("alice/tiny") == {}
-    result = command("-m", "salmonn_hf.hub.push", checkpoint, "alice/tiny")
+    result = command("-m", "salmonn_hf.push", checkpoint, "alice/tiny")
     assert result.returncode == 0, result.stderr
     assert hub.files("alice/tiny") == contents(checkpoint) and len(hub.commits["alice/tiny"]) == 2
 
@@ -284,16 +294,16 @@ def test_a_hub_that_fails_for_long_leaves_no_commit(hub, command, checkpoint):
 @pytest.mark.slow
 def test_a_flipped_bit_fails_the_command(hub, command, checkpoint):
     hub.corrupted = "model.safetensors"
-    result = command("-m", "salmonn_hf.hub.push", checkpoint, "alice/tiny")
+    result = command("-m", "salmonn_hf.push", checkpoint, "alice/tiny")
     assert result.returncode == 1 and not result.stdout
     assert "holds a bad state: at commit" in result.stderr and "model.safetensors came back" in result.stderr
 
 
 @pytest.mark.slow
-def test_code_that_is_missing_is_noticed_before_anything_is_made(hub, command, checkpoint):
-    (checkpoint / "windows.py").unlink()
-    result = command("-m", "salmonn_hf.hub.push", checkpoint, "alice/tiny")
-    assert result.returncode == 1 and "cannot transcribe" in result.stderr and "windows.py" in result.stderr
+def test_what_cannot_transcribe_fails_the_command_before_anything_is_made(hub, command, checkpoint):
+    (checkpoint / "tokenizer.json").unlink()
+    result = command("-m", "salmonn_hf.push", checkpoint, "alice/tiny")
+    assert result.returncode == 1 and "cannot transcribe" in result.stderr and "okenizer" in result.stderr
     assert not hub.commits
 
 
@@ -309,22 +319,24 @@ def base_parts(tmp_path):
 
 
 @pytest.mark.slow
-def test_base_parts_come_from_the_hub_cache_that_there_is(hub, command, base_parts, tmp_path, monkeypatch):
-    """And from nowhere else: this hub has none. The adapter is what is pushed, and it alone."""
+@pytest.mark.parametrize("source", ["hub cache", "converted copies"])
+def test_base_parts_are_those_that_are_here(hub, command, base_parts, tmp_path, monkeypatch, source):
+    """Nothing else has them: this hub has none. What is pushed is the adapter alone."""
     monkeypatch.setenv("SALMONN_CACHE", str(base_parts))
     qformer = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
     settings = {"audio_token_id": 3, "window_frames": 8, "window_stride": 8, "queries_per_window": 2}
     config = config_from_base_parts("tiny/whisper", "tiny/llm", qformer_config=qformer, **settings)
     from_base_parts(config).save_pretrained(tmp_path / "adapter")
     tiny_processor(config).save_pretrained(tmp_path / "adapter")
-    for name in ("whisper", "llm"):
-        cached = tmp_path / "home" / "hub" / f"models--tiny--{name}"
-        shutil.copytree(base_parts / f"tiny--{name}", cached / "snapshots" / ("0" * 40))
-        (cached / "refs").mkdir()
-        (cached / "refs" / "main").write_text("0" * 40)
-    (tmp_path / "home" / "hub" / "models--tiny--whisper" / "snapshots" / ("0" * 40) / "tokenizer.json").touch()
-    nothing = {"SALMONN_CACHE": str(tmp_path / "nothing")}
-    result = command("-m", "salmonn_hf.hub.push", tmp_path / "adapter", "alice/adapter", **nothing)
+    (base_parts / "tiny--whisper" / "tokenizer.json").touch()
+    if source == "hub cache":
+        for name in ("whisper", "llm"):
+            cached = tmp_path / "home" / "hub" / f"models--tiny--{name}"
+            shutil.copytree(base_parts / f"tiny--{name}", cached / "snapshots" / ("0" * 40))
+            (cached / "refs").mkdir()
+            (cached / "refs" / "main").write_text("0" * 40)
+    copies = {"SALMONN_CACHE": str(base_parts if source == "converted copies" else tmp_path / "nothing")}
+    result = command("-m", "salmonn_hf.push", tmp_path / "adapter", "alice/adapter", **copies)
     assert result.returncode == 0, result.stderr
     assert set(hub.files("alice/adapter")) == {file.name for file in (tmp_path / "adapter").iterdir()}
 

