@@ -9,7 +9,7 @@ import re
 
 import torch
 from torch import nn
-from transformers import AutoModel, WhisperConfig, WhisperForConditionalGeneration
+from transformers import WhisperConfig, WhisperForConditionalGeneration
 from transformers.models.whisper.modeling_whisper import WhisperDecoderLayer
 
 from .configuration_whisper_projector import WhisperProjectorConfig
@@ -40,7 +40,7 @@ class WhisperProjector(SalmonnProjector):
     frozen_parameters = ("speech_tokens.", "sound_summary.norm.", "sound_summary.mlp.")
     sound_parameters = ("sound_summary.marker",)
     pretrained_parameters = ("query", "layers.", "layer_norm.")
-    modules_to_not_quantize = ("ctc_head",)
+    modules_to_not_quantize = ("ctc_head", "sound_summary")
 
     def __init__(self, config: WhisperProjectorConfig):
         super().__init__(config)
@@ -77,6 +77,9 @@ class WhisperProjector(SalmonnProjector):
                 nn.init.zeros_(self.frame_bias)
         elif isinstance(module, WhisperTokenHead):
             nn.init.zeros_(module.log_scale)
+        elif isinstance(module, SalmonnSoundSummary):
+            nn.init.constant_(module.names, -1)
+            nn.init.zeros_(module.marker)
 
     def window_states(self, audio_frames, audio_frames_mask, sound_frames=None, sound_frames_mask=None):
         size, context, reach = self.config.window_frames, self.config.window_context, self.config.window_reach
@@ -155,7 +158,7 @@ class WhisperProjector(SalmonnProjector):
 
     @torch.no_grad()
     def drop_unused_tokens(self):
-        """Keep those of Whisper's token embeddings alone that the CTC head scores."""
+        """Keep those of Whisper's token embeddings alone that the CTC head scores; see [`SalmonnProjector`]."""
         head = self.ctc_head
         used = torch.cat([head.speech_token_ids, head.capital_token_ids]).unique().long()
         for ids in (head.speech_token_ids, head.capital_token_ids):
@@ -184,7 +187,5 @@ def shared_tokens(tokenizer, speech_tokenizer, trained: set[int]) -> list[tuple[
             shared.append((vocabulary[token], speech_id, speech_vocabulary.get(capital, speech_id)))
     return sorted(shared, key=lambda ids: ids[0] not in trained)
 
-
-AutoModel.register(WhisperProjectorConfig, WhisperProjector, exist_ok=True)
 
 __all__ = ["WhisperProjector"]

@@ -2,7 +2,7 @@
 
 import torch
 from torch import nn
-from transformers import AutoModel, Blip2QFormerModel
+from transformers import Blip2QFormerModel
 
 from .configuration_window_qformer import WindowQFormerConfig
 from .ctc_head import SalmonnCTCHead
@@ -110,7 +110,5 @@ class WindowQFormerProjector(SalmonnProjector):
         self.proj_norm.bias.copy_(embedding.mean(0))
         self.proj_norm.weight.fill_(embedding.std(0).mean())
 
-
-AutoModel.register(WindowQFormerConfig, WindowQFormerProjector, exist_ok=True)
 
 __all__ = ["WindowQFormerProjector"]
