@@ -105,7 +105,7 @@ class SalmonnPreTrainedModel(PreTrainedModel):
 
         Raises:
             OSError: if the checkpoint or one of its base parts cannot be had, or a file was cut off; the message says
-                what was tried, or which tensors are not whole.
+                what was tried, or names the file.
             ValueError: if the files lack tensors, naming them.
         """
         hub_kwargs = {k: kwargs[k] for k in ("cache_dir", "revision", "token", "local_files_only") if k in kwargs}

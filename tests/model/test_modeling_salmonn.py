@@ -14,7 +14,7 @@ SECONDS = [0.3, 29.0, 1.7, 4.0, 11.3]
 
 def without_dropout(**kwargs):
     """A tiny config whose training mode computes what its evaluation mode does."""
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "encoder_hidden_size": 0}
     return tiny_config(qformer_config=tiny_config().projector_config.qformer_config.to_dict() | dropout, **kwargs)
 
 
