@@ -70,6 +70,10 @@ def migrate_config(old: dict) -> dict:
     for field in ("base_parts", "quantization"):
         if by_part := old.get(field):
             config[field] = {migrate_key(f"{part}.")[:-1]: value for part, value in by_part.items()}
+    if old.get("sound_summary_size") and "projector" in (config.get("quantization") or {}):
+        # The connector had no summary in it; the projector has.
+        settings = config["quantization"].pop("projector")
+        config["quantization"] |= dict.fromkeys(("projector.frame_mlp", "projector.layers"), settings)
     return config
 
 

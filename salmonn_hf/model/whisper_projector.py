@@ -40,7 +40,7 @@ class WhisperProjector(SalmonnProjector):
     frozen_parameters = ("speech_tokens.", "sound_summary.norm.", "sound_summary.mlp.")
     sound_parameters = ("sound_summary.marker",)
     pretrained_parameters = ("query", "layers.", "layer_norm.")
-    modules_to_not_quantize = ("ctc_head", "sound_summary")
+    modules_to_not_quantize = ("ctc_head",)
 
     def __init__(self, config: WhisperProjectorConfig):
         super().__init__(config)
