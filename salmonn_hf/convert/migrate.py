@@ -60,22 +60,20 @@ def migrate_config(old: dict) -> dict:
     """The `config.json` of an old checkpoint as fields of today's [`SalmonnConfig`]."""
     config = {name: value for name, value in old.items() if name in SalmonnConfig.__dataclass_fields__}
     if old.get("speech_decoder_layers"):
-        fields, connector = WHISPER_FIELDS, ["projector.frame_mlp", "projector.layers"]
-        projector = {"model_type": "salmonn_whisper_projector"}
+        fields, projector = WHISPER_FIELDS, {"model_type": "salmonn_whisper_projector"}
         projector["dropout"] = old["qformer_config"].get("hidden_dropout_prob", 0.1)
     else:
-        fields, connector = QFORMER_FIELDS, ["projector.qformer", "projector.proj"]
-        connector += ["projector.frame_mlp"] * bool(old.get("frame_mlp_size"))
-        projector = {"model_type": "salmonn_window_qformer"}
+        fields, projector = QFORMER_FIELDS, {"model_type": "salmonn_window_qformer"}
     projector |= {new: old[name] for name, new in fields.items() if name in old}
     projector["dtype"] = old.get("dtype")
     config["projector_config"] = projector
-    if base_parts := old.get("base_parts"):
-        config["base_parts"] = {migrate_key(f"{part}.")[:-1]: name for part, name in base_parts.items()}
-    if quantization := config.pop("quantization", None):
-        for part, settings in quantization.items():
-            modules = connector if part == "connector" else [migrate_key(f"{part}.")[:-1]]
-            config.setdefault("quantization", {}).update(dict.fromkeys(modules, settings))
+    for field in ("base_parts", "quantization"):
+        if by_part := old.get(field):
+            config[field] = {migrate_key(f"{part}.")[:-1]: value for part, value in by_part.items()}
+    if old.get("sound_summary_size") and "projector" in (config.get("quantization") or {}):
+        # The connector had no summary in it; the projector has.
+        settings = config["quantization"].pop("projector")
+        config["quantization"] |= dict.fromkeys(("projector.frame_mlp", "projector.layers"), settings)
     return config
 
 

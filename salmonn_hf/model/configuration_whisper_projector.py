@@ -50,6 +50,14 @@ class WhisperProjectorConfig(ProjectorConfig):
     sound_kinds: int = 400
     sound_name_size: int = 24
 
+    def __post_init__(self, **kwargs):
+        if fixed := sorted(kwargs.keys() & {"window_stride", "queries_per_window", "pad_to_30_seconds"}):
+            raise ValueError(
+                f"{fixed[0]} cannot be set for a projector of Whisper's decoder layers: its windows do not overlap, "
+                "each has one query, and clips keep their own length."
+            )
+        super().__post_init__(**kwargs)
+
     def fit_to(self, audio_config, sound_hidden_size, text_config):
         """As in [`ProjectorConfig`]; the sizes of Whisper's decoder are filled in as well."""
         super().fit_to(audio_config, sound_hidden_size, text_config)

@@ -21,7 +21,7 @@ from .configuration_salmonn import SalmonnConfig
 from .generation_salmonn import SalmonnGenerationMixin
 from .lora import LORA_FIELDS, adapted_parts, add_lora, merge_lora
 from .modeling_beats import BeatsModel
-from .placeholders import check_count, drop_spare_placeholders, embed_prompt
+from .placeholders import check_placeholders, drop_spare_placeholders, embed_prompt
 from .projector import ProjectorOutput
 from .quantized_layers import quantize_parts
 from .remote_code import save_code
@@ -101,7 +101,7 @@ class SalmonnPreTrainedModel(PreTrainedModel):
 
         Raises:
             OSError: if the checkpoint or one of its base parts cannot be had, or a file was cut off; the message says
-                what was tried, or which tensors are not whole.
+                what was tried, or names the file.
             ValueError: if the files lack tensors, naming them.
         """
         hub_kwargs = {k: kwargs[k] for k in ("cache_dir", "revision", "token", "local_files_only") if k in kwargs}
@@ -261,15 +261,14 @@ class SalmonnModel(SalmonnPreTrainedModel):
         `input_ids`, `inputs_embeds`, `attention_mask` and `labels` for the language model. Where the projector gives
         fewer audio tokens than a clip has placeholders, these have fewer positions than what was given.
         """
-        prompt = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        audio_token_id = self.config.audio_token_id
+        is_audio = input_ids == self.config.audio_token_id
+        check_placeholders(is_audio, 0 if audio is None else len(audio.states), self.config.audio_token_id)
+        prompt = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "is_audio": is_audio}
         if audio is not None and len(audio.embeds) < len(audio.states):
-            is_audio = input_ids == audio_token_id
-            check_count(is_audio, len(audio.states), audio_token_id)
-            prompt = drop_spare_placeholders(prompt, is_audio, audio.num_states, audio.num_tokens)
+            prompt = drop_spare_placeholders(prompt, audio.num_states, audio.num_tokens)
         embeds = None if audio is None else audio.embeds
         prompt["inputs_embeds"] = embed_prompt(
-            prompt["input_ids"], embeds, self.get_input_embeddings(), audio_token_id
+            prompt["input_ids"], prompt.pop("is_audio"), embeds, self.get_input_embeddings()
         )
         return prompt
 
@@ -362,7 +361,7 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
         }
         if input_features is not None:
             frames = self.encode_audio(input_features, input_features_mask, input_values, input_values_mask)
-        if input_ids is None and inputs_embeds is None:
+        if input_ids is None and inputs_embeds is None and ctc_labels is not None:
             loss = self.alignment_loss(frames, ctc_labels, caption_labels, num_alignment_labels)
             return SalmonnOutput(loss=loss, alignment_loss=loss)
 
@@ -370,7 +369,7 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
         alignment_loss = None
         if ctc_labels is not None:
             alignment_loss = self.alignment_loss(frames, ctc_labels, caption_labels, num_alignment_labels, audio)
-        if inputs_embeds is None:
+        if input_ids is not None and inputs_embeds is None:
             prompt = self.embed_prompt(input_ids, attention_mask, labels, audio)
             inputs_embeds, attention_mask, labels = (prompt[n] for n in ("inputs_embeds", "attention_mask", "labels"))
         if labels is not None and self.training:

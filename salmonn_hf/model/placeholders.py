@@ -4,25 +4,11 @@ import torch
 from torch import nn
 
 
-def embed_prompt(input_ids: torch.LongTensor, audio_embeds, embedding: nn.Module, audio_token_id: int) -> torch.Tensor:
-    r"""
-    Token embeddings with `audio_embeds` `(audio tokens of the batch, hidden size)`, or none, in the places of
-    `audio_token_id`: `(batch, tokens, hidden size)`.
-
-    Raises:
-        ValueError: if there are not as many placeholders as audio embeddings.
+def check_placeholders(is_audio: torch.BoolTensor, count: int, audio_token_id: int):
     """
-    inputs_embeds = embedding(input_ids)
-    is_audio = input_ids == audio_token_id
-    check_count(is_audio, 0 if audio_embeds is None else len(audio_embeds), audio_token_id)
-    if audio_embeds is None:
-        return inputs_embeds
-    # Gemma scales embeddings by √hidden where it looks them up; audio must come in at the same scale.
-    audio_embeds = audio_embeds * getattr(embedding, "embed_scale", 1.0)
-    return inputs_embeds.masked_scatter(is_audio[..., None], audio_embeds.to(inputs_embeds.dtype))
-
-
-def check_count(is_audio: torch.BoolTensor, count: int, audio_token_id: int):
+    Raises:
+        ValueError: if there are not as many placeholders as the clips give audio embeddings, `count`.
+    """
     if is_audio.sum() != count:
         raise ValueError(
             f"input_ids hold {int(is_audio.sum())} audio placeholders (token {audio_token_id}), but the clips give "
@@ -31,20 +17,33 @@ def check_count(is_audio: torch.BoolTensor, count: int, audio_token_id: int):
         )
 
 
+def embed_prompt(
+    input_ids: torch.LongTensor, is_audio: torch.BoolTensor, audio_embeds: torch.Tensor | None, embedding: nn.Module
+) -> torch.Tensor:
+    """
+    Token embeddings `(batch, tokens, hidden size)` with `audio_embeds` `(audio tokens of the batch, hidden size)`, or
+    none, where `is_audio` `(batch, tokens)` is true.
+    """
+    inputs_embeds = embedding(input_ids)
+    if audio_embeds is None:
+        return inputs_embeds
+    # Gemma scales embeddings by √hidden where it looks them up; audio must come in at the same scale.
+    audio_embeds = audio_embeds * getattr(embedding, "embed_scale", 1.0)
+    return inputs_embeds.masked_scatter(is_audio[..., None], audio_embeds.to(inputs_embeds.dtype))
+
+
 def drop_spare_placeholders(
-    prompt: dict[str, torch.Tensor | None],
-    is_audio: torch.BoolTensor,
-    num_placeholders: torch.LongTensor,
-    num_tokens: torch.LongTensor,
+    prompt: dict[str, torch.Tensor | None], num_placeholders: torch.LongTensor, num_tokens: torch.LongTensor
 ) -> dict[str, torch.Tensor | None]:
     """
-    A batch's `input_ids`, `attention_mask` and `labels` (the last two may be `None`) with as many placeholders for
-    each clip as it has audio tokens. Rows that are then shorter than the longest are padded on the left.
+    A batch's `input_ids`, `is_audio`, which are true on placeholders, `attention_mask` and `labels` (the last two may
+    be `None`) with as many placeholders for each clip as it has audio tokens. Rows that are then shorter than the
+    longest are padded on the left.
 
     Args:
-        is_audio (`torch.BoolTensor` of shape `(batch, tokens)`): where the placeholders are.
         num_placeholders, num_tokens (`torch.LongTensor` of shape `(clips,)`): of each clip, in the order of the rows.
     """
+    is_audio = prompt["is_audio"]
     starts = num_placeholders.cumsum(0) - num_placeholders
     place_in_clip = torch.arange(int(num_placeholders.sum()), device=is_audio.device)
     place_in_clip = place_in_clip - starts.repeat_interleave(num_placeholders)
@@ -57,6 +56,7 @@ def drop_spare_placeholders(
     rows = torch.arange(len(keep), device=keep.device)[:, None]
     shorter = {name: None if value is None else value[rows, positions] for name, value in prompt.items()}
     padding = torch.arange(width, device=keep.device) < width - lengths
+    shorter["is_audio"] &= ~padding  # which has the ids of what was dropped
     shorter["attention_mask"] = (~padding).long()
     if shorter["labels"] is not None:
         shorter["labels"] = shorter["labels"].masked_fill(padding, -100)

@@ -52,7 +52,10 @@ class SalmonnProjector(PreTrainedModel):
     base_part_prefixes: ClassVar[dict[str, tuple[str, ...]]] = {}
     # Submodules that stay in full precision where the projector is quantised.
     modules_to_not_quantize: ClassVar[tuple[str, ...]] = ()
-    # Parameters that come from a pretrained model, and may be trained at a rate of their own.
+    # Of its parameters, by the beginnings of their names: those that stay as they are in training; those that sound
+    # alone is described with; those that come from a pretrained model, and may be trained at a rate of their own.
+    frozen_parameters: ClassVar[tuple[str, ...]] = ()
+    sound_parameters: ClassVar[tuple[str, ...]] = ()
     pretrained_parameters: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -142,6 +145,15 @@ class SalmonnProjector(PreTrainedModel):
         is the language model's, `speech_tokenizer` Whisper's.
         """
         self.ctc_head.token_ids.copy_(torch.tensor(token_ids))
+
+    def initialize(self, token_embedding, whisper_directory=None, examples=()):
+        """
+        Start from what the language model's embeddings and the Whisper in `whisper_directory` hold; `examples` are
+        pairs of encoder frames `(frames, d_model)` and their transcript's token ids, of Whisper's tokenizer.
+        """
+
+    def drop_unused_tokens(self):
+        """Drop what of its base parts is not used, in place. The checkpoint then has to hold the rest."""
 
 
 __all__ = ["ProjectorOutput", "SalmonnProjector"]

@@ -362,7 +362,7 @@ def quantize_parts(model: nn.Module, quantization: dict[str, dict]):
     Args:
         quantization: part to `{"bits": 4 or 8, "group_size": int}`, as `SalmonnConfig.quantization`. A part is a
             submodule's name, e.g. "audio_tower", "projector" or "language_model", of which the Linears are quantised,
-            or of an `nn.Embedding`; or "embedding", the language model's token embeddings and its head.
+            or of an `nn.Embedding` or a Linear; or "embedding", the language model's token embeddings and its head.
 
     Raises:
         ValueError: for a part that the model does not have, or a matrix that `group_size` does not divide.
@@ -375,6 +375,9 @@ def quantize_parts(model: nn.Module, quantization: dict[str, dict]):
                 quantize_vocabulary(model.language_model, **settings)
         elif isinstance(module, nn.Embedding):
             replace_module(model, part, quantized_embedding(module, **settings))
+        elif isinstance(module, nn.Linear):
+            if not isinstance(module, QuantizedLinear):
+                replace_module(model, part, quantized_linear(module, **settings))
         elif module is None:
             parts = [name for name, child in model.named_children() if linears(child)]
             raise ValueError(f"There is no part {part!r} to quantise; choose of embedding, {', '.join(parts)}.")

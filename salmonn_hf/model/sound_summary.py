@@ -50,8 +50,8 @@ class SalmonnSoundSummary(nn.Module):
             embedding (`nn.Module`): the language model's token embeddings.
 
         Returns:
-            `(states of all clips, hidden size)`: on the first states of each clip the name of its kind;
-            each is the mean of several tokens where a name has more of them than the clip has states; zeros on the others.
+            `(states of all clips, hidden size)`: on the first states of each clip the name of its kind; each is the
+            mean of several tokens where a name has more of them than the clip has states; zeros on the others.
         """
         kind = self.logits(frame_statistics(sound_frames, sound_frames_mask)).argmax(-1)
         names = self.names[kind].long()

@@ -77,6 +77,9 @@ class WhisperProjector(SalmonnProjector):
                 nn.init.zeros_(self.frame_bias)
         elif isinstance(module, WhisperTokenHead):
             nn.init.zeros_(module.log_scale)
+        elif isinstance(module, SalmonnSoundSummary):
+            nn.init.constant_(module.names, -1)
+            nn.init.zeros_(module.marker)
 
     def window_states(self, audio_frames, audio_frames_mask, sound_frames=None, sound_frames_mask=None):
         size, context, reach = self.config.window_frames, self.config.window_context, self.config.window_reach
@@ -155,7 +158,7 @@ class WhisperProjector(SalmonnProjector):
 
     @torch.no_grad()
     def drop_unused_tokens(self):
-        """Keep those of Whisper's token embeddings alone that the CTC head scores."""
+        """Keep those of Whisper's token embeddings alone that the CTC head scores; see [`SalmonnProjector`]."""
         head = self.ctc_head
         used = torch.cat([head.speech_token_ids, head.capital_token_ids]).unique().long()
         for ids in (head.speech_token_ids, head.capital_token_ids):

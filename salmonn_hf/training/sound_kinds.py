@@ -1,14 +1,40 @@
-"""The kinds of sound that a sound summary tells apart: found in a training set's captions, and learnt before training."""
+"""The kinds of sound that a sound summary tells apart: found in training captions, and fitted before training."""
 
 import torch
 from torch import nn
 
 from ..model.ctc_head import token_directions
 from ..model.quantized_layers import embedding_rows
+from ..model.sound_summary import SalmonnSoundSummary
 
 FIT_STEPS, FIT_CLIPS, FIT_LEARNING_RATE = 800, 128, 4e-3  # seconds on two CPU cores
 LABEL_SMOOTHING = 0.1
 CLUSTER_ROUNDS = 30
+
+
+def add_sound_summary(model, sound_layers: list[int], size: int, kinds: int):
+    """
+    Build a [`SalmonnSoundSummary`] into the projector of a model of speech alone, which then knows sounds once
+    `fit_sound_summary` has named them. Its sound frames are those of `sound_layers`, see [`SalmonnConfig`].
+
+    Args:
+        size (`int`): hidden size of the summary's MLP.
+        kinds (`int`): kinds of sound that it tells apart.
+
+    Raises:
+        ValueError: if the speech encoder has no such layers, the projector knows no summary, or `size` is 0.
+    """
+    config, projector = model.config, model.projector
+    if not hasattr(projector.config, "sound_summary_size"):
+        raise ValueError(
+            f"A {type(projector).__name__} has no sound summary; train it with sound frames from the start."
+        )
+    config.sound_layers = sound_layers
+    config.check_sound_layers()
+    projector.config.sound_hidden_size = config.sound_hidden_size
+    projector.config.sound_summary_size, projector.config.sound_kinds = size, kinds
+    projector.config.fit_to(config.audio_config, config.sound_hidden_size, config.text_config)
+    projector.sound_summary = SalmonnSoundSummary(projector.config)
 
 
 def caption_directions(embedding: nn.Module, captions: list[list[list[int]]]) -> torch.Tensor:
@@ -62,7 +88,7 @@ def fit_sound_summary(model, statistics: torch.Tensor, captions: list[list[list[
         captions (`list[list[list[int]]]`): of each clip the token ids of all its captions; none where nothing is heard
             but speech.
     """
-    summary, generator = model.sound_summary.float(), torch.Generator().manual_seed(seed)
+    summary, generator = model.projector.sound_summary.float(), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         normed = nn.functional.layer_norm(statistics, statistics.shape[-1:])
         deviation = normed.std(0) + 1e-6

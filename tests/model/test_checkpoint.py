@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoModelForCausalLM, WhisperForConditionalG
 
 from salmonn_hf import SalmonnForConditionalGeneration
 from salmonn_hf.base_parts import BasePartNotFoundError
-from salmonn_hf.model.checkpoint import config_from_base_parts, from_base_parts
+from salmonn_hf.model.checkpoint import config_from_base_parts
 from salmonn_hf.model.configuration_beats import BeatsConfig
 from salmonn_hf.model.modeling_beats import BeatsForAudioClassification, BeatsModel
 
@@ -31,23 +31,24 @@ def base_parts(tmp_path_factory):
 def adapter(base_parts, tmp_path):
     """A model whose trained parts are not zero, and the directory of its adapter checkpoint."""
     torch.manual_seed(2)
-    qformer = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
     config = config_from_base_parts(
         **base_parts,
         audio_token_id=3,
-        window_frames=8,
-        window_stride=8,
-        queries_per_window=2,
-        ctc_vocab_size=4,
-        qformer_config=qformer,
+        projector_config={
+            "qformer_config": {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32},
+            "window_frames": 8,
+            "window_stride": 8,
+            "queries_per_window": 2,
+            "ctc_vocab_size": 4,
+        },
     )
-    model = from_base_parts(config).eval()
+    model = SalmonnForConditionalGeneration.from_base_parts(config).eval()
     model.add_lora(LORA)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if ".lora_" in name or name.startswith("connector"):
+            if ".lora_" in name or name.startswith("projector"):
                 parameter.add_(torch.randn_like(parameter) * 0.2)
-    model.ctc_head.token_ids.copy_(torch.tensor([4, 5, 6, 7]))
+    model.projector.ctc_head.token_ids.copy_(torch.tensor([4, 5, 6, 7]))
     model.save_pretrained(tmp_path / "adapter")
     tiny_processor(config).save_pretrained(tmp_path / "adapter")
     return model, tmp_path / "adapter"
@@ -67,10 +68,10 @@ def test_beats_is_a_base_part(base_parts, tmp_path, kind):
         **base_parts,
         sound_tower=str(tmp_path / "beats"),
         audio_token_id=3,
-        qformer_config={"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32},
+        projector_config={"qformer_config": {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}},
     )
-    assert config.qformer_config.encoder_hidden_size == 32
-    from_base_parts(config).save_pretrained(tmp_path / "adapter")
+    assert config.projector_config.qformer_config.encoder_hidden_size == 32
+    SalmonnForConditionalGeneration.from_base_parts(config).save_pretrained(tmp_path / "adapter")
     assert not any(key.startswith("sound_tower") for key in load_file(tmp_path / "adapter" / "model.safetensors"))
     model = AutoModel.from_pretrained(tmp_path / "adapter")
     own = beats.state_dict()
@@ -90,7 +91,7 @@ def test_the_file_holds_what_was_trained_and_nothing_else(adapter):
     model, directory = adapter
     saved = load_file(directory / "model.safetensors")
     for key in model.state_dict():
-        trained = key.startswith(("audio_norm", "connector", "ctc_head")) or ".lora_" in key
+        trained = key.startswith("projector") or ".lora_" in key
         assert (key in saved) == trained, key
     assert json.loads((directory / "config.json").read_text())["base_parts"] == model.config.base_parts
 
@@ -160,16 +161,16 @@ def test_a_base_part_of_another_size_is_named(adapter, tmp_path):
 def test_missing_left_over_and_truncated_tensors_are_refused(adapter):
     _, directory = adapter
     file = directory / "model.safetensors"
-    whole = load_file(file)
-    save_file({k: v for k, v in whole.items() if k != "connector.proj.weight"}, file)
-    with pytest.raises(ValueError, match="missing.*connector.proj.weight"):
+    complete = load_file(file)
+    save_file({k: v for k, v in complete.items() if k != "projector.proj.weight"}, file)
+    with pytest.raises(ValueError, match="missing.*projector.proj.weight"):
         AutoModel.from_pretrained(directory)
-    save_file(whole | {"connector.extra": torch.zeros(1)}, file)
-    with pytest.raises(ValueError, match="left over.*connector.extra"):
+    save_file(complete | {"projector.extra": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match="left over.*projector.extra"):
         AutoModel.from_pretrained(directory)
-    save_file(whole, file)
+    save_file(complete, file)
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(OSError, match="not a whole safetensors file"):
+    with pytest.raises(OSError, match="not a complete safetensors file"):
         AutoModel.from_pretrained(directory)
 
 

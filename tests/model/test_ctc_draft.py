@@ -10,13 +10,12 @@ from transformers import MaxLengthCriteria, pipeline
 from salmonn_hf.model.ctc_draft import (
     END_MARKS,
     CTCDraft,
-    best_tokens,
     continuation,
     draft_mask,
     place_in_draft,
     words,
 )
-from salmonn_hf.training.trainer import ctc_transcripts
+from salmonn_hf.model.projector import SalmonnProjector
 
 DRAFT = "well i think joey left this morning".split()
 
@@ -67,7 +66,7 @@ def test_a_question_is_drafted_with_its_mark():
 def drafting_model(model_type="llama", seed=0):
     text_config = tiny_text_config(model_type, tie_word_embeddings=True)
     model = tiny_model(tiny_config(text_config=text_config, ctc_vocab_size=60), seed)
-    model.ctc_head.token_ids.copy_(torch.arange(60) + 60)  # printable bytes, mostly
+    model.projector.ctc_head.token_ids.copy_(torch.arange(60) + 60)  # printable bytes, mostly
     return model
 
 
@@ -77,15 +76,20 @@ def count_passes(model):
     return passes
 
 
-def test_best_tokens_are_those_of_greedy_ctc():
-    model, processor = drafting_model(), tiny_processor()
+def test_a_draft_is_greedy_ctc():
+    model = drafting_model()
+    projector, embedding = model.projector, model.get_input_embeddings()
     embeds = torch.randn(40, 32)
-    ids = best_tokens(model.ctc_head, embeds, model.get_input_embeddings())
-    (text,) = ctc_transcripts(model, processor, embeds, torch.tensor([40]))
-    assert processor.tokenizer.decode(ids).strip() == text and len(ids) > 5
-    model.ctc_head.blank.data = embeds[0] - model.ctc_head.kept[0]  # kept directions do not outlive training
+    ids = projector.ctc_draft(embeds, embedding)
+    assert [ids] == projector.ctc_transcripts(embeds, torch.tensor([40]), embedding) and len(ids) > 5
+    by_hand = torch.unique_consecutive(projector.ctc_log_probs(embeds, embedding).argmax(-1))
+    assert ids == [60 + int(index) - 1 for index in by_hand if index > 0]
+    halves = projector.ctc_transcripts(embeds, torch.tensor([15, 25]), embedding)
+    assert halves == [projector.ctc_draft(half, embedding) for half in embeds.split([15, 25])]
+    head = projector.ctc_head
+    head.blank.data = embeds[0] - head.cached_directions[0]  # cached directions do not outlive training
     model.train().eval()
-    assert best_tokens(model.ctc_head, embeds[:1], model.get_input_embeddings()) == []
+    assert projector.ctc_draft(embeds[:1], embedding) == []
 
 
 @pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
@@ -128,7 +132,7 @@ def test_good_drafts_save_passes(errors, monkeypatch):
     model.language_model.register_forward_hook(say, with_kwargs=True)
     draft = " the fog is here".replace("fog", "dog") if errors else text
     ids = processor.tokenizer(draft, add_special_tokens=False)["input_ids"]
-    monkeypatch.setattr("salmonn_hf.model.generation_salmonn.best_tokens", lambda *_: ids)
+    monkeypatch.setattr(SalmonnProjector, "ctc_draft", lambda *_: ids)
     monkeypatch.setattr("salmonn_hf.model.ctc_draft.PASS_TOKENS", 40)  # here a token is a letter
     passes = count_passes(model)
     options = {"max_new_tokens": 40, "speculation_type": "ctc", "tokenizer": processor.tokenizer}
@@ -166,7 +170,7 @@ def test_another_mark_at_the_end_needs_no_pass_of_its_own(text, marks, passes, m
 
     model.language_model.register_forward_hook(say, with_kwargs=True)
     ids = processor.tokenizer(" the fog is here", add_special_tokens=False)["input_ids"]
-    monkeypatch.setattr("salmonn_hf.model.generation_salmonn.best_tokens", lambda *_: ids)
+    monkeypatch.setattr(SalmonnProjector, "ctc_draft", lambda *_: ids)
     monkeypatch.setattr("salmonn_hf.model.ctc_draft.END_MARKS", marks)
     counted = count_passes(model)
     options = {"max_new_tokens": 40, "speculation_type": "ctc", "tokenizer": processor.tokenizer}
@@ -197,7 +201,7 @@ def test_a_branch_sees_what_stands_before_it(implementation):
 def test_batches_beams_samples_and_fixed_caches_take_no_drafts(monkeypatch):
     """Which would change the time alone; they are not even read."""
     model, processor = drafting_model(), tiny_processor()
-    monkeypatch.setattr("salmonn_hf.model.generation_salmonn.best_tokens", lambda *_: pytest.fail("drafts"))
+    monkeypatch.setattr(SalmonnProjector, "ctc_draft", lambda *_: pytest.fail("drafts"))
     options = {"max_new_tokens": 5}
     drafts = {"speculation_type": "ctc", "tokenizer": processor.tokenizer}
     for clips, kind in (

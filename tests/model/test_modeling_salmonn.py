@@ -1,6 +1,5 @@
 """The model: shapes and lengths, independence of the batch, generation, losses, against transformers' own parts."""
 
-import numpy as np
 import pytest
 import torch
 from conftest import LANGUAGE_MODELS, noise, tiny_config, tiny_model, tiny_processor, tiny_text_config
@@ -13,10 +12,10 @@ from salmonn_hf.model.configuration_beats import BeatsConfig
 SECONDS = [0.3, 29.0, 1.7, 4.0, 11.3]
 
 
-def without_dropout():
+def without_dropout(**kwargs):
     """A tiny config whose training mode computes what its evaluation mode does."""
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return tiny_config(qformer_config=tiny_config().qformer_config.to_dict() | dropout)
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "encoder_hidden_size": 0}
+    return tiny_config(qformer_config=tiny_config().projector_config.qformer_config.to_dict() | dropout, **kwargs)
 
 
 def test_encoder_equals_whispers_own_on_30_seconds():
@@ -45,77 +44,6 @@ def test_encoder_features_do_not_depend_on_the_batch(implementation):
             assert difference.abs().max() < 2e-5
 
 
-@pytest.mark.parametrize(("window", "stride", "queries"), [(17, 17, 1), (8, 8, 2), (8, 4, 1), (1, 1, 3)])
-def test_audio_tokens_are_in_proportion_to_the_clip(window, stride, queries):
-    config = tiny_config(window_frames=window, window_stride=stride, queries_per_window=queries)
-    model, processor = tiny_model(config), tiny_processor(config)
-    frames = torch.tensor([1, window, window + 1, 2 * window, 123])
-    if stride == window:
-        assert model.connector.num_windows(frames).tolist() == [-(-int(n) // window) for n in frames]
-    for clip_seconds in (0.1, 1.0, 3.33):
-        inputs = processor(text="<|audio|>", audio=noise(clip_seconds))
-        embeds = model.get_audio_features(inputs["input_features"], inputs["input_features_mask"]).pooler_output
-        assert len(embeds) == (inputs["input_ids"] == 3).sum()
-
-
-@pytest.mark.parametrize(("window", "stride"), [(17, 17), (8, 8), (12, 5)])
-def test_original_geometry_drops_an_incomplete_window(window, stride):
-    """The frames after the last whole window change nothing; model and processor count the windows alike."""
-    config = tiny_config(window_frames=window, window_stride=stride, pad_to_30_seconds=True)
-    model, processor = tiny_model(config), tiny_processor(config)
-    processor.feature_extractor.pad_to_30_seconds = True
-    frames, mask = torch.randn(2, 160, 16), torch.ones(2, 160, dtype=torch.bool)
-    windows = (160 - window) // stride + 1
-    changed = frames.clone()
-    changed[:, (windows - 1) * stride + window :] += 1
-    with torch.no_grad():
-        embeds, num_tokens = model.connect_audio(frames, mask)
-        assert num_tokens.tolist() == [2 * windows] * 2 == [processor.num_audio_tokens(160)] * 2
-        assert torch.equal(model.connect_audio(changed, mask)[0], embeds)
-        inputs = processor(text="<|audio|>", audio=noise(1.0))
-        embeds = model.get_audio_features(inputs["input_features"], inputs["input_features_mask"]).pooler_output
-    assert len(embeds) == (inputs["input_ids"] == 3).sum() == 2 * ((1500 - window) // stride + 1)
-
-
-def test_every_frame_reaches_a_window():
-    """The tail of a clip must be heard: changing its last frame changes the last audio token, and no other."""
-    model = tiny_model(tiny_config(window_frames=17, window_stride=17, queries_per_window=1))
-    frames = torch.randn(1, 40, 16)
-    mask = torch.ones(1, 40, dtype=torch.bool)
-    changed = frames.clone()
-    changed[0, -1] = -changed[0, -1]
-    with torch.no_grad():
-        before, after = model.connect_audio(frames, mask)[0], model.connect_audio(changed, mask)[0]
-    assert len(before) == 3
-    assert torch.equal(before[:2], after[:2]) and not torch.allclose(before[2], after[2], atol=1e-4)
-
-
-def test_frame_mlp_takes_each_query_its_own_frames():
-    """With the Q-Former's projection silenced, a frame changes the one audio token that stands for it."""
-    model = tiny_model(tiny_config(frame_mlp_size=12))  # windows of 8 frames, 2 queries: 4 frames each
-    with torch.no_grad():
-        model.connector.proj.weight.zero_()
-    frames = torch.randn(1, 20, 16)
-    changed = frames.clone()
-    changed[0, 13] += torch.randn(16)
-    mask = torch.ones(1, 20, dtype=torch.bool)
-    with torch.no_grad():
-        difference = model.connect_audio(frames, mask)[0] - model.connect_audio(changed, mask)[0]
-    assert difference.abs().amax(-1).gt(1e-3).tolist() == [False, False, False, True, False, False]
-
-
-@pytest.mark.parametrize("frame_mlp_size", [0, 12])
-def test_padding_frames_have_no_influence(frame_mlp_size):
-    model = tiny_model(tiny_config(frame_mlp_size=frame_mlp_size))
-    frames = torch.randn(2, 50, 16)
-    mask = torch.ones(2, 50, dtype=torch.bool)
-    mask[1, 21:] = False
-    garbage = frames.clone()
-    garbage[1, 21:] = 1e3
-    with torch.no_grad():
-        assert torch.equal(model.connect_audio(frames, mask)[0], model.connect_audio(garbage, mask)[0])
-
-
 @pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
 def test_text_alone_is_the_language_model(model_type):
     """Without audio the logits are those of the language model itself, soft caps and embedding scale included."""
@@ -124,16 +52,6 @@ def test_text_alone_is_the_language_model(model_type):
     reference.load_state_dict(model.language_model.state_dict())
     input_ids = torch.randint(4, 300, (2, 9))
     torch.testing.assert_close(model(input_ids=input_ids).logits, reference(input_ids=input_ids).logits)
-
-
-def test_gemma_scales_audio_as_it_scales_text():
-    """Gemma multiplies every input embedding by √hidden; audio embeddings go through the same."""
-    model = tiny_model(tiny_config("gemma2"))
-    audio_embeds = torch.randn(2, 32)
-    merged = model.merge_audio(torch.tensor([[5, 3, 3, 6]]), audio_embeds)
-    torch.testing.assert_close(merged[0, 1:3], audio_embeds * 32**0.5)
-    raw = model.get_input_embeddings().weight
-    torch.testing.assert_close(merged[0, 0], raw[5] * 32**0.5)
 
 
 @pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
@@ -184,15 +102,24 @@ def test_several_clips_in_one_prompt():
         {"num_beams": 2, "num_return_sequences": 2},
     ],
 )
-def test_generation_modes(kwargs):
+def test_generation_modes_are_the_language_models_own(kwargs):
+    """Each gives what the language model alone gives for the same embeddings, and not what greedy search does."""
     model, processor = tiny_model(), tiny_processor()
     inputs = processor.apply_transcription_request([noise(1.0), noise(2.0)])
-    output = model.generate(**inputs, max_new_tokens=4, **kwargs)
-    assert output.shape == (2 * kwargs.get("num_return_sequences", 1), inputs["input_ids"].shape[1] + 4)
+    clips = {name: inputs[name] for name in ("input_features", "input_features_mask")}
+    embeds = model.embed_prompt(inputs["input_ids"], audio=model.project_audio(**clips))["inputs_embeds"]
+    prompt = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "inputs_embeds": embeds}
+    torch.manual_seed(0)
+    output = model.generate(**inputs, max_new_tokens=8, **kwargs)
+    torch.manual_seed(0)
+    expected = model.language_model.generate(**prompt, max_new_tokens=8, suppress_tokens=[3], **kwargs)
+    assert torch.equal(output, expected)
+    assert output.shape == (2 * kwargs.get("num_return_sequences", 1), inputs["input_ids"].shape[1] + 8)
+    assert not torch.equal(output[:2], model.generate(**inputs, max_new_tokens=8))
 
 
 def test_beams_keep_the_clips_of_a_prompt_together():
-    """Each beam of a prompt must hear the prompt's own clips, as greedy search does."""
+    """Each beam of a prompt must get the prompt's own clips, as greedy search does."""
     model, processor = tiny_model(), tiny_processor()
     prompts = ["<|audio|> and <|audio|>?", "none?", "<|audio|>"]
     inputs = processor(text=prompts, audio=[noise(1.0, 1), noise(2.5, 2), noise(0.7, 3)])
@@ -203,13 +130,13 @@ def test_beams_keep_the_clips_of_a_prompt_together():
         torch.testing.assert_close(beam, greedy, atol=1e-4, rtol=1e-4)
 
 
-def test_audio_is_heard_once_whatever_the_beams():
+def test_audio_is_encoded_once_whatever_the_beams():
     model, processor = tiny_model(), tiny_processor()
-    heard = []
-    model.audio_tower.register_forward_pre_hook(lambda _, args: heard.append(len(args[0])))
+    encoded = []
+    model.audio_tower.register_forward_pre_hook(lambda _, args: encoded.append(len(args[0])))
     inputs = processor.apply_transcription_request([noise(1.0), noise(2.0)])
     model.generate(**inputs, max_new_tokens=3, num_beams=3)
-    assert heard == [2]
+    assert encoded == [2]
 
 
 def test_the_audio_token_is_never_generated():
@@ -246,7 +173,7 @@ def test_labels_from_the_first_token_on():
     torch.testing.assert_close(*losses)
 
 
-def test_generation_hears_the_audio():
+def test_the_audio_changes_the_logits():
     model, processor = tiny_model(), tiny_processor()
     logits = [model(**processor.apply_transcription_request(noise(2.0, seed))).logits[0, -1] for seed in (1, 2)]
     assert (logits[0] - logits[1]).abs().max() > 1e-2
@@ -268,74 +195,6 @@ def test_loss_is_that_of_transformers_and_counts_items_in_batch():
     assert trained.logits.shape[1] < output.logits.shape[1]
 
 
-def test_ctc_loss_is_torchs_own():
-    config = tiny_config(ctc_vocab_size=5)
-    model = tiny_model(config)
-    model.ctc_head.token_ids.copy_(torch.tensor([10, 20, 30, 40, 50]))
-    frames, mask = torch.randn(2, 60, 16), torch.ones(2, 60, dtype=torch.bool)
-    mask[1, 33:] = False
-    labels = torch.tensor([[0, 1, 1, 4], [2, 3, -100, -100]])
-    output = model(audio_frames=frames, audio_frames_mask=mask, ctc_labels=labels)
-    embeds, lengths = model.connect_audio(frames, mask)
-    log_probs = [
-        row.log_softmax(-1) for row in model.ctc_head(embeds, model.get_input_embeddings()).split(lengths.tolist())
-    ]
-    total = sum(
-        torch.nn.functional.ctc_loss(p[:, None], (y + 1)[None], (len(p),), (len(y),), reduction="sum")
-        for p, y in zip(log_probs, (labels[0], labels[1, :2]), strict=True)
-    )
-    torch.testing.assert_close(output.loss, total / 6)
-
-
-def test_caption_loss_predicts_the_bag_of_words():
-    """Against torch's cross-entropy of the mean embedding's cosines with the tokens' directions, clip by clip."""
-    model = tiny_model(tiny_config(ctc_vocab_size=5))
-    frames, mask = torch.randn(3, 60, 16), torch.ones(3, 60, dtype=torch.bool)
-    mask[1, 33:] = False
-    ctc_labels = torch.tensor([[0, 1], [-100, -100], [-100, -100]])
-    caption_labels = torch.tensor([[-100, -100, -100], [7, 9, 7], [40, -100, -100]])
-    inputs = {"audio_frames": frames, "audio_frames_mask": mask, "ctc_labels": ctc_labels}
-    spoken = model(**inputs).loss
-    both = model(**inputs, caption_labels=caption_labels).loss
-
-    rows = model.get_input_embeddings().weight
-    means = torch.stack([clip.mean(0) for clip in torch.split(*map_tokens(model.connect_audio(frames, mask)))])
-    cosines = torch.nn.functional.cosine_similarity((means - rows.mean(0))[:, None], rows - rows.mean(0), dim=-1)
-    repeated, targets = 50 * cosines[[1, 1, 1, 2]], torch.tensor([7, 9, 7, 40])
-    described = torch.nn.functional.cross_entropy(repeated, targets, reduction="sum")
-    torch.testing.assert_close(both, (2 * spoken + described) / 6)
-    shared = model(**inputs, caption_labels=caption_labels, num_ctc_labels=torch.tensor(12)).loss
-    torch.testing.assert_close(shared, both / 2)
-
-
-def map_tokens(connected):
-    embeds, lengths = connected
-    return embeds, lengths.tolist()
-
-
-def test_ctc_loss_shares_in_accumulated_batches():
-    """With twice the items in the accumulated batch, this one brings half of its loss, alignment included."""
-    config = without_dropout()
-    config.ctc_vocab_size, config.ctc_loss_weight = 5, 0.5
-    model, processor = tiny_model(config), tiny_processor()
-    inputs = processor(text=["<|audio|>abc"], audio=[noise(1.0)])
-    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["input_ids"] < 4, -100)
-    inputs["ctc_labels"] = torch.tensor([[0, 3]])
-    plain = model(**inputs)
-    next_token = model(**{**inputs, "ctc_labels": None}).loss
-    torch.testing.assert_close(plain.loss, next_token + 0.5 * plain.ctc_loss)
-    torch.testing.assert_close(model(**inputs, num_items_in_batch=torch.tensor(6)).loss, plain.loss / 2)
-
-
-def test_clips_without_speech_take_no_part_in_ctc():
-    model = tiny_model(tiny_config(ctc_vocab_size=5))
-    frames, mask = torch.randn(2, 40, 16), torch.ones(2, 40, dtype=torch.bool)
-    labels = torch.tensor([[0, 1], [-100, -100]])
-    both = model(audio_frames=frames, audio_frames_mask=mask, ctc_labels=labels).loss
-    one = model(audio_frames=frames[:1], audio_frames_mask=mask[:1], ctc_labels=labels[:1]).loss
-    torch.testing.assert_close(both, one)
-
-
 def test_encoded_audio_can_stand_in_for_features():
     model, processor = tiny_model(), tiny_processor()
     inputs = processor.apply_transcription_request([noise(0.7), noise(2.0)])
@@ -354,7 +213,7 @@ def test_gradient_checkpointing_changes_nothing():
             model.activation_checkpointing_enable()
         model.train()
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
-        gradients.append(model.connector.proj.weight.grad)
+        gradients.append(model.projector.proj.weight.grad)
     torch.testing.assert_close(gradients[0], gradients[1])
     assert gradients[0].abs().sum() > 0
 
@@ -363,7 +222,7 @@ def test_a_frozen_encoder_stays_in_evaluation_mode():
     model = tiny_model()
     model.audio_tower.requires_grad_(False)
     model.train()
-    assert not model.audio_tower.training and model.connector.training and model.language_model.training
+    assert not model.audio_tower.training and model.projector.training and model.language_model.training
 
 
 def test_bfloat16_is_near_float32():
@@ -390,8 +249,8 @@ def test_a_sound_encoder_joins_in():
         conv_stride=(16, 20), conv_kernel=(16, 20), num_feat_extract_layers=2, num_conv_pos_embeddings=4,
         num_conv_pos_embedding_groups=2, feat_extract_norm="layer", do_stable_layer_norm=True, mask_time_prob=0.0,
     )  # fmt: skip
-    qformer_config = tiny_config().qformer_config.to_dict() | {"encoder_hidden_size": 16 + 24}
-    config = tiny_config(sound_config=sound_config, qformer_config=qformer_config)
+    config = tiny_config(sound_config=sound_config)
+    assert config.projector_config.qformer_config.encoder_hidden_size == 16 + 24
     model, processor = tiny_model(config), tiny_processor(config)
     processor.feature_extractor.return_input_values = True
     clips = [noise(1.0, 1), noise(3.1, 2)]
@@ -410,8 +269,7 @@ def test_beats_joins_in(pad_to_30_seconds):
         embed_dim=8, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
         num_conv_pos_embedding_groups=4,
     )  # fmt: skip
-    qformer_config = tiny_config().qformer_config.to_dict() | {"encoder_hidden_size": 16 + 24}
-    config = tiny_config(sound_config=sound_config, qformer_config=qformer_config, pad_to_30_seconds=pad_to_30_seconds)
+    config = tiny_config(sound_config=sound_config, pad_to_30_seconds=pad_to_30_seconds)
     model, processor = tiny_model(config), tiny_processor(config)
     processor.feature_extractor.return_input_values = True
     processor.feature_extractor.pad_to_30_seconds = pad_to_30_seconds
@@ -423,14 +281,9 @@ def test_beats_joins_in(pad_to_30_seconds):
             torch.testing.assert_close(batch[row], alone, atol=1e-4, rtol=1e-4)
 
 
-def hearing_with_layers(layers):
-    qformer_config = tiny_config().qformer_config.to_dict() | {"encoder_hidden_size": 32}
-    return tiny_config(qformer_config=qformer_config, sound_layers=layers)
-
-
-def test_layers_of_the_speech_encoder_hear_sounds():
+def test_sound_frames_of_the_speech_encoders_layers():
     """Sound frames are the mean of those layers' outputs in transformers' own encoder, and reach the answer."""
-    model, processor = tiny_model(hearing_with_layers([1, 2])), tiny_processor()
+    model, processor = tiny_model(tiny_config(sound_layers=[1, 2])), tiny_processor()
     whisper = WhisperEncoder(model.config.audio_config).eval()
     whisper.load_state_dict(model.audio_tower.state_dict())
     features, mask = torch.randn(1, 80, 3000), torch.ones(1, 3000)
@@ -450,23 +303,12 @@ def test_layers_of_the_speech_encoder_hear_sounds():
 @pytest.mark.parametrize("layers", [[], [0], [1, 3]])
 def test_layers_that_the_speech_encoder_lacks_are_refused(layers):
     with pytest.raises(ValueError, match="layers, from 1 to 2"):
-        hearing_with_layers(layers)
+        tiny_config(sound_layers=layers)
 
 
 def test_layers_and_a_sound_encoder_are_one_too_many():
     with pytest.raises(ValueError, match="leave out these or sound_config"):
         tiny_config(sound_layers=[1], sound_config=BeatsConfig())
-
-
-def test_placeholder_mismatch_is_named():
-    model, processor = tiny_model(), tiny_processor()
-    inputs = processor(text="<|audio|>", audio=noise(1.0))
-    inputs["input_ids"] = inputs["input_ids"][:, :-1]
-    inputs["attention_mask"] = inputs["attention_mask"][:, :-1]
-    with pytest.raises(ValueError, match="audio placeholders"):
-        model(**inputs)
-    with pytest.raises(ValueError, match="0 audio embeddings"):
-        model(input_ids=torch.tensor([[5, 3]]))
 
 
 def test_tied_and_untied_language_models():
@@ -475,11 +317,3 @@ def test_tied_and_untied_language_models():
         model = SalmonnForConditionalGeneration(config)
         same = model.get_output_embeddings().weight is model.get_input_embeddings().weight
         assert same == tied
-
-
-def test_position_of_audio_in_time_matters():
-    """A reversed clip must not read the same: the window positions tell frames apart."""
-    model, processor = tiny_model(), tiny_processor()
-    clip = noise(1.0) * np.linspace(0, 1, 16000, dtype=np.float32)
-    forwards, backwards = (model(**processor.apply_transcription_request(c)).logits for c in (clip, clip[::-1].copy()))
-    assert not torch.allclose(forwards, backwards, atol=1e-3)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import noise, tiny_config, tiny_model, tiny_processor, tiny_text_config
 from test_sources import embedded, flac, write
-from test_speech_decoder import decoder_config
 from transformers import AutoModel, pipeline
 
 from salmonn_hf import SalmonnForConditionalGeneration, SalmonnModel
@@ -111,16 +110,12 @@ def test_unusable_recipes_are_named(trained, monkeypatch, tmp_path):
 def test_parts_are_those_that_a_model_has():
     arguments = SCRIPT["QuantizeArguments"](model_name_or_path="a", output_dir="b", method="nearest", encoder_bits=0)
     qformer = {
-        "connector": {"bits": 8},
+        "projector": {"bits": 8},
         "language_model": {"bits": 4, "group_size": 64},
         "embedding": {"bits": 8},
     }
     assert arguments.parts(tiny_config()) == qformer
-    decoder = tiny_config(speech_decoder_layers=1, frame_mlp_size=8, ctc_vocab_size=20, queries_per_window=1)
-    assert arguments.parts(decoder) == qformer | {"speech_tokens": {"bits": 8}}
-    arguments.encoder_bits = 8
-    hearing = decoder_config(sound_layers=[1], sound_summary_size=8)
-    assert arguments.parts(hearing)["sound_summary"] == {"bits": 8}
+    assert arguments.parts(tiny_config(num_layers=1)) == qformer | {"projector.speech_tokens": {"bits": 8}}
 
 
 def test_calibration_sees_audio_and_answers(trained):

@@ -3,38 +3,37 @@
 import pytest
 import torch
 from conftest import LANGUAGE_MODELS, noise, tiny_config, tiny_model, tiny_processor
-from test_modeling_salmonn import without_dropout
-from test_speech_decoder import WINDOWS, decoder_config
+from test_whisper_projector import fill_token_ids
 
-from salmonn_hf.model.ctc_compression import leave_out, merge_wordless
-from salmonn_hf.model.speech_decoder import WORDLESS
+from salmonn_hf.model.whisper_token_head import WORDLESS
+from salmonn_hf.model.window_merging import merge_wordless
 
 
-def merging_model(seed=0, model_type="llama", limit=3, **changes):
+def merging_model(seed=0, model_type="llama", limit=3):
     """Of noise, about half of whose windows carry no word."""
-    settings = {"speech_decoder_layers": 1, "window_context": 6, "frame_mlp_size": 16, "ctc_vocab_size": 7}
-    config = tiny_config(model_type, **WINDOWS, **settings, merged_windows=limit, **changes)
-    model = tiny_model(config, seed)
-    head, generator = model.ctc_head, torch.Generator().manual_seed(seed)
-    for buffer in (head.token_ids, head.speech_token_ids, head.capital_token_ids):
-        buffer.copy_(torch.randperm(40, generator=generator)[:7])
-    processor = tiny_processor(config)
+    config = tiny_config(model_type, num_layers=1, merged_windows=limit)
+    model, processor = fill_token_ids(tiny_model(config, seed), seed), tiny_processor(config)
     with torch.no_grad():
-        head.blank.weight.mul_(20)
-        states, _ = states_of(model, processor, noise(3.0))
-        lead = head(states, model.speech_tokens)[:, 0].exp().logit() - torch.tensor(WORDLESS).logit()
-        head.blank.bias.sub_(lead.median())
+        blank = model.projector.ctc_head.blank
+        blank.weight.mul_(20)
+        lead = blanks(model, states_of(model, processor, noise(3.0))).logit() - torch.tensor(WORDLESS).logit()
+        blank.bias.sub_(lead.median())
     return model.eval(), processor
 
 
 def states_of(model, processor, clip):
-    return model.connect_audio(**model.encode_audio(**processor.feature_extractor(clip, return_tensors="pt")))
+    frames = model.encode_audio(**processor.feature_extractor(clip, return_tensors="pt"))
+    return model.projector.window_states(**frames)[0]
 
 
-def kept_by_hand(model, states, limit):
+def blanks(model, states):
+    """The blank's probability at each state."""
+    return model.projector.ctc_log_probs(states, model.get_input_embeddings())[:, 0].exp()
+
+
+def groups_by_hand(model, states, limit):
     """Groups of windows, as lists, of one clip's states."""
-    blanks = model.ctc_head(states, model.speech_tokens)[:, 0].exp()
-    groups, wordless = [], [blank > WORDLESS for blank in blanks.tolist()]
+    groups, wordless = [], [blank > WORDLESS for blank in blanks(model, states).tolist()]
     for window, is_wordless in enumerate(wordless):
         if is_wordless and groups and wordless[window - 1] and len(groups[-1]) < limit:
             groups[-1].append(window)
@@ -44,9 +43,10 @@ def kept_by_hand(model, states, limit):
 
 
 def embeds_by_hand(model, processor, clip, limit):
-    states, _ = states_of(model, processor, clip)
-    every_window, _ = model.ctc_head.embed(states, model.speech_tokens, model.get_input_embeddings())
-    groups = kept_by_hand(model, states, limit)
+    states = states_of(model, processor, clip)
+    head, speech_tokens = model.projector.ctc_head, model.projector.speech_tokens
+    every_window, _ = head.embed(states, None, speech_tokens, model.get_input_embeddings())
+    groups = groups_by_hand(model, states, limit)
     assert 1 < len(groups) < len(states) and any(len(group) == 1 for group in groups)
     return torch.stack([every_window[group].mean(0) for group in groups])
 
@@ -65,43 +65,19 @@ def row_by_hand(model, ids, clips):
 def test_runs_are_merged_within_clips_up_to_the_limit():
     embeds = torch.arange(9.0)[:, None].repeat(1, 2)
     wordless = torch.tensor([1, 1, 1, 0, 1, 1, 1, 0, 1]).bool()
-    merged, kept = merge_wordless(embeds, wordless, torch.tensor([5, 4]), 2)
-    assert kept.tolist() == [True, False, True, True, True, True, False, True, True]
-    assert merged[kept, 0].tolist() == [0.5, 2, 3, 4, 5.5, 7, 8]
+    merged, is_first = merge_wordless(embeds, wordless, torch.tensor([5, 4]), 2)
+    assert is_first.tolist() == [True, False, True, True, True, True, False, True, True]
+    assert merged[is_first, 0].tolist() == [0.5, 2, 3, 4, 5.5, 7, 8]
 
 
 def test_a_limit_of_one_changes_nothing():
     embeds, wordless = torch.randn(50, 7), torch.rand(50) < 0.7
-    merged, kept = merge_wordless(embeds, wordless, torch.tensor([20, 30]), 1)
-    assert kept.all() and torch.equal(merged, embeds)
-
-
-def test_what_is_left_out_of_rows():
-    ids = torch.tensor([[0, 5, 3, 3, 3, 6, 7], [5, 3, 6, 3, 3, 7, 8]])
-    prompt = {
-        "input_ids": ids,
-        "inputs_embeds": ids[..., None].float(),
-        "attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]]),
-        "labels": ids.where(ids > 5, -100),
-    }
-    shorter = leave_out(prompt, ids == 3, torch.tensor([True, False, False, True, True, False]))
-    assert shorter["input_ids"][0, -4:].tolist() == [5, 3, 6, 7] and shorter["input_ids"][1].tolist() == [
-        5,
-        3,
-        6,
-        3,
-        7,
-        8,
-    ]
-    assert torch.equal(shorter["inputs_embeds"][..., 0], shorter["input_ids"].float())
-    assert shorter["attention_mask"].tolist() == [[0, 0, 1, 1, 1, 1], [1] * 6]
-    assert shorter["labels"].tolist() == [[-100] * 4 + [6, 7], [-100, -100, 6, -100, 7, 8]]
-    without = leave_out(prompt | {"attention_mask": None, "labels": None}, ids == 3, torch.ones(6, dtype=torch.bool))
-    assert torch.equal(without["input_ids"], ids) and without["labels"] is None
+    merged, is_first = merge_wordless(embeds, wordless, torch.tensor([20, 30]), 1)
+    assert is_first.all() and torch.equal(merged, embeds)
 
 
 @pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
-def test_the_language_model_reads_merged_windows(model_type):
+def test_the_language_model_gets_merged_windows(model_type):
     model, processor = merging_model(model_type=model_type)
     clips = [noise(3.0), noise(1.7, 1)]
     inputs = processor(text=["<|audio|> and <|audio|>?"], audio=clips)
@@ -120,7 +96,7 @@ def test_the_language_model_reads_merged_windows(model_type):
 
 
 def test_loss_of_a_padded_batch_is_that_of_its_rows():
-    model, processor = merging_model(qformer_config=without_dropout().qformer_config.to_dict())
+    model, processor = merging_model()
     clips = [noise(3.0), noise(0.9, 1)]
     inputs = processor(text=["<|audio|>abc", "<|audio|>abcdef"], audio=clips)
     ids = inputs["input_ids"]
@@ -136,7 +112,7 @@ def test_loss_of_a_padded_batch_is_that_of_its_rows():
         torch.testing.assert_close(model.train(train)(**inputs, labels=labels).loss, total / 9, atol=1e-4, rtol=1e-4)
 
 
-def test_batch_equals_single_and_beams_hear_their_own_clips():
+def test_batch_equals_single_and_beams_get_their_own_clips():
     model, processor = merging_model()
     clips = [noise(seconds, seed) for seed, seconds in enumerate((0.4, 3.0, 1.3))]
     options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
@@ -158,7 +134,6 @@ def test_drafts_do_not_change_the_text():
     assert torch.equal(drafted, model.generate(**inputs, **options))
 
 
-@pytest.mark.parametrize("layers, limit, message", [(0, 3, "every window is kept"), (1, 0, "at least 1")])
-def test_settings_that_do_not_fit(layers, limit, message):
-    with pytest.raises(ValueError, match=message):
-        decoder_config(speech_decoder_layers=layers, merged_windows=limit)
+def test_settings_that_do_not_fit():
+    with pytest.raises(ValueError, match="merged_windows 0 must be at least 1"):
+        tiny_config(num_layers=1, merged_windows=0)

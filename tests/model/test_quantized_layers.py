@@ -1,6 +1,5 @@
 """Weights of 4 and 8 bits: exact values, gradients, checkpoints, and calibration."""
 
-import json
 import subprocess
 import sys
 
@@ -9,6 +8,8 @@ import pytest
 import torch
 from conftest import LANGUAGE_MODELS, noise, tiny_config, tiny_model, tiny_processor, tiny_text_config
 from safetensors.torch import load, load_file, save_file
+from test_sound_summary import sound_model
+from test_whisper_projector import fill_token_ids
 from transformers import AutoModel, pipeline
 
 from salmonn_hf.model import quantized_layers as quantization
@@ -16,12 +17,11 @@ from salmonn_hf.model.quantized_layers import (
     QuantizedEmbedding,
     QuantizedLinear,
     QuantizedMatrix,
+    dequantize_linears,
     kernel_layout,
     linears,
     quantize_parts,
-    widen_linears,
 )
-from salmonn_hf.training.trainer import freeze_base_parts
 
 DEVICES = [
     "cpu",
@@ -29,7 +29,7 @@ DEVICES = [
 ]
 QUANTIZATION = {
     "audio_tower": {"bits": 8},
-    "connector": {"bits": 8},
+    "projector": {"bits": 8},
     "language_model": {"bits": 4, "group_size": 16},
     "embedding": {"bits": 8},
 }
@@ -191,7 +191,7 @@ def test_gradient_after_an_evaluation_pass():
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("evaluated", [False, True])
-def test_the_backward_pass_keeps_no_widened_weights(bits, evaluated):
+def test_the_backward_pass_keeps_no_dequantized_weights(bits, evaluated):
     layer, x, kept = linear(bits=bits), torch.randn(200, 64).bfloat16().requires_grad_(), []
     if evaluated:
         with torch.no_grad():
@@ -239,6 +239,16 @@ def qlora_model(dtype=torch.bfloat16, quantization=QLORA):
     return model
 
 
+def freeze_base_parts(model):
+    """Train LoRA and the projector, in float32, as the scripts do."""
+    model.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name or name.startswith("projector."):
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+    model.train()
+
+
 def in_precision(model, dtype):
     """As `from_pretrained` does it: `model.to` would round the frequencies of the position embeddings, too."""
     for parameter in model.parameters():
@@ -260,11 +270,11 @@ def gradients(model, inputs, autocast):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("then", ["nothing", "a forward", "generate"])
-def test_gradients_are_those_of_the_widened_weights(dtype, then):
-    """Of LoRA, connector and norms, before and after evaluation, which packs the weights for torch's kernel."""
-    model, wide = qlora_model(dtype), qlora_model(dtype)
-    widen_linears(wide.language_model)
-    freeze_base_parts(wide)
+def test_gradients_are_those_of_the_dequantized_weights(dtype, then):
+    """Of LoRA, projector and norms, before and after evaluation, which packs the weights for torch's kernel."""
+    model, plain = qlora_model(dtype), qlora_model(dtype)
+    dequantize_linears(plain.language_model)
+    freeze_base_parts(plain)
     inputs = tiny_processor().apply_transcription_request([noise(1.0), noise(0.4)])
     model.eval()
     with torch.no_grad():
@@ -278,7 +288,7 @@ def test_gradients_are_those_of_the_widened_weights(dtype, then):
     assert all((layer.packed_scales is not None) == packed for layer in layers)
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     autocast = dtype == torch.bfloat16
-    ours, theirs = gradients(model, inputs, autocast), gradients(wide, inputs, autocast)
+    ours, theirs = gradients(model, inputs, autocast), gradients(plain, inputs, autocast)
     assert ours.keys() == theirs.keys() and sum(".lora_" in name for name in ours) == 12
     flat = [torch.cat([g.float().flatten() for g in found.values()]) for found in (ours, theirs)]
     assert flat[1].norm() > 0 and (flat[0] - flat[1]).norm() < 1e-3 * flat[1].norm()
@@ -314,17 +324,25 @@ def test_training_leaves_quantised_weights_as_they_are_and_the_checkpoint_reload
         model.merge_lora()
 
 
-def test_a_quantised_connector_is_widened_to_be_trained(tmp_path):
-    model = qlora_model(quantization=QLORA | {"connector": {"bits": 8}})
-    assert model.config.quantization == QLORA
-    inputs = tiny_processor().apply_transcription_request([noise(1.0)])
-    found = gradients(model, inputs, True)
-    assert {name for name in found if name.startswith("connector")} == {
-        name for name, _ in tiny_model().named_parameters() if name.startswith("connector")
+def test_a_quantised_projector_is_dequantized_to_be_trained(tmp_path):
+    """Its values stay; all of it then has a gradient and is saved as it is."""
+    quantization = QLORA | {"projector": {"bits": 8}}
+    model = qlora_model(quantization=quantization)
+    layer = model.projector.proj
+    assert isinstance(layer, QuantizedLinear)
+    values = layer.dequantize()
+    dequantize_linears(model.projector)
+    model.config.quantization = QLORA
+    assert not any(isinstance(module, QuantizedLinear) for module in model.projector.modules())
+    assert torch.equal(model.projector.proj.weight, values)
+    freeze_base_parts(model)
+    found = gradients(model, tiny_processor().apply_transcription_request([noise(1.0)]), True)
+    assert {name for name in found if name.startswith("projector")} == {
+        name for name, _ in tiny_model().named_parameters() if name.startswith("projector")
     }
-    assert found["connector.proj.weight"].abs().sum() > 0
+    assert found["projector.proj.weight"].abs().sum() > 0
     model.to(torch.bfloat16).save_pretrained(tmp_path)
-    assert AutoModel.from_pretrained(tmp_path).connector.proj.weight.dtype == torch.bfloat16
+    assert AutoModel.from_pretrained(tmp_path).projector.proj.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
@@ -367,25 +385,22 @@ def test_gemma_scales_quantised_embeddings():
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_whispers_tokens_are_quantised_and_reloaded(bits, tmp_path):
-    settings = {"speech_decoder_layers": 1, "window_context": 6, "frame_mlp_size": 16, "ctc_vocab_size": 7}
-    config = tiny_config(window_frames=4, window_stride=4, queries_per_window=1, **settings)
-    model = tiny_model(config)
-    for buffer in (model.ctc_head.token_ids, model.ctc_head.speech_token_ids, model.ctc_head.capital_token_ids):
-        buffer.copy_(torch.arange(7) + 20)
+    config = tiny_config(num_layers=1)
+    model = fill_token_ids(tiny_model(config))
     inputs = tiny_processor(config).apply_transcription_request([noise(1.0), noise(0.4)])
-    embedding = model.speech_tokens.weight.detach().clone()
-    quantization = {"speech_tokens": {"bits": bits} | ({"group_size": 8} if bits == 4 else {})}
+    embedding = model.projector.speech_tokens.weight.detach().clone()
+    quantization = {"projector.speech_tokens": {"bits": bits} | ({"group_size": 8} if bits == 4 else {})}
     quantize_parts(model, quantization)
     model.config.quantization = quantization
     step = embedding.abs().max() / (127 if bits == 8 else 7)
-    assert (model.speech_tokens.dequantize() - embedding).abs().max() <= step / 2 + 1e-6
+    assert (model.projector.speech_tokens.dequantize() - embedding).abs().max() <= step / 2 + 1e-6
     with torch.no_grad():
         expected = model(**inputs).logits
     model.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path)
-    assert loaded.speech_tokens.weight.dtype == (torch.int8 if bits == 8 else torch.uint8)
-    stored, read = model.state_dict(), loaded.state_dict()
-    assert stored.keys() == read.keys() and all(torch.equal(stored[name], read[name]) for name in stored)
+    assert loaded.projector.speech_tokens.weight.dtype == (torch.int8 if bits == 8 else torch.uint8)
+    saved, found = model.state_dict(), loaded.state_dict()
+    assert saved.keys() == found.keys() and all(torch.equal(saved[name], found[name]) for name in saved)
     with torch.no_grad():
         # Not to the bit: of tensors that lie elsewhere in memory some processors add products in another order.
         torch.testing.assert_close(loaded(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
@@ -397,11 +412,33 @@ def test_untied_head_is_quantised_on_its_own():
     assert isinstance(model.get_output_embeddings(), QuantizedLinear)
 
 
+def test_a_part_may_be_one_linear(tmp_path):
+    model = tiny_model()
+    model.config.quantization = {"projector.proj": {"bits": 8}}
+    quantize_parts(model, model.config.quantization)
+    assert isinstance(model.projector.proj, QuantizedLinear)
+    assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == 1
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded.projector.proj.weight, model.projector.proj.weight)
+    assert loaded.projector.proj.weight.dtype == torch.int8
+
+
+def test_what_a_projector_excludes_stays_in_full_precision():
+    """The CTC head of Whisper's projector, which has the blank."""
+    model = sound_model()
+    quantize_parts(model, {"projector": {"bits": 8}})
+    projector = model.projector
+    for linear in (projector.layers[0].fc1, projector.frame_mlp[1], projector.sound_summary.mlp[1]):
+        assert isinstance(linear, QuantizedLinear)
+    assert type(projector.ctc_head.blank) is type(projector.ctc_head.proj) is torch.nn.Linear
+
+
 def test_wrong_recipes_are_named():
     with pytest.raises(ValueError, match="no part 'encoder'.*audio_tower"):
         quantize_parts(tiny_model(), {"encoder": {"bits": 8}})
-    with pytest.raises(ValueError, match="no part 'speech_tokens'"):  # of a model with a Q-Former
-        quantize_parts(tiny_model(), {"speech_tokens": {"bits": 8}})
+    with pytest.raises(ValueError, match="no part 'projector.speech_tokens'"):  # of a model with a Q-Former
+        quantize_parts(tiny_model(), {"projector.speech_tokens": {"bits": 8}})
     with pytest.raises(ValueError, match="q_proj.*group_size 48 does not divide 32"):
         quantize_parts(tiny_model(), {"language_model": {"bits": 4, "group_size": 48}})
 
@@ -428,17 +465,7 @@ def test_truncated_file_is_refused_by_name(quantized_checkpoint, left):
     file = quantized_checkpoint / "model.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:left])
-    with pytest.raises(OSError, match=r"model\.safetensors is not a whole"):
-        AutoModel.from_pretrained(quantized_checkpoint)
-
-
-def test_truncated_tensor_is_refused_by_name(quantized_checkpoint):
-    file = quantized_checkpoint / "model.safetensors"
-    header_length = int.from_bytes(file.read_bytes()[:8], "little")
-    header = json.loads(file.read_bytes()[8 : 8 + header_length])
-    last = max((n for n in header if n != "__metadata__"), key=lambda n: header[n]["data_offsets"][1])
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(OSError, match=f"{last} and 0 other"):
+    with pytest.raises(OSError, match=r"model\.safetensors is not a complete"):
         AutoModel.from_pretrained(quantized_checkpoint)
 
 
