@@ -23,7 +23,7 @@ from transformers import WhisperConfig, WhisperModel
 
 from salmonn_hf import BeatsConfig, BeatsModel, SalmonnFeatureExtractor, load_audio
 from salmonn_hf.base_parts.resolver import resolve_base_part
-from salmonn_hf.data.sources import parquet_rows
+from salmonn_hf.data.clip_parquet import parquet_rows
 from salmonn_hf.files import write_whole
 from salmonn_hf.model.audio import SAMPLING_RATE
 from salmonn_hf.model.modeling_beats import BeatsPatchEmbedding

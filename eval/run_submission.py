@@ -16,7 +16,7 @@ import csv
 from collections import Counter
 from pathlib import Path
 
-from salmonn_hf.data.tasks import TEST_PROMPTS
+from salmonn_hf.data.task_prompts import TEST_PROMPTS
 from salmonn_hf.evaluation.caption_metrics import require_java
 from salmonn_hf.evaluation.engine import Clip, annotation_clips, argument_parser, finish, predict, run_settings
 from salmonn_hf.evaluation.scoring import score_caption_predictions, score_transcripts

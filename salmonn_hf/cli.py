@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .data.tasks import TEST_PROMPTS
+from .data.task_prompts import TEST_PROMPTS
 from .files import write_whole
 from .model.audio import SAMPLING_RATE, AudioError, load_audio
 from .model.segmentation import TARGET_SECONDS, is_silent, split_at_pauses

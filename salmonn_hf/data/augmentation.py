@@ -9,7 +9,7 @@ import torch
 
 from ..model.audio import SAMPLING_RATE, load_audio
 
-MAX_SECONDS = 30.0  # what the encoder hears
+MAX_SECONDS = 30.0  # that the encoder takes
 
 
 @dataclass(frozen=True)
@@ -191,6 +191,18 @@ def spec_augment(
     total = features.float().masked_fill(~own, 0.0).sum((1, 2), keepdim=True)
     mean = total / (lengths * bins)[:, None, None]
     return torch.where(masked & own, mean.to(features.dtype), features)
+
+
+def frame_mask(frames: int, share: float, generator: torch.Generator, span: int = 6) -> torch.Tensor:
+    """
+    `(frames,)`, true on about `share` of them, in runs of `span` (120 ms): SpecAugment's time masking (Park et al.,
+    2019) on encoder features, as wav2vec 2.0 is fine-tuned with.
+    """
+    count = int(frames * share / span + torch.rand((), generator=generator))
+    starts = torch.randint(max(frames - span, 1), (count, 1), generator=generator)
+    masked = torch.zeros(frames, dtype=torch.bool)
+    masked[(starts + torch.arange(min(span, frames))).flatten()] = True
+    return masked
 
 
 def _spans(

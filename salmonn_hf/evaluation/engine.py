@@ -29,8 +29,10 @@ import transformers
 from accelerate import PartialState
 from tqdm import tqdm
 
-from ..data.corpora import UnusableClip, annotation, read_clip
-from ..data.sources import parquet_rows, row_seconds
+from ..data.clip_audio import clip_seconds_or_nan, read_clip
+from ..data.clip_parquet import parquet_rows
+from ..data.corpora import annotation
+from ..data.skipped_clips import UnusableClip
 from ..files import write_whole
 from ..model.audio import SAMPLING_RATE, AudioError, load_audio
 
@@ -106,7 +108,7 @@ def annotation_clips(path: str, prefix: str, prompts: dict[str, str]) -> list[Cl
         CorpusError: for a file that is not in that form.
     """
     clips = []
-    for row, entry in enumerate(annotation(path, prefix)):
+    for row, entry in enumerate(annotation.read_examples(path, prefix)):
         if entry["task"] not in prompts:
             raise ValueError(f"{path}: entry {row} is of task {entry['task']!r}; expected {', '.join(prompts)}.")
         text = entry["text"]
@@ -125,7 +127,7 @@ def annotation_clips(path: str, prefix: str, prompts: dict[str, str]) -> list[Cl
 
 def header_seconds(audio) -> float:
     """A clip's length by its file's header, 0 where that tells none: enough to put like beside like."""
-    seconds = row_seconds({"audio": audio.get()} if isinstance(audio, RowAudio) else audio)
+    seconds = clip_seconds_or_nan({"audio": audio.get()} if isinstance(audio, RowAudio) else audio)
     return 0.0 if math.isnan(seconds) else seconds
 
 

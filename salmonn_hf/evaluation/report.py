@@ -8,8 +8,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data.corpora import flac_bytes
-from ..data.sources import parquet_rows
+from ..data.clip_parquet import parquet_rows
+from ..data.flac import flac_bytes
 from ..files import write_whole
 from ..model.audio import AudioError, load_audio
 from .engine import read_lines

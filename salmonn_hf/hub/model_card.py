@@ -9,7 +9,7 @@ import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..data.tasks import TEST_PROMPTS
+from ..data.task_prompts import TEST_PROMPTS
 from ..evaluation.report import Run, markdown_table, metrics_table, read_run, remarks, timings
 from ..files import write_whole
 from ..model.configuration_salmonn import SalmonnConfig

@@ -5,6 +5,8 @@ Words come one after another, window by window; what makes a sound is told bette
 language model reads its name as it reads speech, as embeddings of its own tokens. What was measured: docs/nano.md.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -117,14 +119,13 @@ def cluster(directions: torch.Tensor, number: int, generator: torch.Generator) -
     return clusters, centres
 
 
-def most_typical(captions: list[list]) -> int:
-    """Which of some captions, lists of words or token ids, has most in common with the others: by F1 of their sets."""
-    bags = [set(caption) for caption in captions]
-    shared = [sum(2 * len(bag & other) / (len(bag) + len(other)) for other in bags) for bag in bags]
-    return max(range(len(bags)), key=shared.__getitem__)
-
-
-def fit_sound_summary(model, statistics: torch.Tensor, captions: list[list[list[int]]], seed: int = 0) -> float:
+def fit_sound_summary(
+    model,
+    statistics: torch.Tensor,
+    captions: list[list[list[int]]],
+    most_typical: Callable[[list[list[int]]], int],
+    seed: int = 0,
+) -> float:
     """
     Give the summary of `model` its kinds, their names, and the MLP that tells them: clips whose captions say the same
     are of a kind, by clusters of `caption_directions`, and its name is the most typical of its captions. The MLP is
@@ -134,6 +135,7 @@ def fit_sound_summary(model, statistics: torch.Tensor, captions: list[list[list[
         statistics (`torch.Tensor` of shape `(clips, 2 * width)`): see `frame_statistics`.
         captions (`list[list[list[int]]]`): of each clip the token ids of all its captions; none where nothing is heard
             but speech.
+        most_typical (`Callable`): which of some captions is a kind's name, as its place among them.
     """
     summary, generator = model.sound_summary.float(), torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -12,7 +12,7 @@ import pytest
 import soundfile
 from conftest import noise
 
-from salmonn_hf.data.corpora import CorpusError
+from salmonn_hf.data.corpus_files import CorpusError
 from salmonn_hf.model.audio import load_audio
 from salmonn_hf.training.trainer import load_speech
 

@@ -8,13 +8,13 @@ from test_clip_dataset import dataset, table
 from test_speech_decoder import decoder_config, decoder_model, frames_of
 
 from salmonn_hf import SalmonnForConditionalGeneration
-from salmonn_hf.data.clip_dataset import StreamedClips
+from salmonn_hf.data.streamed_clips import StreamedClips
+from salmonn_hf.data.text_choice import most_typical
 from salmonn_hf.model.sound_summary import (
     caption_directions,
     cluster,
     fit_sound_summary,
     frame_statistics,
-    most_typical,
 )
 from salmonn_hf.training.trainer import freeze_base_parts, start_sound_summary
 
@@ -109,13 +109,6 @@ def test_clips_without_a_name_are_heard_as_by_a_model_of_words_alone(monkeypatch
         torch.testing.assert_close(one, other)
 
 
-def test_the_most_typical_caption_shares_most_with_the_others():
-    captions = ["a dog barks", "a dog barks twice", "the dog barks", "a bell"]
-    # mean F1 with the others: (6/7 + 2/3 + 2/5) / 3 of the first is the largest
-    assert most_typical([caption.split() for caption in captions]) == 0
-    assert most_typical([[1, 2], [3], [3, 4]]) == 1 and most_typical([[7, 7]]) == 0
-
-
 def test_captions_that_say_the_same_are_a_cluster():
     embedding = hearing_model().get_input_embeddings()
     captions = [[[5, 6, 7], [5, 8, 7]], [[20, 21, 7]], [[30, 6, 7]]]  # 7 is in all of them, and tells nothing
@@ -145,7 +138,7 @@ def test_fitted_it_tells_new_clips_apart(monkeypatch):
 
     # All clips of a kind are called the same; of the last, nothing is heard but speech.
     captions = [[[5, 6], [5, 8], [5, 6, 9, 10, 11]], [[20, 21]], []]
-    fit_sound_summary(model, clips(40), captions * 40)
+    fit_sound_summary(model, clips(40), captions * 40, most_typical)
     names = model.sound_summary.names
     with torch.no_grad():
         best = model.eval().sound_summary.logits(clips(20)).argmax(-1)
