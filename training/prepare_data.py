@@ -3,6 +3,7 @@
     python training/prepare_data.py librispeech LibriSpeech --split train-clean-100 --output data/libri.parquet
     python training/prepare_data.py gigaspeech GigaSpeech --split M --flac data/giga-clips --output data/giga.parquet
     python training/prepare_data.py annotation stage1_train.json --prefix data/audio --output data/stage1.parquet
+    python training/prepare_data.py jsonl eval/recordings/recordings.jsonl --output data/recordings.parquet
 
 The corpora are the files of salmonn_hf/data/corpora, which describe each one's form. The Parquet file has the columns
 `audio` (the `datasets` Audio form: a path, or the bytes with --embed), `text`, `task`, `question`, `source`,

@@ -13,6 +13,7 @@ import difflib
 import json
 import os
 from dataclasses import dataclass, field, fields
+from glob import glob
 from pathlib import Path
 
 from .column_mapping import COLUMNS, map_columns
@@ -103,6 +104,11 @@ class Source:
             features = Features({"audio": audio, **strings, "expand_wav": List(Value("string"))})
             dataset = Dataset.from_generator(_annotation_rows, features=features, gen_kwargs=arguments)
         elif self.path.endswith(".parquet"):
+            if "://" not in self.path and not glob(self.path):
+                raise FileNotFoundError(
+                    f"There is no {self.path}. The head of a recipe says which files to bring; other data is named by "
+                    "--train_files, --eval_file or --sources."
+                )
             dataset = load_dataset("parquet", data_files=self.path, split="train", streaming=self.streaming)
         elif metadata := _audiofolder_metadata(self.path, self.split):
             form = {".csv": "csv", ".jsonl": "json"}[metadata.suffix]

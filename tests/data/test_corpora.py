@@ -13,6 +13,7 @@ from salmonn_hf.data.corpora.audiocaps import read_examples as audiocaps
 from salmonn_hf.data.corpora.clotho import read_examples as clotho
 from salmonn_hf.data.corpora.gigaspeech import plain_text
 from salmonn_hf.data.corpora.gigaspeech import read_examples as gigaspeech
+from salmonn_hf.data.corpora.jsonl import read_examples as jsonl
 from salmonn_hf.data.corpora.librispeech import read_examples as librispeech
 from salmonn_hf.data.corpora.musicnet import read_examples as musicnet
 from salmonn_hf.data.corpora.wavcaps import read_examples as wavcaps
@@ -119,6 +120,40 @@ def test_annotation_is_read_entry_by_entry(tmp_path):
     path = write_text(tmp_path / "a.json", f'{{"annotation": [{entries}, ')
     rows = annotation(path)
     assert [next(rows)["audio"]["path"] for _ in range(2)] == ["0.wav", "1.wav"]
+
+
+# JSON Lines
+
+
+def test_jsonl(tmp_path):
+    entries = [
+        {"file": "a.flac", "text": "one", "speaker": "x"},
+        {"audio_filepath": "/b.wav", "text": "yes", "task": "QA", "question": "Is it?", "language": "en"},
+    ]
+    path = write_text(
+        tmp_path / "clips.jsonl", "\n".join([json.dumps(entry) for entry in entries] + ["", "{", "3", "{}"])
+    )
+    dropped = Dropped()
+    assert list(jsonl(path, drop=dropped)) == [
+        {
+            "audio": {"bytes": None, "path": str(tmp_path / "a.flac")},
+            "text": "one",
+            "task": "asr",
+            "question": "",
+            "source": "clips",
+        },
+        {
+            "audio": {"bytes": None, "path": "/b.wav"},
+            "text": "yes",
+            "task": "QA",
+            "question": "Is it?",
+            "source": "clips",
+            "language": "en",
+        },
+    ]
+    assert dropped == [(f"{path}#{number}", "no file") for number in (4, 5, 6)]
+    with pytest.raises(CorpusError, match=r"none\.jsonl does not exist; give the path"):
+        list(jsonl(tmp_path / "none.jsonl"))
 
 
 # LibriSpeech

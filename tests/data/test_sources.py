@@ -155,6 +155,11 @@ def test_a_missing_column_is_named_with_the_nearest(tmp_path):
         Source(path).open()
 
 
+def test_a_missing_file_is_named_with_what_to_do():
+    with pytest.raises(FileNotFoundError, match="no data/none.parquet.*--train_files"):
+        Source("data/none.parquet").open()
+
+
 def test_sources_of_a_recipe_and_of_the_command_line(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
