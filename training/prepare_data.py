@@ -57,7 +57,7 @@ class PrepareArguments:
 
 
 def flac_path(row: dict, folder: str) -> Path:
-    """Where a clip is written: its name tells its sources and their age, so no other clip is ever taken for it."""
+    """Where a clip is written: the name depends on its files and their age, so it never stands for another clip."""
     files = [row["audio"]["path"], *row.get("expand_wav", ())]
     identity = [(os.path.abspath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
     digest = hashlib.sha256(repr([identity, row.get("start"), row.get("end")]).encode()).hexdigest()
@@ -91,8 +91,8 @@ def prepare_row(row: dict, arguments: PrepareArguments) -> dict | UnusableClip:
                 data = flac_bytes(read_clip(row))
             elif "start" in row or "expand_wav" in row:
                 raise CorpusError(
-                    f"{path} holds more or less than one clip, which a path cannot say; give --flac DIRECTORY to have "
-                    "the clips written there, or --embed to have them in the Parquet file."
+                    f"{path} holds more or less than one clip, so its path is not enough; give --flac DIRECTORY to "
+                    "have the clips written there, or --embed to have them in the Parquet file."
                 )
         if arguments.embed:
             data = data or Path(path).read_bytes()

@@ -150,7 +150,7 @@ def change_speed(waveform: np.ndarray, speed: float) -> np.ndarray:
 def add_noise(waveform: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:
     """
     A `(samples,)` waveform with noise of the same shape, at `10 · log10(power of waveform / power of noise)` of
-    `snr_db`, powers being mean squares over the whole clip. Silence, and noise that is silent, add nothing.
+    `snr_db`, powers being mean squares over all of the clip. A silent clip stays silent; silent noise adds nothing.
     """
     signal_power, noise_power = (np.mean(np.square(x, dtype=np.float64)) for x in (waveform, noise))
     if noise_power == 0:

@@ -26,13 +26,13 @@ def _header(path: str, modified: int):
 
 
 def header(path: str):
-    """What soundfile tells of a file without decoding it."""
+    """Format, rate and length of a file, from its header."""
     return _header(path, os.stat(path).st_mtime_ns)
 
 
 def audio_seconds(audio: dict) -> float:
     """
-    The length of `{"bytes", "path"}` by its header. It is decoded only if the header tells none: that of a FLAC says
+    The length of `{"bytes", "path"}` by its header. It is decoded only if the header has none: that of a FLAC is
     0 both where it is empty and where its writer could not seek back.
 
     Raises:

@@ -20,10 +20,9 @@ class ClipDataset(torch.utils.data.Dataset):
     """
     Examples of all tables, one table after another.
 
-    `dataset[index]` is a clip as it is, with its task's test prompt: what evaluation sees. `dataset[pass, index]`, as
-    `MixtureSampler` asks, is what training sees in that pass over the clip's source: with a prompt, a text and an
-    augmentation drawn by `seed`, `pass` and `index` alone, so that every process, and a run that is resumed, draws
-    the same.
+    `dataset[index]` is a clip as it is, with its task's test prompt, for evaluation. `dataset[pass, index]`, a pair of
+    `MixtureSampler`, is for training in that pass over the clip's source: with a prompt, a text and an augmentation
+    drawn by `seed`, `pass` and `index` alone, so that every process, and a resumed run, draws the same.
 
     An example is `{"clip", "messages", "task", "text", "texts", "path", "seconds"}`. `clip` holds the encoders' frames
     from the cache, or their inputs (see `encode_clips`), and `masked_frames`, bool `(frames,)`, where some are to be
@@ -71,9 +70,9 @@ class ClipDataset(torch.utils.data.Dataset):
         return int(self.starts[-1])
 
     def __getitem__(self, item: int | tuple[int, int]) -> dict:
-        draw, index = item if isinstance(item, tuple) else (None, item)
+        pass_number, index = item if isinstance(item, tuple) else (None, item)
         row, source, seconds = self.row(index)
-        return self.example(row, source, draw, int(index), seconds)
+        return self.example(row, source, pass_number, int(index), seconds)
 
     def row(self, index: int) -> tuple[dict, Source, float]:
         """A clip's row, its source and its length in seconds."""
@@ -81,31 +80,31 @@ class ClipDataset(torch.utils.data.Dataset):
         table, place = self.tables[part], index - int(self.starts[part])
         return table[place], table.source, float(table.seconds[place])
 
-    def example(self, row: dict, source: Source, draw: int | None, index: int, seconds: float) -> dict:
+    def example(self, row: dict, source: Source, pass_number: int | None, index: int, seconds: float) -> dict:
         """The example of a row, see above; `seconds` is how long its clip is."""
         path = row["audio"]["path"] or f"clip {index} of {source.path}"
         try:
-            clip = self.clip(row, source.speed, draw, index)
+            clip = self.clip(row, source.speed, pass_number, index)
         except UnusableClip as error:
             return {"path": path, "skipped": str(error)}
         texts = row_texts(row)
         task = source.task or row.get("task")
-        messages = self.messages(task, row.get("question") or "", draw, index) if task else None
+        messages = self.messages(task, row.get("question") or "", pass_number, index) if task else None
         return {
             "clip": clip,
             "messages": messages,
             "task": task or "asr",
-            "text": source.choose_text(texts, 0 if draw is None else self._seed(draw, index, "text")),
+            "text": source.choose_text(texts, 0 if pass_number is None else self._seed(pass_number, index, "text")),
             "texts": texts,
             "path": path,
             "seconds": seconds,
         }
 
-    def clip(self, row: dict, speed: float, draw: int | None, index: int) -> dict:
-        augmentation = self.augmentation if draw is not None else Augmentation()
+    def clip(self, row: dict, speed: float, pass_number: int | None, index: int) -> dict:
+        augmentation = self.augmentation if pass_number is not None else Augmentation()
         augments = augmentation != Augmentation()
         if augments and augmentation.augmented_share < 1:
-            rng = np.random.default_rng(self._seed(draw, index, "augments"))
+            rng = np.random.default_rng(self._seed(pass_number, index, "augments"))
             augments = rng.random() < augmentation.augmented_share
         clip = {}
         try:
@@ -115,33 +114,33 @@ class ClipDataset(torch.utils.data.Dataset):
             if "audio_frames" not in clip:
                 waveform = read_clip(row, speed)
                 if augments:
-                    rng = np.random.default_rng(self._seed(draw, index, "waveform"))
+                    rng = np.random.default_rng(self._seed(pass_number, index, "waveform"))
                     waveform = augmentation.augment(waveform, rng)
                 features = self.feature_extractor([waveform], return_tensors="pt")
                 if augments:
-                    generator = torch.Generator().manual_seed(self._seed(draw, index, "features"))
+                    generator = torch.Generator().manual_seed(self._seed(pass_number, index, "features"))
                     features["input_features"] = augmentation.mask_features(
                         features["input_features"], features["input_features_mask"], generator
                     )
                 clip |= {name: features[name][0] for name in ("input_features", "input_values") if name in features}
         except (ValueError, OSError) as error:  # AudioError among them
             raise UnusableClip("damaged", str(error)) from error
-        if draw is not None and self.masked_frames:
-            generator = torch.Generator().manual_seed(self._seed(draw, index, "frames"))
+        if pass_number is not None and self.masked_frames:
+            generator = torch.Generator().manual_seed(self._seed(pass_number, index, "frames"))
             clip["masked_frames"] = frame_mask(num_frames(clip), self.masked_frames, generator)
         return clip
 
-    def messages(self, task: str, question: str, draw: int | None, index: int) -> list[dict]:
+    def messages(self, task: str, question: str, pass_number: int | None, index: int) -> list[dict]:
         return task_prompts.messages(
             task,
             question,
             system=self.system,
-            draw=None if draw is None else (self.seed, draw, index),
+            draw=None if pass_number is None else (self.seed, pass_number, index),
             system_turn=self.system_turn,
         )
 
-    def _seed(self, draw: int, index: int, what: str) -> int:
-        digest = hashlib.sha256(f"{self.seed} {draw} {index} {what}".encode()).digest()
+    def _seed(self, pass_number: int, index: int, what: str) -> int:
+        digest = hashlib.sha256(f"{self.seed} {pass_number} {index} {what}".encode()).digest()
         return int.from_bytes(digest[:8], "big") >> 1
 
     @property

@@ -1,4 +1,4 @@
-"""What the frozen encoders make of clips: frames, computed once and padded to batches."""
+"""Encoder features: the frames that the encoders compute for clips, padded to batches."""
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -19,13 +19,13 @@ def encode_clips(model, clips: list[dict], cache: FeatureCache | None = None) ->
     The frames of each clip, without padding: `{"audio_frames": (frames, width)}`, with a sound encoder also
     `"sound_frames"`.
 
-    Clips that have them already are passed on. Of the others, one is encoded at a time on a CPU, where that costs
-    nothing: its frames are then the same to the last bit in whatever company it comes. Elsewhere they are one batch.
+    Clips that have them already are passed on. On a CPU the others are encoded one at a time, which costs nothing:
+    their frames are then the same to the last bit in any batch. Elsewhere they are one batch.
 
     Args:
         model ([`SalmonnModel`]): its encoders, in the precision that they have.
         clips: as `ClipDataset` gives them: `audio_frames` (and `sound_frames`); or `input_features` `(mel bins, mel
-            frames)` (and `input_values` `(samples,)`), with `key` if the result is to be kept in `cache`.
+            frames)` (and `input_values` `(samples,)`), with `key` if the result is to be stored in `cache`.
     """
     device = model.audio_tower.device
     # LoRA in training is in float32, beside frozen weights in bfloat16.
@@ -59,7 +59,7 @@ def pad_features(clips: list[dict[str, torch.Tensor]], device: torch.device) -> 
 
 
 def trains_encoder(model) -> bool:
-    """Whether the speech encoder changes in training, by LoRA: its frames are then not to be kept."""
+    """Whether the speech encoder is trained, by LoRA: its frames then cannot be cached."""
     return any(parameter.requires_grad for parameter in model.audio_tower.parameters())
 
 

@@ -1,4 +1,4 @@
-"""Encoder features kept on disk: the frozen encoders run once per clip, not once per epoch."""
+"""Encoder features cached on disk: the frozen encoders run once per clip, not once per epoch."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-# What the features depend on; how the extractor was loaded must not change their name.
+# What the features depend on. How the extractor was loaded is not among it.
 FEATURE_SETTINGS = (
     "feature_size",
     "sampling_rate",
@@ -51,9 +51,9 @@ class FeatureCache:
     What `SalmonnModel.encode_audio` gives for a clip, by the clip's key (see `clip_key`): a dictionary of its tensors
     without padding, `audio_frames` `(frames, width)` and, with a sound encoder, `sound_frames`.
 
-    Clips are written a shard, one safetensors file, at a time, which appears whole or not at all: a process that is
-    killed loses no more than the clips of its unfinished shard. Any number of processes may write, each its own
-    shards, and read those of all. Beyond `max_gigabytes` the oldest shards are removed.
+    Clips are written in shards, safetensors files that appear once they are complete: a process that is killed loses
+    no more than the clips of its unfinished shard. Any number of processes may write, each its own shards, and read
+    those of all. Beyond `max_gigabytes` the oldest shards are removed.
 
     Args:
         root: directory, which other encoders' features may share, and the limit with them.
@@ -143,7 +143,7 @@ class FeatureCache:
             excess -= size
 
     def _scan(self):
-        """Learn of shards that other processes have written since."""
+        """Find shards that other processes have written since."""
         changed = os.stat(self.directory).st_mtime_ns
         if changed == self.scanned_at:
             return

@@ -1,4 +1,4 @@
-"""Longer clips made of joined ones: real recordings are longer than the lines of a dialogue."""
+"""Longer clips, made by joining short ones: real recordings are longer than the lines of a dialogue."""
 
 import numpy as np
 

@@ -10,12 +10,11 @@ class MixtureSampler(torch.utils.data.Sampler):
     """
     Which clips come in an epoch, and in which order, as pairs `(pass, index)` for `ClipDataset`.
 
-    A source of weight w gives round(w · clips) of its clips: it is gone through in a random order again and again, a
-    new order each pass, and every epoch goes on where the last one ended. So no clip comes a second time before all of
-    its source have come.
+    A source of weight w gives round(w · clips) of its clips. Each pass over a source has a new random order, and every
+    epoch continues where the last one ended. So no clip comes a second time before all of its source have come.
 
     The epoch is shuffled; then, within 50 steps, clips of similar length are put together, since a batch costs what
-    its longest clip does. All is drawn by seed and epoch: nothing has to be kept to resume.
+    its longest clip does. The order depends on seed and epoch alone: a resumed run needs no other state.
 
     Args:
         dataset ([`ClipDataset`]).

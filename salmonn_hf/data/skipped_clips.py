@@ -1,4 +1,4 @@
-"""Clips that cannot be trained on: the error that says why one cannot, and the list of those that were left out."""
+"""Clips that cannot be trained on: the error with the reason, and the list of those that were skipped."""
 
 import logging
 from collections import Counter, defaultdict
@@ -19,7 +19,7 @@ class UnusableClip(ValueError):
 
 class SkippedClips:
     """
-    Counts the clips that are left out and lists them in a file. None is ever put in another's place.
+    Counts the clips that are skipped and lists them in a file. No other clip takes the place of one.
 
     Args:
         path (`str`, *optional*): a tab-separated file of path, reason and detail, written anew.

@@ -34,13 +34,13 @@ class Source:
         name, split (`str`): configuration and split of a dataset.
         columns (`dict[str, str]`): what the source calls `audio`, `text`, `task`, `question` and `seconds` where it is
             not that. `text` may hold a list of texts, such as five captions, of which each pass draws one.
-        weight (`float`): how often each clip is taken in an epoch: with 0.5 every second one, the others in the next
+        weight (`float`): how often each clip comes in an epoch: with 0.5 every second one, the others in the next
             epoch; with 2 all of them twice. Of streams: their share of the clips.
         task (`str`, *optional*): one of SALMONN's, for all rows. Without it and without a `task` column, each is to be
-            transcribed, and asked for in the processor's own words instead of a prompt drawn from the task's.
-        speed (`float`): play the clips at so many times their speed.
-        typical_text (`bool`): of a list of texts take that which has most in common with the others, in every pass.
-        streaming (`bool`): read it as it comes, without an index: for what does not fit on the disk.
+            transcribed, with the processor's own request instead of a prompt of the task.
+        speed (`float`): factor on the speed of the clips, tempo and pitch alike.
+        typical_text (`bool`): of a list of texts take the one that has most in common with the others, in every pass.
+        streaming (`bool`): read it row by row, without an index: for what does not fit on the disk.
 
     Raises:
         ValueError: for a key, a column or a task that there is not, with the nearest one.
@@ -85,7 +85,7 @@ class Source:
         for key in settings:
             _check_name("sources: key", key, [entry.name for entry in fields(cls)])
         if "path" not in settings:
-            raise ValueError(f"The source {settings} has no path; say where it is.")
+            raise ValueError(f"The source {settings} has no path; give one.")
         return cls(**settings)
 
     def choose_text(self, texts: list[str], number: int = 0) -> str:

@@ -1,4 +1,4 @@
-"""Sources that are read as they come, for what does not fit on the disk."""
+"""Streamed sources: for data that does not fit on the disk."""
 
 import itertools
 
@@ -12,11 +12,11 @@ from .text_choice import row_texts
 
 class StreamedClips(torch.utils.data.IterableDataset):
     """
-    Clips of sources that are read as they come, pass after pass without end: in each pass each source to its end,
-    shuffled among `buffer` of its clips and mixed by weight, in an order drawn by seed and pass.
+    Clips of streamed sources, pass after pass without end. Each pass goes through every source, shuffled among
+    `buffer` of its clips and mixed by weight; the order depends on seed and pass.
 
-    What it gives is not yet an example but the arguments of `ClipDataset.example`, which the collator asks for: a
-    process need not decode what another trains on.
+    An item is not yet an example but the arguments of `ClipDataset.example`, which the collator calls: a process need
+    not decode what another trains on.
 
     Args:
         clips ([`ClipDataset`]): makes the examples; without tables of its own.
@@ -41,13 +41,13 @@ class StreamedClips(torch.utils.data.IterableDataset):
         self.streams = [source.open() for source in sources]
         self.skip_first = 0
 
-    def mixed(self, number: int):
+    def mixed(self, pass_number: int):
         """Sources and rows of a pass: the source of each is drawn by weight from those that have not ended."""
         running = []
         for part, (source, stream) in enumerate(zip(self.sources, self.streams, strict=True)):
-            rng = np.random.default_rng([self.clips.seed, number, part])
+            rng = np.random.default_rng([self.clips.seed, pass_number, part])
             running.append((source, iter(stream.shuffle(generator=rng, buffer_size=self.buffer))))
-        rng = np.random.default_rng([self.clips.seed, number])
+        rng = np.random.default_rng([self.clips.seed, pass_number])
         while running:
             weights = np.array([source.weight for source, _ in running])
             chosen = rng.choice(len(running), p=weights / weights.sum())
@@ -60,15 +60,15 @@ class StreamedClips(torch.utils.data.IterableDataset):
 
     def __iter__(self):
         given = 0
-        for number in itertools.count():
+        for pass_number in itertools.count():
             before = given
-            for index, (source, row) in enumerate(self.mixed(number)):
-                yield None if given < self.skip_first else self.item(source, row, number, index)
+            for index, (source, row) in enumerate(self.mixed(pass_number)):
+                yield None if given < self.skip_first else self.item(source, row, pass_number, index)
                 given += 1
             if given == before:  # a worker process that has no file of its own
                 return
 
-    def item(self, source: Source, row: dict, number: int, index: int):
+    def item(self, source: Source, row: dict, pass_number: int, index: int):
         seconds = row.get("seconds")
         reason = None
         if not row_texts(row):
@@ -77,4 +77,4 @@ class StreamedClips(torch.utils.data.IterableDataset):
             reason = f"too {'short' if seconds < self.min_seconds else 'long'} ({seconds:.2f} s)"
         if reason:
             return {"path": row["audio"]["path"] or f"clip {index} of {source.path}", "skipped": reason}
-        return row, source, number, index, seconds or 0.0
+        return row, source, pass_number, index, seconds or 0.0

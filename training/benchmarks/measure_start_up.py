@@ -4,7 +4,7 @@ How long an index of many clips takes to the first example, and how much memory 
     python training/benchmarks/measure_start_up.py --rows 1600000
 
 The index is made here, in the form that `prepare_data.py` writes. Its rows name a few hundred short FLACs in rotation,
-so that clips are really read; it is opened as a recipe's source, grouped by length, drawn from, and gone through for
+so that audio is decoded; it is opened as a recipe's source, grouped by length, drawn from, and gone through for
 an epoch. Before that a small index has been opened the same way: what is measured is the rows, not the libraries.
 Pages of the memory-mapped files of `datasets` count as resident, but the system takes them back when it needs memory:
 `anonymous` memory is what the process holds itself. Nothing else should run on the machine.

@@ -43,7 +43,7 @@ UNTIMED = (
     "speed_factors",
     "time_masks",
     "frequency_masks",
-    "audio_lora_r",  # behind which no features can be kept
+    "audio_lora_r",  # behind which no features can be cached
 )
 
 

@@ -24,7 +24,7 @@ ABBREVIATIONS = set(
 )
 # Those that are more often words of their own.
 ORDINARY_WORDS = {"no", "am", "sun", "sat", "fig", "mar"}
-# Common words of which real English of some length has at least one; tells it from Latin, French, lists and names.
+# Real English of some length has at least one of these; Latin, French, lists and names have none.
 COMMON_WORDS = set(
     "a about all an and are as at be been but by can do for from had has have he her him his how i if in into is it "
     "its me my no not of on one or our out she so than that the their them then there they this to up us was we were "
@@ -56,7 +56,7 @@ def read_paragraphs(path: Path) -> Iterator[str]:
 
 
 def speakable(text: str) -> bool:
-    """Whether every voice should say exactly these words."""
+    """Whether every voice speaks exactly these words."""
     if not CLIP_TEXT.fullmatch(text):
         return False
     words = text.split()
@@ -83,7 +83,7 @@ def split_clips(paragraph: str, rng: np.random.Generator) -> Iterator[str]:
     """Cut one paragraph in sentences, and long or randomly chosen sentences further at their commas."""
     paragraph = paragraph.replace("\u2019", "'").replace('"', "").replace("``", "").replace("''", "")
     # The full stop of an abbreviation or initial does not end the sentence. Turned into a character that is not
-    # speakable, it makes the whole sentence go.
+    # speakable, it drops the sentence.
     abbreviations = "|".join(sorted(ABBREVIATIONS - ORDINARY_WORDS))
     paragraph = re.sub(rf"(?i)(?<![\w'])({abbreviations}|[a-z])\.(?=\s)", r"\1_", paragraph)
     for sentence in re.split(r"(?<=[.?!])\s+|\s*(?:[;:]|\.\.+|--+)\s*|\s-\s", paragraph):

