@@ -24,7 +24,7 @@ from transformers import WhisperConfig, WhisperModel
 from salmonn_hf import BeatsConfig, BeatsModel, SalmonnFeatureExtractor, load_audio
 from salmonn_hf.base_parts.resolver import resolve_base_part
 from salmonn_hf.data.clip_parquet import parquet_rows
-from salmonn_hf.files import write_whole
+from salmonn_hf.files import write_atomically
 from salmonn_hf.model.audio import SAMPLING_RATE
 from salmonn_hf.model.modeling_beats import BeatsPatchEmbedding
 from salmonn_hf.model.modeling_salmonn import SalmonnWhisperEncoder
@@ -235,10 +235,10 @@ def main() -> None:
     lines += [f"| {name} | {row['regression']:.1%} | {row['nearest']:.1%} |" for name, row in result.items()]
     arguments.output.mkdir(parents=True, exist_ok=True)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-    write_whole(
+    write_atomically(
         arguments.output / "result.json", json.dumps({"settings": settings, "accuracy": result}, indent=2) + "\n"
     )
-    write_whole(arguments.output / "table.md", "\n".join(lines) + "\n")
+    write_atomically(arguments.output / "table.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

@@ -28,7 +28,7 @@ from transformers import DynamicCache, GraniteSpeechConfig, GraniteSpeechForCond
 
 from salmonn_hf import SalmonnConfig, SalmonnFeatureExtractor, SalmonnForConditionalGeneration, load_audio
 from salmonn_hf.convert.published_configs import published_config
-from salmonn_hf.files import write_whole
+from salmonn_hf.files import write_atomically
 from salmonn_hf.model.lora import LORA_FIELDS, adapted_parts
 from salmonn_hf.model.quantized_layers import QuantizedMatrix
 
@@ -442,7 +442,7 @@ def main() -> None:
     settings = {"model": arguments.model or arguments.shapes, "rounds": arguments.rounds, "warmup": arguments.warmup}
     machine = {"device": arguments.device, "threads": torch.get_num_threads(), "torch": torch.__version__}
     efficiency = {"settings": settings, "machine": machine, "systems": results}
-    write_whole(arguments.output / "efficiency.json", json.dumps(efficiency, indent=2) + "\n")
+    write_atomically(arguments.output / "efficiency.json", json.dumps(efficiency, indent=2) + "\n")
     (arguments.output / "table.md").write_text(table(results))
     plot(results, arguments.output / "latency.png")
     print(table(results))

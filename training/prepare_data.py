@@ -23,7 +23,6 @@ import shlex
 import shutil
 import sys
 import tempfile
-import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -40,6 +39,7 @@ from salmonn_hf.data.corpus_files import CorpusError
 from salmonn_hf.data.corpus_report import CorpusStatistics, plot, report
 from salmonn_hf.data.flac import flac_bytes
 from salmonn_hf.data.skipped_clips import SkippedClips, UnusableClip
+from salmonn_hf.files import write_atomically
 
 CHUNK_ROWS = 16  # that a thread examines at a time
 
@@ -70,12 +70,7 @@ def write_flac(row: dict, folder: str) -> Path:
     if not path.exists():
         data = flac_bytes(read_clip(row))
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{threading.get_ident()}")
-        try:
-            partial.write_bytes(data)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_atomically(path, data)
     return path
 
 

@@ -33,7 +33,7 @@ from ..data.clip_audio import clip_seconds_or_nan, read_clip
 from ..data.clip_parquet import parquet_rows
 from ..data.corpora import annotation
 from ..data.skipped_clips import UnusableClip
-from ..files import write_whole
+from ..files import write_atomically
 from ..model.audio import SAMPLING_RATE, AudioError, load_audio
 
 GROUP_COLUMNS = ("source", "kind", "speaker", "label", "task")
@@ -186,7 +186,7 @@ def begin(output: Path, settings: dict):
     output.mkdir(parents=True, exist_ok=True)
     file, answers = output / "run.json", [output / "predictions.jsonl", *output.glob("parts/*.jsonl")]
     if not file.exists() or not any(map(read_lines, answers)):
-        write_whole(file, json.dumps(settings, indent=2) + "\n")
+        write_atomically(file, json.dumps(settings, indent=2) + "\n")
         return
     before = json.loads(file.read_text())
     for name in sorted(before.keys() | settings.keys()):
@@ -202,7 +202,7 @@ def fill_part(clips: list[Clip], make_model: Callable, parts: Path, batches: lis
     parts.mkdir(exist_ok=True)
     done = {line["row"] for file in parts.glob("*.jsonl") for line in read_lines(file)}
     own = parts / f"{state.process_index}.jsonl"
-    write_whole(own, "".join(map(as_line, read_lines(own))))  # a line that was cut off by a kill goes
+    write_atomically(own, "".join(map(as_line, read_lines(own))))  # a line that was cut off by a kill goes
     todo = [batch for batch in batches[state.process_index :: state.num_processes] if not done.issuperset(batch)]
     if not todo:
         return
@@ -228,7 +228,7 @@ def fill_part(clips: list[Clip], make_model: Callable, parts: Path, batches: lis
             "device": model.device,
             "dtype": model.dtype,
         }
-        write_whole(parts.parent / "speed.json", json.dumps(speed, indent=2) + "\n")
+        write_atomically(parts.parent / "speed.json", json.dumps(speed, indent=2) + "\n")
 
 
 def predict_batch(model: Callable, batch: list[int], clips: list[Clip]) -> list[dict]:
@@ -264,7 +264,7 @@ def join_parts(output: Path, clips: int):
         raise ValueError(
             f"{output / 'parts'} lacks {len(missing)} clips, the first is row {missing[0]}; run it again."
         )
-    write_whole(output / "predictions.jsonl", "".join(as_line(lines[row]) for row in range(clips)))
+    write_atomically(output / "predictions.jsonl", "".join(as_line(lines[row]) for row in range(clips)))
     shutil.rmtree(output / "parts")
 
 
@@ -306,8 +306,8 @@ def finish(output: Path, predictions: list[dict], result: dict, scores: list[dic
         "settings": settings,
     }
     rows = [{"row": line["row"], "id": line["id"], **score} for line, score in zip(predictions, scores, strict=True)]
-    write_whole(output / "scores.jsonl", "".join(as_line(finite(row)) for row in rows))
-    write_whole(output / "result.json", json.dumps(finite(result), indent=2, ensure_ascii=False) + "\n")
+    write_atomically(output / "scores.jsonl", "".join(as_line(finite(row)) for row in rows))
+    write_atomically(output / "result.json", json.dumps(finite(result), indent=2, ensure_ascii=False) + "\n")
     return result
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..data.clip_parquet import parquet_rows
 from ..data.flac import flac_bytes
-from ..files import write_whole
+from ..files import write_atomically
 from ..model.audio import AudioError, load_audio
 from .engine import read_lines
 from .scoring import duration_order
@@ -434,6 +434,6 @@ def write_report(directories: list[Path], output: Path):
     pictures = plots(runs)
     (output / "plots").mkdir(parents=True, exist_ok=True)
     for index, picture in enumerate(pictures.values()):
-        write_whole(output / "plots" / f"{index}.svg", picture)
-    write_whole(output / "report.md", report_markdown(runs, pictures))
-    write_whole(output / "report.html", report_html(runs, pictures))
+        write_atomically(output / "plots" / f"{index}.svg", picture)
+    write_atomically(output / "report.md", report_markdown(runs, pictures))
+    write_atomically(output / "report.html", report_html(runs, pictures))
