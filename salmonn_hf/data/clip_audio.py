@@ -38,7 +38,7 @@ def audio_seconds(audio: dict) -> float:
     Raises:
         UnusableClip: if it is missing, or soundfile cannot read it.
     """
-    data, path = audio["bytes"], audio["path"]
+    data, path = audio.get("bytes"), audio.get("path")
     try:
         if not (os.path.getsize(path) if data is None else data):
             return 0.0
