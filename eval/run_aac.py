@@ -11,7 +11,7 @@ the model. To compare with, `--baseline most_frequent` and `--baseline nearest` 
 a killed run goes on where it was.
 """
 
-from salmonn_hf.data.tasks import TEST_PROMPTS
+from salmonn_hf.data.task_prompts import TEST_PROMPTS
 from salmonn_hf.evaluation.caption_baselines import BASELINES, MostFrequentCaption, NearestCaption
 from salmonn_hf.evaluation.caption_metrics import require_java
 from salmonn_hf.evaluation.clips import parquet_clips

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from salmonn_hf.evaluation.clips import parquet_clips
-from salmonn_hf.files import write_whole
+from salmonn_hf.files import write_atomically
 from salmonn_hf.inference import Transcriber
 
 WAYS = {"greedy": None, "drafts": "ctc"}
@@ -36,7 +36,7 @@ def main() -> None:
     result |= {"model": arguments.model, "device": transcriber.device, "dtype": transcriber.dtype}
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(arguments.output, json.dumps(result, indent=2) + "\n")
+        write_atomically(arguments.output, json.dumps(result, indent=2) + "\n")
     seconds, passes = result["seconds"], result["passes"]
     print(
         f"{result['clips']} clips: {seconds['greedy']:.1f} s greedy, {seconds['drafts']:.1f} s with drafts "

@@ -27,7 +27,7 @@ from salmonn_hf import SalmonnConfig, SalmonnFeatureExtractor, SalmonnForConditi
 from salmonn_hf.convert.published_configs import published_config
 from salmonn_hf.evaluation.efficiency import PARTS, Benchmark, Memory, random_model, weights_by_module
 from salmonn_hf.evaluation.tables import markdown_table
-from salmonn_hf.files import write_whole
+from salmonn_hf.files import write_atomically
 from salmonn_hf.model.lora import LORA_FIELDS, adapted_parts
 
 RECORDINGS = Path(__file__).resolve().parent / "recordings"
@@ -235,7 +235,7 @@ def main() -> None:
     settings = {"model": arguments.model or arguments.shapes, "rounds": arguments.rounds, "warmup": arguments.warmup}
     machine = {"device": arguments.device, "threads": torch.get_num_threads(), "torch": torch.__version__}
     efficiency = {"settings": settings, "machine": machine, "systems": results}
-    write_whole(arguments.output / "efficiency.json", json.dumps(efficiency, indent=2) + "\n")
+    write_atomically(arguments.output / "efficiency.json", json.dumps(efficiency, indent=2) + "\n")
     (arguments.output / "table.md").write_text(tables(results))
     plot(results, arguments.output / "latency.png")
     print(tables(results))

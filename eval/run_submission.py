@@ -17,12 +17,12 @@ import io
 from collections import Counter
 from pathlib import Path
 
-from salmonn_hf.data.tasks import TEST_PROMPTS
+from salmonn_hf.data.task_prompts import TEST_PROMPTS
 from salmonn_hf.evaluation.caption_metrics import require_java
 from salmonn_hf.evaluation.clips import Clip, annotation_clips
 from salmonn_hf.evaluation.command_line import argument_parser, evaluate, format_metric
 from salmonn_hf.evaluation.scoring import score_caption_predictions, score_transcripts
-from salmonn_hf.files import write_whole
+from salmonn_hf.files import write_atomically
 from salmonn_hf.inference import Answerer, Transcriber
 
 TASKS = {"asr": ("asr",), "aac": ("audiocaption", "audiocaption_v2")}
@@ -47,7 +47,7 @@ def write_csv(file: Path, predictions: list[dict]):
     rows = [[line["id"], " ".join(line["hypothesis"].lower().split())] for line in predictions]
     stream = io.StringIO()
     csv.writer(stream, lineterminator="\n").writerows([["testset_id", "text"], *rows])
-    write_whole(file, stream.getvalue())
+    write_atomically(file, stream.getvalue())
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .data.tasks import TEST_PROMPTS
-from .files import write_whole
+from .data.task_prompts import TEST_PROMPTS
+from .files import write_atomically
 from .model.audio import SAMPLING_RATE, AudioError, load_audio
 from .model.segmentation import TARGET_SECONDS, is_silent, split_at_pauses
 
@@ -159,7 +159,7 @@ def run(arguments: argparse.Namespace) -> int:
                 sys.stdout.flush()
             else:
                 arguments.output_dir.mkdir(parents=True, exist_ok=True)
-                write_whole(arguments.output_dir / output_name(file, arguments.format), text)
+                write_atomically(arguments.output_dir / output_name(file, arguments.format), text)
     if failed == len(arguments.files):
         return 2
     return 1 if failed else 0

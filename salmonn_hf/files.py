@@ -1,11 +1,15 @@
-"""Files that are whole or not there."""
+"""Files that are written atomically."""
 
 import os
+import threading
 from pathlib import Path
 
 
-def write_whole(file: Path, text: str):
-    """So that a reader finds the file as it was or as it is to be, never half of it."""
-    sibling = file.with_name(f".{file.name}.{os.getpid()}")
-    sibling.write_text(text, encoding="utf-8")
-    os.replace(sibling, file)
+def write_atomically(file: Path, content: str | bytes):
+    """So that a reader finds the file as it was or as it is to be, never half of it. Text is written as UTF-8."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)

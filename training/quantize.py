@@ -24,8 +24,11 @@ import torch
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from salmonn_hf import SalmonnConfig, SalmonnForConditionalGeneration, SalmonnProcessor
-from salmonn_hf.data import tasks
-from salmonn_hf.data.sources import ClipTable, Source, row_texts, row_waveform
+from salmonn_hf.data import task_prompts
+from salmonn_hf.data.clip_audio import read_clip
+from salmonn_hf.data.clip_table import ClipTable
+from salmonn_hf.data.sources import Source
+from salmonn_hf.data.text_choice import row_texts
 from salmonn_hf.hub.model_card import make_card, write_card
 from salmonn_hf.hub.push import push_to_hub
 from salmonn_hf.model.quantized_layers import quantize_parts
@@ -122,8 +125,8 @@ def draw_clips(args: QuantizeArguments, count: int, seed: int) -> list[dict]:
             task = source.task or row.get("task")
             drawn.append(
                 {
-                    "audio": row_waveform(row, source.speed),
-                    "messages": tasks.messages(task, row.get("question") or "") if task else None,
+                    "audio": read_clip(row, source.speed),
+                    "messages": task_prompts.messages(task, row.get("question") or "") if task else None,
                     "text": source.choose_text(row_texts(row)),
                 }
             )

@@ -19,8 +19,8 @@ from salmonn_hf import SalmonnFeatureExtractor, SalmonnProcessor
 from salmonn_hf.base_parts import resolve_base_part
 from salmonn_hf.data.arguments import DataArguments
 from salmonn_hf.data.augmentation import Augmentation
-from salmonn_hf.data.sources import SkippedClips
-from salmonn_hf.data.tasks import is_transcript
+from salmonn_hf.data.skipped_clips import SkippedClips
+from salmonn_hf.data.task_prompts import is_transcript
 from salmonn_hf.model.checkpoint import config_from_base_parts, from_base_parts
 from salmonn_hf.model.lora import encoder_lora
 from salmonn_hf.model.speech_decoder import shared_tokens, start_from_whisper

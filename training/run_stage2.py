@@ -19,7 +19,7 @@ import torch
 from salmonn_hf import SalmonnConfig, SalmonnForConditionalGeneration, SalmonnProcessor
 from salmonn_hf.data.arguments import DataArguments
 from salmonn_hf.data.augmentation import Augmentation
-from salmonn_hf.data.sources import SkippedClips
+from salmonn_hf.data.skipped_clips import SkippedClips
 from salmonn_hf.model.lora import cut_lora_rank, encoder_lora
 from salmonn_hf.model.quantized_layers import quantize_parts
 from salmonn_hf.training.distillation import DistillingTrainer

@@ -29,10 +29,13 @@ from peft.helpers import rescale_adapter_scale
 from salmonn_hf import SalmonnForConditionalGeneration, SalmonnProcessor
 from salmonn_hf.data.arguments import DataArguments
 from salmonn_hf.data.augmentation import Augmentation
-from salmonn_hf.data.clip_dataset import ClipDataset, num_frames
-from salmonn_hf.data.corpora import flac_bytes
-from salmonn_hf.data.feature_cache import encode_clips, pad_clips
-from salmonn_hf.data.sources import ClipTable, SkippedClips, Source, row_waveform
+from salmonn_hf.data.clip_audio import read_clip
+from salmonn_hf.data.clip_dataset import ClipDataset
+from salmonn_hf.data.clip_table import ClipTable
+from salmonn_hf.data.encoder_features import encode_clips, num_frames, pad_clips
+from salmonn_hf.data.flac import flac_bytes
+from salmonn_hf.data.skipped_clips import SkippedClips
+from salmonn_hf.data.sources import Source
 from salmonn_hf.training.recipe import parse_recipe
 from salmonn_hf.training.trainer import (
     ClipCollator,
@@ -67,7 +70,7 @@ def tell_stories(model, processor, clips: ClipDataset, args: ModelArguments, see
             (text,) = generate_answers(model, processor, [prompt], pad_clips([frames]), args.max_new_tokens)
         if text:
             row, _, seconds = clips.row(index)
-            audio = {"bytes": flac_bytes(row_waveform(row)), "path": example["path"]}
+            audio = {"bytes": flac_bytes(read_clip(row)), "path": example["path"]}
             question = row.get("question") or ""
             rows.append(
                 {"audio": audio, "text": text, "task": example["task"], "question": question, "seconds": seconds}

@@ -5,11 +5,15 @@ from dataclasses import dataclass, field
 import jinja2
 
 from .augmentation import Augmentation
-from .clip_dataset import ClipDataset, StreamedClips
-from .feature_cache import FeatureCache, encoder_identity, trains_encoder
+from .clip_dataset import ClipDataset
+from .clip_table import ClipTable
+from .encoder_features import trains_encoder
+from .feature_cache import FeatureCache, encoder_identity
 from .joined_clips import join_clips
-from .sources import ClipTable, SkippedClips, Source
-from .tasks import SYSTEM_PROMPT
+from .skipped_clips import SkippedClips
+from .sources import Source
+from .streamed_clips import StreamedClips
+from .task_prompts import SYSTEM_PROMPT
 
 SHORT_FORM = ("joined_clips", "speeds", "speed_files")
 
@@ -55,7 +59,7 @@ class DataArguments:
         if not 0 <= self.min_seconds < self.max_seconds <= 30:
             raise ValueError(
                 f"min_seconds {self.min_seconds} and max_seconds {self.max_seconds} must be in order, from 0 to the "
-                "30 s that the encoder hears."
+                "30 s that the encoder takes."
             )
         if not 0 <= self.masked_frames < 1:
             raise ValueError(f"masked_frames is {self.masked_frames}; give a share from 0 to below 1.")
@@ -75,7 +79,7 @@ class DataArguments:
     def load(self, skipped: SkippedClips | None = None) -> tuple[list[ClipTable] | list[Source], list[ClipTable]]:
         """
         The training tables, one for each source (and one for a file's joined clips), and the evaluation tables. If
-        any source is a stream, all are: the first are then the sources themselves.
+        any source is a stream, all are: in place of the training tables come then the sources themselves.
         """
         skipped = skipped or SkippedClips()
         limits = {"min_seconds": self.min_seconds, "max_seconds": self.max_seconds, "skipped": skipped}
@@ -89,9 +93,8 @@ class DataArguments:
                 for seed, table in enumerate(train[: len(self.train_files)]):
                     joined = join_clips(table, self.joined_clips, seconds, seed)
                     train.append(ClipTable(Source(path=f"joined clips of {table.source.path}"), joined, **limits))
-        evaluation = [ClipTable(source, **limits) for source in self.evaluation_sources()]
-        for table in evaluation:
-            table.kept, table.seconds = table.kept[: self.max_eval_clips], table.seconds[: self.max_eval_clips]
+        held_out = self.evaluation_sources()
+        evaluation = [ClipTable(source, **limits, max_clips=self.max_eval_clips) for source in held_out]
         skipped.report()
         return train, evaluation
 
@@ -106,7 +109,7 @@ class DataArguments:
             cache = FeatureCache(self.feature_cache, identity, self.feature_cache_gigabytes)
         prompts = {
             "system": SYSTEM_PROMPT if self.system_prompt else None,
-            "system_turn": knows_system_turn(processor),
+            "system_turn": takes_system_turn(processor),
             "cache": cache,
         }
         drawn = {"augmentation": augmentation, "masked_frames": self.masked_frames, "seed": seed}
@@ -118,7 +121,7 @@ class DataArguments:
         return training_set, ClipDataset(evaluation, extractor, **prompts) if evaluation else None
 
 
-def knows_system_turn(processor) -> bool:
+def takes_system_turn(processor) -> bool:
     """Whether the chat template takes a system turn; Gemma 2's, for one, raises an error."""
     try:
         processor.apply_chat_template([{"role": "system", "content": "x"}, {"role": "user", "content": "y"}])

@@ -9,7 +9,7 @@ import torch
 
 from ..model.audio import SAMPLING_RATE, load_audio
 
-MAX_SECONDS = 30.0  # what the encoder hears
+MAX_SECONDS = 30.0  # that the encoder takes
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,11 @@ class Augmentation:
         for file in self.noise_files:
             if not Path(file).is_file():
                 raise FileNotFoundError(f"noise_files has {file}, which is no file; check the path.")
-        _check_masks(self.time_masks, self.time_mask_frames, self.time_mask_share)
+        if self.time_masks * self.time_mask_share >= 1:
+            raise ValueError(
+                f"{self.time_masks} time masks of up to {self.time_mask_share} of a clip could cover all of it; lower "
+                "time_masks or time_mask_share."
+            )
 
     def augment(self, waveform: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """
@@ -90,17 +94,41 @@ class Augmentation:
         return (waveform * np.float64(min(gain, full_scale))).astype(np.float32)
 
     def mask_features(self, features: torch.Tensor, mask: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """`spec_augment` with these numbers of masks and widths."""
-        return spec_augment(
-            features,
-            mask,
-            generator,
-            time_masks=self.time_masks,
-            time_mask_frames=self.time_mask_frames,
-            time_mask_share=self.time_mask_share,
-            frequency_masks=self.frequency_masks,
-            frequency_mask_bins=self.frequency_mask_bins,
-        )
+        """
+        SpecAugment without time warping: spans of frames and of mel bins are replaced by the clip's mean, the paper's
+        0 of normalised features. The default widths are its policy for Switchboard, SM, which suits short clips.
+
+        Park et al.: SpecAugment: A simple data augmentation method for automatic speech recognition. Interspeech
+        2019. A width is drawn from 0 to its limit, then a start from the places where the span fits.
+
+        Args:
+            features (`torch.Tensor`): `(clips, mel bins, frames)` of log-mel energies, right-padded. Left as it is.
+            mask (`torch.Tensor`): `(clips, frames)`, 1 on each clip's own frames, 0 on its padding, which is not
+                masked.
+            generator (`torch.Generator`): on the device of `features`.
+
+        Returns:
+            `torch.Tensor` of the shape and dtype of `features`. Never are all frames, nor all bins, of a clip masked.
+
+        Raises:
+            ValueError: if the spans together could cover all bins.
+        """
+        _, bins, frames = features.shape
+        if self.frequency_masks * self.frequency_mask_bins >= bins:
+            raise ValueError(
+                f"{self.frequency_masks} frequency masks of up to {self.frequency_mask_bins} bins could cover all "
+                f"{bins} mel bins; lower frequency_masks or frequency_mask_bins."
+            )
+        own = mask.bool()[:, None]
+        lengths = mask.bool().sum(-1)
+        widest = (lengths.double() * self.time_mask_share).long().clamp(max=self.time_mask_frames)
+        masked = _spans(widest, lengths, self.time_masks, frames, generator)[:, None]
+        bin_counts = torch.full_like(lengths, bins)
+        widest = torch.full_like(lengths, self.frequency_mask_bins)
+        masked = masked | _spans(widest, bin_counts, self.frequency_masks, bins, generator)[:, :, None]
+        total = features.float().masked_fill(~own, 0.0).sum((1, 2), keepdim=True)
+        mean = total / (lengths * bins)[:, None, None]
+        return torch.where(masked & own, mean.to(features.dtype), features)
 
     def _noise(self, samples: int, rng: np.random.Generator) -> np.ndarray:
         if not self.noise_files:
@@ -122,7 +150,7 @@ def change_speed(waveform: np.ndarray, speed: float) -> np.ndarray:
 def add_noise(waveform: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:
     """
     A `(samples,)` waveform with noise of the same shape, at `10 · log10(power of waveform / power of noise)` of
-    `snr_db`, powers being mean squares over the whole clip. Silence, and noise that is silent, add nothing.
+    `snr_db`, powers being mean squares over all of the clip. A silent clip stays silent; silent noise adds nothing.
     """
     signal_power, noise_power = (np.mean(np.square(x, dtype=np.float64)) for x in (waveform, noise))
     if noise_power == 0:
@@ -142,55 +170,16 @@ def pink_noise(samples: int, rng: np.random.Generator) -> np.ndarray:
     return np.fft.irfft(np.where(frequency > 0, spectrum / np.sqrt(np.maximum(frequency, 1)), 0), samples)
 
 
-def spec_augment(
-    features: torch.Tensor,
-    mask: torch.Tensor,
-    generator: torch.Generator,
-    time_masks: int = 2,
-    time_mask_frames: int = 70,
-    time_mask_share: float = 0.2,
-    frequency_masks: int = 2,
-    frequency_mask_bins: int = 15,
-) -> torch.Tensor:
+def frame_mask(frames: int, share: float, generator: torch.Generator, span: int = 6) -> torch.Tensor:
     """
-    SpecAugment without time warping: spans of frames and of mel bins are replaced by the clip's mean, the paper's 0 of
-    normalised features. The default is its policy for Switchboard, SM: it keeps short clips whole enough.
-
-    Park et al.: SpecAugment: A simple data augmentation method for automatic speech recognition. Interspeech 2019. A
-    width is drawn from 0 to its limit, then a start from the places where the span fits.
-
-    Args:
-        features (`torch.Tensor`): `(clips, mel bins, frames)` of log-mel energies, right-padded. Left as it is.
-        mask (`torch.Tensor`): `(clips, frames)`, 1 on each clip's own frames, 0 on its padding, which is not masked.
-        generator (`torch.Generator`): on the device of `features`.
-        time_masks, frequency_masks (`int`): spans for each clip; they may overlap.
-        time_mask_frames (`int`), time_mask_share (`float`): limits of a span, the smaller of which holds: frames, and
-            a share of the clip's own frames.
-        frequency_mask_bins (`int`): limit of a span, in mel bins.
-
-    Returns:
-        `torch.Tensor` of the shape and dtype of `features`. Never are all frames, nor all bins, of a clip masked.
-
-    Raises:
-        ValueError: if the spans together could cover all of a clip.
+    `(frames,)`, true on about `share` of them, in runs of `span` (120 ms): SpecAugment's time masking (Park et al.,
+    2019) on encoder features, as wav2vec 2.0 is fine-tuned with.
     """
-    _check_masks(time_masks, time_mask_frames, time_mask_share)
-    _, bins, frames = features.shape
-    if frequency_masks * frequency_mask_bins >= bins:
-        raise ValueError(
-            f"{frequency_masks} frequency masks of up to {frequency_mask_bins} bins could cover all {bins} mel bins; "
-            "lower frequency_masks or frequency_mask_bins."
-        )
-    own = mask.bool()[:, None]
-    lengths = mask.bool().sum(-1)
-    widest = (lengths.double() * time_mask_share).long().clamp(max=time_mask_frames)
-    masked = _spans(widest, lengths, time_masks, frames, generator)[:, None]
-    bin_counts = torch.full_like(lengths, bins)
-    widest = torch.full_like(lengths, frequency_mask_bins)
-    masked = masked | _spans(widest, bin_counts, frequency_masks, bins, generator)[:, :, None]
-    total = features.float().masked_fill(~own, 0.0).sum((1, 2), keepdim=True)
-    mean = total / (lengths * bins)[:, None, None]
-    return torch.where(masked & own, mean.to(features.dtype), features)
+    count = int(frames * share / span + torch.rand((), generator=generator))
+    starts = torch.randint(max(frames - span, 1), (count, 1), generator=generator)
+    masked = torch.zeros(frames, dtype=torch.bool)
+    masked[(starts + torch.arange(min(span, frames))).flatten()] = True
+    return masked
 
 
 def _spans(
@@ -203,11 +192,3 @@ def _spans(
     starts = (draws[1] * (lengths[:, None] - widths + 1)).long()
     places = torch.arange(size, device=lengths.device)
     return ((places >= starts[..., None]) & (places < (starts + widths)[..., None])).any(1)
-
-
-def _check_masks(time_masks: int, time_mask_frames: int, time_mask_share: float):
-    if time_masks * time_mask_share >= 1:
-        raise ValueError(
-            f"{time_masks} time masks of up to {time_mask_share} of a clip could cover all of it; lower time_masks or "
-            "time_mask_share."
-        )

@@ -1,4 +1,4 @@
-"""Encoder features kept on disk: the frozen encoders run once per clip, not once per epoch."""
+"""Encoder features cached on disk: the frozen encoders run once per clip, not once per epoch."""
 
 import hashlib
 import json
@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.nn.utils.rnn import pad_sequence
 
-# What the features depend on; how the extractor was loaded must not change their name.
+# What the features depend on. How the extractor was loaded is not among it.
 FEATURE_SETTINGS = (
     "feature_size",
     "sampling_rate",
@@ -52,9 +51,9 @@ class FeatureCache:
     What `SalmonnModel.encode_audio` gives for a clip, by the clip's key (see `clip_key`): a dictionary of its tensors
     without padding, `audio_frames` `(frames, width)` and, with a sound encoder, `sound_frames`.
 
-    Clips are written a shard, one safetensors file, at a time, which appears whole or not at all: a process that is
-    killed loses no more than the clips of its unfinished shard. Any number of processes may write, each its own
-    shards, and read those of all. Beyond `max_gigabytes` the oldest shards are removed.
+    Clips are written in shards, safetensors files that appear once they are complete: a process that is killed loses
+    no more than the clips of its unfinished shard. Any number of processes may write, each its own shards, and read
+    those of all. Beyond `max_gigabytes` the oldest shards are removed.
 
     Args:
         root: directory, which other encoders' features may share, and the limit with them.
@@ -144,7 +143,7 @@ class FeatureCache:
             excess -= size
 
     def _scan(self):
-        """Learn of shards that other processes have written since."""
+        """Find shards that other processes have written since."""
         changed = os.stat(self.directory).st_mtime_ns
         if changed == self.scanned_at:
             return
@@ -172,64 +171,3 @@ class FeatureCache:
     def _forget(self, name: str):
         self.open.pop(name, None)
         self.shards = {key: shard for key, shard in self.shards.items() if shard != name}
-
-
-@torch.no_grad()
-def encode_clips(model, clips: list[dict], cache: FeatureCache | None = None) -> list[dict[str, torch.Tensor]]:
-    """
-    The frames of each clip, without padding: `{"audio_frames": (frames, width)}`, with a sound encoder also
-    `"sound_frames"`.
-
-    Clips that have them already are passed on. Of the others, one is encoded at a time on a CPU, where that costs
-    nothing: its frames are then the same to the last bit in whatever company it comes. Elsewhere they are one batch.
-
-    Args:
-        model ([`SalmonnModel`]): its encoders, in the precision that they have.
-        clips: as `ClipDataset` gives them: `audio_frames` (and `sound_frames`); or `input_features` `(mel bins, mel
-            frames)` (and `input_values` `(samples,)`), with `key` if the result is to be kept in `cache`.
-    """
-    device = model.audio_tower.device
-    # LoRA in training is in float32, beside frozen weights in bfloat16.
-    mixed = len({parameter.dtype for parameter in model.audio_tower.parameters()}) > 1
-    missing = [index for index, clip in enumerate(clips) if "audio_frames" not in clip]
-    encoded = {}
-    for group in [[index] for index in missing] if device.type == "cpu" else [missing] * bool(missing):
-        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-            outputs = model.encode_audio(**pad_features([clips[index] for index in group], device))
-        for row, index in enumerate(group):
-            encoded[index] = {
-                name: outputs[name][row, : int(outputs[f"{name}_mask"][row].sum())]
-                for name in ("audio_frames", "sound_frames")
-                if name in outputs
-            }
-            if cache is not None and "key" in clips[index]:
-                cache.put(clips[index]["key"], encoded[index])
-    names = ("audio_frames", "sound_frames")
-    return [
-        encoded.get(index) or {name: clip[name].to(device) for name in names if name in clip}
-        for index, clip in enumerate(clips)
-    ]
-
-
-def pad_features(clips: list[dict[str, torch.Tensor]], device: torch.device) -> dict[str, torch.Tensor]:
-    """Features of clips as `SalmonnModel.encode_audio` takes them: right-padded, with their masks."""
-    names = [name for name in ("input_features", "input_values") if name in clips[0]]
-    # Time is the last axis of both.
-    batch = pad_clips([{name: clip[name].to(device).movedim(-1, 0) for name in names} for clip in clips])
-    return {name: value.long() if name.endswith("_mask") else value.movedim(1, -1) for name, value in batch.items()}
-
-
-def trains_encoder(model) -> bool:
-    """Whether the speech encoder changes in training, by LoRA: its frames are then not to be kept."""
-    return any(parameter.requires_grad for parameter in model.audio_tower.parameters())
-
-
-def pad_clips(clips: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Frames of clips as `SalmonnForConditionalGeneration.forward` takes them: right-padded, with their masks."""
-    batch = {}
-    for name in clips[0]:
-        frames = [clip[name] for clip in clips]
-        batch[name] = pad_sequence(frames, batch_first=True)
-        ones = [torch.ones(len(clip), dtype=torch.bool, device=clip.device) for clip in frames]
-        batch[f"{name}_mask"] = pad_sequence(ones, batch_first=True)
-    return batch

@@ -1,11 +1,9 @@
-"""Longer clips made of joined ones: real recordings are longer than the lines of a dialogue."""
-
-import io
+"""Longer clips, made by joining short ones: real recordings are longer than the lines of a dialogue."""
 
 import numpy as np
-import soundfile
 
-from ..model.audio import load_audio
+from ..model.audio import SAMPLING_RATE, load_audio
+from .flac import flac_bytes
 
 
 def speech_dataset(rows: list[tuple[np.ndarray, str, str]]):
@@ -16,9 +14,7 @@ def speech_dataset(rows: list[tuple[np.ndarray, str, str]]):
     features = Features({"audio": {"bytes": Value("binary"), "path": Value("string")}, "text": Value("string")})
     examples = []
     for waveform, name, text in rows:
-        file = io.BytesIO()
-        soundfile.write(file, waveform, 16000, format="FLAC")
-        examples.append({"audio": {"bytes": file.getvalue(), "path": name}, "text": text})
+        examples.append({"audio": {"bytes": flac_bytes(waveform), "path": name}, "text": text})
     return Dataset.from_list(examples, features=features)
 
 
@@ -30,11 +26,11 @@ def join_clips(dataset, count: int, seconds: tuple[float, float], seed: int = 0)
     rng = np.random.default_rng(seed)
     rows = []
     for index in range(count):
-        target, parts, texts = rng.uniform(*seconds) * 16000, [], []
+        target, parts, texts = rng.uniform(*seconds) * SAMPLING_RATE, [], []
         while True:
             row = dataset[int(rng.integers(len(dataset)))]
             waveform = load_audio(row["audio"])
-            silence = np.zeros(int(rng.uniform(0.1, 0.6) * 16000), np.float32)
+            silence = np.zeros(int(rng.uniform(0.1, 0.6) * SAMPLING_RATE), np.float32)
             if sum(map(len, parts)) + len(silence) + len(waveform) > max(target, len(silence) + len(waveform)):
                 break
             parts += [silence, waveform]

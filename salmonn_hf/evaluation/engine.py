@@ -22,7 +22,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from ..data.corpora import UnusableClip
-from ..files import write_whole
+from ..files import write_atomically
 from ..model.audio import SAMPLING_RATE
 from .clips import Clip
 from .results import as_line, read_lines
@@ -80,7 +80,7 @@ def begin(output: Path, settings: dict):
     output.mkdir(parents=True, exist_ok=True)
     file, answers = output / "run.json", [output / "predictions.jsonl", *output.glob("parts/*.jsonl")]
     if not file.exists() or not any(map(read_lines, answers)):
-        write_whole(file, json.dumps(settings, indent=2) + "\n")
+        write_atomically(file, json.dumps(settings, indent=2) + "\n")
         return
     before = json.loads(file.read_text())
     for name in sorted(before.keys() | settings.keys()):
@@ -96,7 +96,7 @@ def fill_part(clips: list[Clip], make_model: Callable, parts: Path, batches: lis
     parts.mkdir(exist_ok=True)
     done = {line["row"] for file in parts.glob("*.jsonl") for line in read_lines(file)}
     own = parts / f"{state.process_index}.jsonl"
-    write_whole(own, "".join(map(as_line, read_lines(own))))  # a line that was cut off by a kill goes
+    write_atomically(own, "".join(map(as_line, read_lines(own))))  # a line that was cut off by a kill goes
     todo = [batch for batch in batches[state.process_index :: state.num_processes] if not done.issuperset(batch)]
     if not todo:
         return
@@ -122,7 +122,7 @@ def fill_part(clips: list[Clip], make_model: Callable, parts: Path, batches: lis
             "device": model.device,
             "dtype": model.dtype,
         }
-        write_whole(parts.parent / "speed.json", json.dumps(speed, indent=2) + "\n")
+        write_atomically(parts.parent / "speed.json", json.dumps(speed, indent=2) + "\n")
 
 
 def predict_batch(model: Callable, batch: list[int], clips: list[Clip]) -> list[dict]:
@@ -158,5 +158,5 @@ def join_parts(output: Path, clips: int):
         raise ValueError(
             f"{output / 'parts'} lacks {len(missing)} clips, the first is row {missing[0]}; run it again."
         )
-    write_whole(output / "predictions.jsonl", "".join(as_line(lines[row]) for row in range(clips)))
+    write_atomically(output / "predictions.jsonl", "".join(as_line(lines[row]) for row in range(clips)))
     shutil.rmtree(output / "parts")

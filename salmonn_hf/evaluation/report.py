@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..data.corpora import UnusableClip, flac_bytes
 from ..data.sources import parquet_rows, row_waveform
-from ..files import write_whole
+from ..files import write_atomically
 from .challenge_table import challenge_table
 from .plots import plots
 from .results import Run, read_run
@@ -192,6 +192,6 @@ def write_report(directories: list[Path], output: Path):
     pictures = plots(runs)
     (output / "plots").mkdir(parents=True, exist_ok=True)
     for index, picture in enumerate(pictures.values()):
-        write_whole(output / "plots" / f"{index}.svg", picture)
-    write_whole(output / "report.md", report_markdown(runs, pictures))
-    write_whole(output / "report.html", report_html(runs, pictures))
+        write_atomically(output / "plots" / f"{index}.svg", picture)
+    write_atomically(output / "report.md", report_markdown(runs, pictures))
+    write_atomically(output / "report.html", report_html(runs, pictures))

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from ..files import write_whole
+from ..files import write_atomically
 
 TASKS = {"asr": "speech recognition", "aac": "captioning", "qa": "questions"}
 
@@ -60,8 +60,8 @@ def write_result(output: Path, predictions: list[dict], result: dict, scores: li
         "settings": settings,
     }
     rows = [{"row": line["row"], "id": line["id"], **score} for line, score in zip(predictions, scores, strict=True)]
-    write_whole(output / "scores.jsonl", "".join(as_line(finite(row)) for row in rows))
-    write_whole(output / "result.json", json.dumps(finite(result), indent=2, ensure_ascii=False) + "\n")
+    write_atomically(output / "scores.jsonl", "".join(as_line(finite(row)) for row in rows))
+    write_atomically(output / "result.json", json.dumps(finite(result), indent=2, ensure_ascii=False) + "\n")
     return result
 
 

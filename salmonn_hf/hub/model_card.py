@@ -9,11 +9,11 @@ import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..data.tasks import TEST_PROMPTS
+from ..data.task_prompts import TEST_PROMPTS
 from ..evaluation.report import metrics_table, remarks
 from ..evaluation.results import Run, read_run, timings
 from ..evaluation.tables import markdown_table
-from ..files import write_whole
+from ..files import write_atomically
 from ..model.configuration_salmonn import SalmonnConfig
 from ..model.lora import LORA_FIELDS, adapted_parts
 from ..model.modeling_salmonn import SalmonnForConditionalGeneration
@@ -289,4 +289,4 @@ def make_card(
 
 def write_card(card: ModelCard, checkpoint: Path):
     """As the checkpoint's README.md, which goes to the hub with it."""
-    write_whole(checkpoint / "README.md", str(card).strip() + "\n")
+    write_atomically(checkpoint / "README.md", str(card).strip() + "\n")

@@ -6,7 +6,7 @@ their text, as in Li and Hoiem, "Learning without Forgetting", ECCV 2016.
 import torch
 from torch import nn
 
-from ..data.tasks import is_transcript
+from ..data.task_prompts import is_transcript
 from ..quantization.scale_tuning import log_probs
 from .trainer import SalmonnTrainer
 

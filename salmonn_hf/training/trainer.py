@@ -23,10 +23,14 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import rotate_checkpoints
 
-from ..data.clip_dataset import ClipDataset, MixtureSampler, StreamedClips, num_frames
-from ..data.feature_cache import encode_clips, pad_clips, pad_features, trains_encoder
-from ..data.sources import SkippedClips, parquet_rows
-from ..data.tasks import CAPTION_TASKS, is_transcript, training_metric
+from ..data.clip_dataset import ClipDataset
+from ..data.clip_parquet import parquet_rows
+from ..data.encoder_features import encode_clips, num_frames, pad_clips, pad_features, trains_encoder
+from ..data.mixture_sampler import MixtureSampler
+from ..data.skipped_clips import SkippedClips
+from ..data.streamed_clips import StreamedClips
+from ..data.task_prompts import CAPTION_TASKS, is_transcript, training_metric
+from ..data.text_choice import most_typical
 from ..evaluation.answer_metrics import correct_answers
 from ..evaluation.caption_metrics import CaptionMetricsError, cider_d, require_java
 from ..evaluation.word_error_rate import word_error_rate
@@ -260,7 +264,7 @@ def start_sound_summary(model, dataset: ClipDataset, collator: ClipCollator, see
         statistics.append(frame_statistics(frames["sound_frames"], frames["sound_frames_mask"]).cpu())
         texts = [] if is_transcript(example["task"]) else example["texts"]
         captions.append([collator.caption_ids(text) for text in texts])
-    loss = fit_sound_summary(model, torch.cat(statistics), captions, seed)
+    loss = fit_sound_summary(model, torch.cat(statistics), captions, most_typical, seed)
     logger.info("sound summary fitted to %d clips, %.2f nats per clip", len(captions), loss)
 
 
@@ -347,7 +351,7 @@ class SalmonnTrainer(Trainer):
     `Trainer` with the mixture of sources, frozen encoders that run once per clip, a learning rate of its own for LoRA,
     checkpoints that are whole or not there, and evaluation by greedy answers to the evaluation set, some of which are
     printed: `eval_wer` of transcripts, `eval_cider` (CIDEr-D) of captions and `eval_accuracy` of short answers,
-    whichever tasks it has (see `tasks.training_metric`). Where only the alignment is trained, `eval_wer` of the CTC
+    whichever tasks it has (see `training_metric`). Where only the alignment is trained, `eval_wer` of the CTC
     head's transcripts.
 
     Logged beside the loss: `tokens_per_second` (of the language model's rows; of targets where it is not run) and
@@ -422,7 +426,7 @@ class SalmonnTrainer(Trainer):
             # Of a resumed run `Trainer` asks for the batches that it was trained on, and throws them away. A worker
             # process makes at least its share of them.
             batches = kwargs["steps_trained_in_current_epoch"] // max(self.args.dataloader_num_workers, 1)
-            self.train_dataset.read_over = batches * self.args.train_batch_size * self.args.world_size
+            self.train_dataset.skip_first = batches * self.args.train_batch_size * self.args.world_size
         else:
             # accelerate does not reach the sampler of a loader that skips batches, when several processes share it.
             self.train_sampler.set_epoch(kwargs["epoch"])

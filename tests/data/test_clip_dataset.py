@@ -1,7 +1,4 @@
-"""Examples and their order: weights, prompts, augmentation and masks, all drawn by seed, pass and index alone."""
-
-from collections import Counter
-from itertools import islice
+"""Examples: prompts, texts, augmentation and masks, all drawn by seed, pass and index alone."""
 
 import numpy as np
 import pytest
@@ -9,12 +6,14 @@ import torch
 from conftest import noise, tiny_processor
 from test_sources import embedded, flac, write
 
-from salmonn_hf.data import tasks
-from salmonn_hf.data.augmentation import Augmentation
-from salmonn_hf.data.clip_dataset import ClipDataset, MixtureSampler, StreamedClips, frame_mask, num_frames
+from salmonn_hf.data import task_prompts
+from salmonn_hf.data.augmentation import Augmentation, frame_mask
+from salmonn_hf.data.clip_dataset import ClipDataset
+from salmonn_hf.data.clip_table import ClipTable
+from salmonn_hf.data.encoder_features import num_frames
 from salmonn_hf.data.feature_cache import FeatureCache
 from salmonn_hf.data.joined_clips import speech_dataset
-from salmonn_hf.data.sources import ClipTable, Source
+from salmonn_hf.data.sources import Source
 
 
 def table(count, seconds=0.4, **source):
@@ -56,9 +55,10 @@ def test_prompt_of_the_task_is_drawn_for_each_pass_and_reproducibly():
     drawn = [[data[number, index]["messages"] for index in range(4)] for number in range(6)]
     for number, row in enumerate(drawn):
         for index, messages in enumerate(row):
-            assert messages == tasks.messages("audiocaption", system="Be brief.", draw=(3, number, index))
+            assert messages == task_prompts.messages("audiocaption", system="Be brief.", draw=(3, number, index))
     assert len({str(messages) for row in drawn for messages in row}) > 3
-    assert data[2]["messages"] == tasks.messages("audiocaption", system="Be brief.")  # evaluation: the test prompt
+    # Evaluation asks with the test prompt.
+    assert data[2]["messages"] == task_prompts.messages("audiocaption", system="Be brief.")
     assert dataset(table(1))[0, 0]["messages"] is None  # the processor's own request
 
 
@@ -157,103 +157,3 @@ def test_masked_frames_are_runs_of_about_the_share():
     for length in (1, 5, 6, 7):
         for seed in range(20):
             assert frame_mask(length, 0.5, torch.Generator().manual_seed(seed)).shape == (length,)
-
-
-# Order
-
-
-class Tables:
-    """What the sampler needs of a dataset."""
-
-    def __init__(self, sizes, weights, lengths=None):
-        self.tables = [
-            type("Table", (list,), {"source": Source(path="x", weight=weight)})(range(size))
-            for size, weight in zip(sizes, weights, strict=True)
-        ]
-        self.lengths = np.ones(sum(sizes)) if lengths is None else np.asarray(lengths)
-
-
-def epoch_of(sampler, epoch):
-    sampler.set_epoch(epoch)
-    return list(sampler)
-
-
-def test_weights_are_shares_of_an_epoch_and_nothing_comes_twice_before_all_have_come():
-    sampler = MixtureSampler(Tables([10, 6, 5], [1.0, 0.5, 2.0]), step_size=4, seed=1)
-    assert len(sampler) == 10 + 3 + 10
-    epochs = [epoch_of(sampler, epoch) for epoch in range(4)]
-    for number, items in enumerate(epochs):
-        assert len(items) == len(sampler)
-        assert sorted(index for _, index in items if index < 10) == list(range(10))
-        assert Counter(index for _, index in items if index >= 16) == dict.fromkeys(range(16, 21), 2)
-        assert {draw for draw, index in items if index < 10} == {number}
-        assert {draw for draw, index in items if index >= 16} == {2 * number, 2 * number + 1}
-    for pair in (epochs[:2], epochs[2:]):
-        assert sorted(index for items in pair for _, index in items if 10 <= index < 16) == list(range(10, 16))
-    assert len({item for items in epochs for item in items}) == 4 * len(sampler)  # no draw comes again
-
-
-def test_order_is_that_of_its_seed_and_epoch():
-    data = Tables([50], [1.0], np.random.default_rng(0).uniform(1, 9, 50))
-    sampler, again, other = (MixtureSampler(data, 4, seed) for seed in (1, 1, 2))
-    epoch_of(sampler, 0)
-    assert epoch_of(sampler, 2) == epoch_of(again, 2)  # whatever came before
-    assert epoch_of(sampler, 2) != epoch_of(sampler, 3) and epoch_of(sampler, 2) != epoch_of(other, 2)
-
-
-def test_clips_of_a_step_are_of_similar_length():
-    lengths = np.random.default_rng(0).uniform(1, 30, 4000)
-    grouped = [index for _, index in MixtureSampler(Tables([4000], [1.0], lengths), step_size=8)]
-    random = [index for _, index in MixtureSampler(Tables([4000], [1.0], lengths), step_size=8, group_by_length=False)]
-    assert sorted(grouped) == sorted(random) == list(range(4000))
-
-    def padded(order):
-        return lengths[order].reshape(-1, 8).max(1).sum() * 8 / lengths.sum()
-
-    assert padded(grouped) < 1.1 < 1.6 < padded(random)
-    assert lengths[grouped[::8]].reshape(-1, 50).std(1).min() > 5  # and long and short steps are mixed
-
-
-# Streams
-
-
-def stream(tmp_path, **settings):
-    files = []
-    for name, count in (("a", 8), ("b", 4)):
-        rows = [embedded(flac(0.3, i), f"{name}{i}", text=f"{name} {i}", seconds=0.3) for i in range(count)]
-        if name == "a":
-            rows.append(embedded(flac(0.3), "a-blank", text=" ", seconds=0.3))
-            rows.append(embedded(flac(0.3), "a-long", text="x", seconds=31.0))
-        files.append(write(tmp_path / f"{name}.parquet", rows))
-    sources = [Source(file, streaming=True, task="asr") for file in files]
-    return StreamedClips(ClipDataset([], tiny_processor().feature_extractor, seed=4), sources, **settings)
-
-
-@pytest.fixture
-def no_sleep(monkeypatch):
-    """`datasets` sleeps for seconds behind each pass."""
-    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
-
-
-def test_streams_are_mixed_and_shuffled_by_seed_and_pass(tmp_path, no_sleep):
-    data = stream(tmp_path, buffer=5)
-    items = list(islice(data, 3 * 14))
-    texts = [item[0]["text"] if isinstance(item, tuple) else item["skipped"] for item in items]
-    passes = [texts[start : start + 14] for start in (0, 14, 28)]
-    whole = sorted([f"a {i}" for i in range(8)] + [f"b {i}" for i in range(4)] + ["no text", "too long (31.00 s)"])
-    assert all(sorted(texts) == whole for texts in passes)
-    assert passes[0] != passes[1] != passes[2] != passes[0] != whole
-    row, source, number, index, seconds = item = next(item for item in items[14:] if isinstance(item, tuple))
-    example = data.clips.example(*item)
-    assert example["text"] == row["text"] and example["messages"] == tasks.messages("asr", draw=(4, 1, index))
-
-    again = stream(tmp_path, buffer=5)
-    again.read_over = 17
-    assert list(islice(again, 3 * 14)) == [None] * 17 + items[17:]
-
-
-def test_a_stream_without_rows_ends(tmp_path):
-    """As that of a worker process, where there are more of them than files."""
-    data = stream(tmp_path)
-    data.streams = [rows.take(0) for rows in data.streams]
-    assert list(data) == []

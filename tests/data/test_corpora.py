@@ -1,4 +1,4 @@
-"""The readers on small trees in each corpus's own layout, and clips cut and joined as their rows say."""
+"""The readers on small trees in each corpus's own layout."""
 
 import json
 
@@ -7,21 +7,18 @@ import pytest
 import soundfile
 from conftest import noise
 
-from salmonn_hf.data.corpora import (
-    CorpusError,
-    UnusableClip,
-    annotation,
-    audiocaps,
-    clip_seconds,
-    clotho,
-    flac_bytes,
-    gigaspeech,
-    gigaspeech_text,
-    librispeech,
-    musicnet,
-    read_clip,
-    wavcaps,
-)
+from salmonn_hf.data.clip_audio import clip_seconds, read_clip
+from salmonn_hf.data.corpora.annotation import read_examples as annotation
+from salmonn_hf.data.corpora.audiocaps import read_examples as audiocaps
+from salmonn_hf.data.corpora.clotho import read_examples as clotho
+from salmonn_hf.data.corpora.gigaspeech import plain_text
+from salmonn_hf.data.corpora.gigaspeech import read_examples as gigaspeech
+from salmonn_hf.data.corpora.jsonl import read_examples as jsonl
+from salmonn_hf.data.corpora.librispeech import read_examples as librispeech
+from salmonn_hf.data.corpora.musicnet import read_examples as musicnet
+from salmonn_hf.data.corpora.wavcaps import read_examples as wavcaps
+from salmonn_hf.data.corpus_files import CorpusError
+from salmonn_hf.data.skipped_clips import UnusableClip
 
 
 def write(path, seconds=1.0, rate=16000, **kwargs):
@@ -125,6 +122,40 @@ def test_annotation_is_read_entry_by_entry(tmp_path):
     assert [next(rows)["audio"]["path"] for _ in range(2)] == ["0.wav", "1.wav"]
 
 
+# JSON Lines
+
+
+def test_jsonl(tmp_path):
+    entries = [
+        {"file": "a.flac", "text": "one", "speaker": "x"},
+        {"audio_filepath": "/b.wav", "text": "yes", "task": "QA", "question": "Is it?", "language": "en"},
+    ]
+    path = write_text(
+        tmp_path / "clips.jsonl", "\n".join([json.dumps(entry) for entry in entries] + ["", "{", "3", "{}"])
+    )
+    dropped = Dropped()
+    assert list(jsonl(path, drop=dropped)) == [
+        {
+            "audio": {"bytes": None, "path": str(tmp_path / "a.flac")},
+            "text": "one",
+            "task": "asr",
+            "question": "",
+            "source": "clips",
+        },
+        {
+            "audio": {"bytes": None, "path": "/b.wav"},
+            "text": "yes",
+            "task": "QA",
+            "question": "Is it?",
+            "source": "clips",
+            "language": "en",
+        },
+    ]
+    assert dropped == [(f"{path}#{number}", "no file") for number in (4, 5, 6)]
+    with pytest.raises(CorpusError, match=r"none\.jsonl does not exist; give the path"):
+        list(jsonl(tmp_path / "none.jsonl"))
+
+
 # LibriSpeech
 
 
@@ -164,17 +195,15 @@ def test_librispeech_errors(tmp_path):
 
 def test_gigaspeech_text():
     assert (
-        gigaspeech_text(
-            "FOUR O'CLOCK TOMORROW <COMMA> SAID WILLIAMS <PERIOD> WHY <QUESTIONMARK> NO <EXCLAMATIONPOINT>"
-        )
+        plain_text("FOUR O'CLOCK TOMORROW <COMMA> SAID WILLIAMS <PERIOD> WHY <QUESTIONMARK> NO <EXCLAMATIONPOINT>")
         == "four o'clock tomorrow, said williams. why? no!"
     )
-    assert gigaspeech_text("<PERIOD>") == ""
+    assert plain_text("<PERIOD>") == ""
     for tag in ("<SIL>", "<MUSIC>", "<NOISE>", "<OTHER>"):
         with pytest.raises(UnusableClip, match=f"garbage utterance .{tag}"):
-            gigaspeech_text(tag)
+            plain_text(tag)
     with pytest.raises(UnusableClip, match="unknown tag"):
-        gigaspeech_text("A <SEMICOLON> B")
+        plain_text("A <SEMICOLON> B")
 
 
 def segment(number, begin, end, text, subsets=("{XL}", "{L}")):
@@ -417,86 +446,3 @@ def test_musicnet(tmp_path):
     assert len(read_clip(last)) == pytest.approx(0.5 * 16000, abs=1)
     with pytest.raises(CorpusError, match="test_data is not a directory; give the directory"):
         list(musicnet(tmp_path, "test"))
-
-
-# Clips
-
-
-def row(path, text="a", **kwargs):
-    return {"audio": {"bytes": None, "path": str(path)}, "text": text, **kwargs}
-
-
-def test_expanded_clip_is_the_files_with_a_tenth_of_a_second_between(tmp_path):
-    files = [write(tmp_path / f"{n}.wav", seconds) for n, seconds in enumerate((0.5, 0.25, 1.0))]
-    joined = row(files[0], expand_wav=files[1:])
-    silence = np.zeros(1600, np.float32)
-    parts = [soundfile.read(file, dtype="float32")[0] for file in files]
-    expected = np.concatenate([parts[0], silence, parts[1], silence, parts[2]])
-    np.testing.assert_array_equal(read_clip(joined), expected)
-    assert clip_seconds(joined) == pytest.approx(len(expected) / 16000)
-
-
-def test_clip_seconds_says_why_a_clip_is_of_no_use(tmp_path):
-    file = write(tmp_path / "a.wav", 1.0)
-    soundfile.write(tmp_path / "empty.wav", np.zeros(0, np.float32), 16000)
-    (tmp_path / "none.flac").touch()
-    (tmp_path / "text.wav").write_bytes(b"not audio")
-    cases = [
-        (row(file, text=None), "no text"),
-        (row(file, text=" \n"), "no text"),
-        (row(file, text=3), "no text"),
-        (row(tmp_path / "none.wav"), "missing"),
-        (row(tmp_path / "text.wav"), "unreadable"),
-        (row(tmp_path / "empty.wav"), "zero length"),
-        (row(tmp_path / "none.flac"), "zero length"),
-        (row(file, start=0.2, end=0.3), "too short"),
-        (row(file, start=0.2, end=0.2), "zero length"),
-        (row(file, expand_wav=[file, file]), "too long"),
-        (row(file, expand_wav=[str(tmp_path / "none.wav")]), "missing"),
-        (row(file, start=0.2, end=1.2), "ends after its file"),
-    ]
-    for clip, reason in cases:
-        with pytest.raises(UnusableClip) as error:
-            clip_seconds(clip, 0.3, 2.5)
-        assert error.value.reason == reason, clip
-    assert clip_seconds(row(file), 1.0, 1.0) == 1.0
-
-
-def test_flac_without_a_length_in_its_header_is_counted(tmp_path):
-    write(tmp_path / "whole.flac", 1.5)
-    data = bytearray((tmp_path / "whole.flac").read_bytes())
-    # STREAMINFO's number of samples, 36 bits from the middle of byte 21: 0 means unknown, as pipes leave it
-    data[21] &= 0xF0
-    data[22:26] = bytes(4)
-    (tmp_path / "streamed.flac").write_bytes(data)
-    data[4] |= 0x80  # nothing after STREAMINFO, which ends at byte 42
-    (tmp_path / "empty.flac").write_bytes(data[:42])
-    assert soundfile.info(tmp_path / "streamed.flac").frames > 10**12
-    assert clip_seconds(row(tmp_path / "streamed.flac")) == 1.5
-    with pytest.raises(UnusableClip, match="zero length"):
-        clip_seconds(row(tmp_path / "empty.flac"))
-
-
-def test_length_comes_from_the_header_and_damage_from_decoding(tmp_path):
-    whole = (tmp_path / "a.flac", tmp_path / "cut.flac")
-    write(whole[0], 2.0)
-    data = whole[0].read_bytes()
-    whole[1].write_bytes(data[: len(data) // 2])
-    assert clip_seconds(row(whole[1])) == 2.0
-    with pytest.raises(UnusableClip, match="damaged"):
-        read_clip(row(whole[1]))
-    with pytest.raises(UnusableClip, match="damaged"):
-        read_clip(row(whole[1], start=1.5, end=2.0))
-
-
-def test_flac_of_16_bit_audio_is_lossless(tmp_path):
-    samples = np.random.default_rng(0).integers(-32768, 32768, 16000).astype(np.int16)
-    samples[:4] = [-32768, 32767, 0, -1]
-    soundfile.write(tmp_path / "a.wav", samples, 16000)
-    (tmp_path / "a.flac").write_bytes(flac_bytes(read_clip(row(tmp_path / "a.wav"))))
-    copy, rate = soundfile.read(tmp_path / "a.flac", dtype="int16")
-    assert rate == 16000
-    np.testing.assert_array_equal(copy, samples)
-    # louder than full scale is clipped, not wrapped round
-    (tmp_path / "b.flac").write_bytes(flac_bytes(np.array([2.0, -2.0, 0.5], np.float32)))
-    np.testing.assert_array_equal(soundfile.read(tmp_path / "b.flac", dtype="int16")[0], [32767, -32768, 16384])

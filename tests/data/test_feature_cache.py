@@ -10,7 +10,8 @@ from conftest import noise, tiny_config, tiny_model, tiny_processor
 from test_sources import embedded, flac
 
 from salmonn_hf import BeatsConfig, SalmonnFeatureExtractor
-from salmonn_hf.data.feature_cache import FeatureCache, clip_key, encode_clips, encoder_identity, pad_clips
+from salmonn_hf.data.encoder_features import encode_clips, pad_clips
+from salmonn_hf.data.feature_cache import FeatureCache, clip_key, encoder_identity
 
 BEATS = BeatsConfig(
     hidden_size=16,

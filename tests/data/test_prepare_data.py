@@ -12,7 +12,9 @@ import pytest
 import soundfile
 from conftest import noise
 
-from salmonn_hf.data.corpora import CorpusError
+from salmonn_hf.data.clip_table import ClipTable
+from salmonn_hf.data.corpus_files import CorpusError
+from salmonn_hf.data.sources import Source
 from salmonn_hf.model.audio import load_audio
 from salmonn_hf.training.trainer import load_speech
 
@@ -131,6 +133,15 @@ def test_annotation_with_tasks_joined_clips_and_flac(tmp_path):
     main([*command, "--flac", str(tmp_path / "clips")])
     rows = pq.read_table(tmp_path / "x.parquet").to_pylist()
     assert soundfile.info(rows[3]["audio"]["path"]).duration == rows[3]["seconds"] == 2.0  # the new recording
+
+
+def test_the_recordings_of_a_clone_become_training_data(tmp_path):
+    recordings = Path(__file__).resolve().parents[2] / "eval" / "recordings" / "recordings.jsonl"
+    main(["jsonl", str(recordings), "--output", str(tmp_path / "recordings.parquet")])
+    table = ClipTable(Source(str(tmp_path / "recordings.parquet")))
+    lines = [json.loads(line) for line in recordings.read_text().splitlines()]
+    assert [row["text"] for row in map(table.__getitem__, range(len(table)))] == [line["text"] for line in lines]
+    assert table.seconds.tolist() == pytest.approx([line["seconds"] for line in lines], abs=0.01)
 
 
 def test_embedded_parts_of_long_files(tmp_path):

@@ -12,7 +12,10 @@ from conftest import noise
 from datasets import Audio, Features, Value
 
 from salmonn_hf.data.arguments import DataArguments
-from salmonn_hf.data.sources import ClipTable, SkippedClips, Source, row_waveform
+from salmonn_hf.data.clip_audio import read_clip
+from salmonn_hf.data.clip_table import ClipTable
+from salmonn_hf.data.skipped_clips import SkippedClips
+from salmonn_hf.data.sources import Source
 from salmonn_hf.training.recipe import parse_recipe
 
 
@@ -38,8 +41,8 @@ def test_parquet_with_other_column_names(tmp_path):
     assert len(table) == 1 and table.seconds.tolist() == [0.5]
     row = table[0]
     assert (row["text"], row["question"], row["task"]) == (["x", "y"], "why", "QA") and "other" not in row
-    assert list(table.texts()) == ["x", "y"]
-    np.testing.assert_allclose(row_waveform(row), noise(0.5), atol=1e-4)
+    assert list(table.tasks_and_texts()) == [("QA", ["x", "y"])]
+    np.testing.assert_allclose(read_clip(row), noise(0.5), atol=1e-4)
 
 
 def test_a_stream_of_audio_is_not_decoded(tmp_path):
@@ -57,7 +60,7 @@ def test_audiofolder(tmp_path):
         soundfile.write(tmp_path / f"{name}.wav", noise(0.3 if name == "a" else 0.6), 16000)
     (tmp_path / "metadata.csv").write_text("file_name,text\na.wav,one\nb.wav,two\n")
     table = ClipTable(Source(str(tmp_path)))
-    assert sorted((row["text"], len(row_waveform(row))) for row in (table[0], table[1])) == [
+    assert sorted((row["text"], len(read_clip(row))) for row in (table[0], table[1])) == [
         ("one", 4800),
         ("two", 9600),
     ]
@@ -75,15 +78,17 @@ def test_annotation_with_prefix_and_files_that_follow(tmp_path):
     ]
     path = tmp_path / "train.json"
     path.write_text(json.dumps({"annotation": entries}))
-    skipped = SkippedClips()
+    skipped = SkippedClips(tmp_path / "skipped.tsv")
     table = ClipTable(Source(str(path), prefix=str(tmp_path)), skipped=skipped)
     assert [row["task"] for row in (table[0], table[1])] == ["asr", "QA"] and table[1]["question"] == "Is it?"
-    assert table.seconds.tolist() == pytest.approx([0.85, 0.25]) and len(row_waveform(table[0])) == 13600
-    assert [(where.rsplit("/")[-1], reason) for where, reason, _ in skipped.entries] == [
+    assert table.seconds.tolist() == pytest.approx([0.85, 0.25]) and len(read_clip(table[0])) == 13600
+    lines = (tmp_path / "skipped.tsv").read_text().splitlines()
+    assert [tuple(line.rsplit("/")[-1].split("\t")[:2]) for line in lines[1:]] == [
         ("gone.wav", "unreadable"),
         ("a.wav", "no text"),
         ("train.json#4", "no text"),
     ]
+    assert skipped.counts == {"unreadable": 1, "no text": 2} and skipped.first_paths["no text"][0].endswith("/a.wav")
     # A file that was changed is read anew.
     path.write_text(json.dumps({"annotation": entries[:1]}))
     assert len(ClipTable(Source(str(path), prefix=str(tmp_path)))) == 1
@@ -107,7 +112,7 @@ def test_unusable_clips_are_listed_by_path_and_never_replaced(tmp_path):
     source = Source(write(tmp_path / "a.parquet", rows))
     table = ClipTable(source, min_seconds=0.2, max_seconds=1.0, skipped=skipped)
     assert [table[index]["audio"]["path"] for index in range(len(table))] == ["good.flac", "good-too.flac"]
-    assert list(table.texts()) == ["a", "f"]
+    assert list(table.transcripts()) == ["a", "f"]
     lines = (tmp_path / "run" / "skipped.tsv").read_text().splitlines()
     assert [tuple(line.split("\t")[:2]) for line in lines[1:]] == [
         ("broken.flac", "unreadable"),
@@ -148,6 +153,11 @@ def test_a_missing_column_is_named_with_the_nearest(tmp_path):
     path = write(tmp_path / "a.parquet", [embedded(flac(0.5), "a", texts="x")])
     with pytest.raises(ValueError, match="no column 'text'.*Did you mean 'texts'.*columns: {text: NAME}"):
         Source(path).open()
+
+
+def test_a_missing_file_is_named_with_what_to_do():
+    with pytest.raises(FileNotFoundError, match="no data/none.parquet.*--train_files"):
+        Source("data/none.parquet").open()
 
 
 def test_sources_of_a_recipe_and_of_the_command_line(tmp_path):
@@ -192,7 +202,7 @@ def test_transcripts_are_the_texts_of_their_task(tmp_path):
     [
         ({}, "neither sources nor train_files"),
         ({"sources": ["{}"], "joined_clips": 3}, "joined_clips: of train_files alone"),
-        ({"train_files": ["a"], "max_seconds": 60.0}, "30 s that the encoder hears"),
+        ({"train_files": ["a"], "max_seconds": 60.0}, "30 s that the encoder takes"),
         ({"train_files": ["a"], "masked_frames": 1.0}, "share from 0 to below 1"),
     ],
 )

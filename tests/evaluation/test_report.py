@@ -19,7 +19,7 @@ from salmonn_hf.evaluation.engine import predict
 from salmonn_hf.evaluation.report import worst_clips, write_report
 from salmonn_hf.evaluation.results import read_run, write_result
 from salmonn_hf.evaluation.scoring import score_answers, score_transcripts
-from salmonn_hf.files import write_whole
+from salmonn_hf.files import write_atomically
 
 NOTE = "captions made from labels"
 
@@ -57,7 +57,7 @@ def results(tmp_path_factory):
         write_result(output, predictions, *score(predictions))
     (root / "times").mkdir()
     efficiency = efficiency_result("models/nano", nano=(0.51e9, 0.06, 0.0123), another=(0.9e9, 0.08, 0.0456))
-    write_whole(root / "times" / "efficiency.json", json.dumps(efficiency))
+    write_atomically(root / "times" / "efficiency.json", json.dumps(efficiency))
     return root
 
 

@@ -15,7 +15,7 @@ from test_evaluation import Listener, clips_of
 from salmonn_hf.evaluation.engine import predict
 from salmonn_hf.evaluation.results import write_result
 from salmonn_hf.evaluation.scoring import score_transcripts
-from salmonn_hf.files import write_whole
+from salmonn_hf.files import write_atomically
 from salmonn_hf.hub.model_card import count_parts, licence_of, make_card, parts_table, training_state
 
 CARDS = Path(__file__).resolve().parents[2] / "model_cards"
@@ -42,7 +42,7 @@ def made(tiny_checkpoint, tmp_path_factory):
     write_result(output, predictions, *score_transcripts(predictions))
     (root / "times").mkdir()
     efficiency = efficiency_result(str(checkpoint), tiny=(0.51e9, 0.06, 0.0123))
-    write_whole(root / "times" / "efficiency.json", json.dumps(efficiency))
+    write_atomically(root / "times" / "efficiency.json", json.dumps(efficiency))
     columns = {
         "seconds": [1800.0, 3600.0],
         "source": ["game", "game"],

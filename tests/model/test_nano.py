@@ -79,7 +79,7 @@ def test_hearing_sounds_costs_the_words_one_point_at_most(speech):
 
 def test_captions_beat_retrieval(shared_data):
     """Captions that are derived from labels, short, and mostly those of training clips as well."""
-    from salmonn_hf.data.tasks import TEST_PROMPTS
+    from salmonn_hf.data.task_prompts import TEST_PROMPTS
     from salmonn_hf.evaluation.caption_baselines import NearestCaption, readable
     from salmonn_hf.evaluation.caption_metrics import score_captions
     from salmonn_hf.evaluation.clips import parquet_clips

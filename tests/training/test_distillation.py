@@ -5,7 +5,7 @@ import torch
 from conftest import noise, tiny_model, tiny_processor
 from torch.nn import functional as F
 
-from salmonn_hf.data.feature_cache import encode_clips, pad_clips
+from salmonn_hf.data.encoder_features import encode_clips, pad_clips
 from salmonn_hf.training.distillation import DistillingTrainer
 from salmonn_hf.training.trainer import ClipCollator, SalmonnTrainingArguments, freeze_base_parts
 

@@ -40,10 +40,10 @@ def test_word_strings_hold_all_words_equally_often():
     assert set(counts) == set(WORDS) and max(counts.values()) - min(counts.values()) <= 1
 
 
-def test_sentences_are_taken_for_a_word_that_is_seldom(monkeypatch):
+def test_sentences_are_taken_for_a_rare_word(monkeypatch):
     texts = ["It was the best of them.", "The anchor was gone.", "It was the anchor.", "Yes.", "The welder was gone."]
     monkeypatch.setattr(neural, "load_texts", lambda files, seed: texts)
-    monkeypatch.setattr(neural, "SELDOM", 1)
+    monkeypatch.setattr(neural, "RARE", 1)
     known = Counter(neural.words_of("it was the best of them the"))
     taken = list(neural.sentences(known, seed=0))
     assert taken == ["The anchor was gone.", "The welder was gone."]  # "anchor" is known by then; "Yes." is too short

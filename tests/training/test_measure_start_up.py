@@ -11,7 +11,7 @@ MOMENTS = ("before", "opened", "40 examples drawn", "in an epoch, at most", "aft
 
 
 def test_rows_are_not_held_in_memory():
-    command = [sys.executable, str(ROOT / "training" / "measure_start_up.py")]
+    command = [sys.executable, str(ROOT / "training" / "benchmarks" / "measure_start_up.py")]
     command += ["--rows", "400000", "--files", "20", "--drawn", "40"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)

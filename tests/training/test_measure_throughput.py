@@ -13,7 +13,7 @@ from test_training import ROOT, parts, stage1_recipe, whisper_with_tokens, write
 def test_precision_is_the_recipes_unless_given(flag, expected, tmp_path, monkeypatch):
     clips = write_parquet(tmp_path / "clips.parquet", 2)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"train_files": [clips], "bf16": False}))
-    script, ran = runpy.run_path(str(ROOT / "training" / "measure_throughput.py")), []
+    script, ran = runpy.run_path(str(ROOT / "training" / "benchmarks" / "measure_throughput.py")), []
     monkeypatch.setitem(script["main"].__globals__, "clips_per_second", lambda recipe, _: ran.append(recipe) or 1.0)
     monkeypatch.setattr(sys, "argv", ["measure_throughput.py", str(tmp_path / "recipe.yaml"), *flag])
     script["main"]()
@@ -28,7 +28,7 @@ def test_all_three_ways_of_a_connector_from_whispers_decoder(parts, tmp_path, mo
     recipe = stage1_recipe(parts, tmp_path / "out", audio_tower=str(whisper), frame_mlp_size=8, window_context=2)
     recipe |= {"speech_decoder_layers": 1, "queries_per_window": 1, "speeds": [0.9], "speed_files": [other]}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    script = ROOT / "training" / "measure_throughput.py"
+    script = ROOT / "training" / "benchmarks" / "measure_throughput.py"
     monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path / "recipe.yaml"), "--clips", "8", "--batch", "4"])
     runpy.run_path(str(script), run_name="__main__")
     rates = re.findall(r"([\d.]+) clips/s", capsys.readouterr().out)

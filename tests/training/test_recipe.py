@@ -94,3 +94,9 @@ def test_recipes_of_the_repository_are_valid(path, tmp_path):
     kinds = (model_arguments, DataArguments, Augmentation, SalmonnTrainingArguments)
     _, data, _, _ = parse_recipe(kinds, [str(path), *given])
     assert data.training_sources()
+
+
+def test_recipes_and_scripts_name_no_file_outside_the_repository():
+    for path in sorted((ROOT / "training").rglob("*")):
+        if path.suffix in (".py", ".yaml"):
+            assert "../shared" not in path.read_text(encoding="utf-8"), path

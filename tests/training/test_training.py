@@ -22,9 +22,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, WhisperForConditionalGeneration, pipeline
 
 from salmonn_hf import BeatsConfig, BeatsModel, SalmonnForConditionalGeneration
-from salmonn_hf.data import tasks
-from salmonn_hf.data.clip_dataset import num_frames
-from salmonn_hf.data.feature_cache import encode_clips, pad_clips, trains_encoder
+from salmonn_hf.data import task_prompts
+from salmonn_hf.data.encoder_features import encode_clips, num_frames, pad_clips, trains_encoder
 from salmonn_hf.evaluation.caption_metrics import CaptionMetricsError
 from salmonn_hf.model import speech_decoder
 from salmonn_hf.model.quantized_layers import linears, quantize_parts, quantized_linear
@@ -647,7 +646,7 @@ def example(seconds, text, messages=None, seed=0):
 
 def test_labels_cover_the_answer_only_whatever_the_padding_side():
     processor = tiny_processor()
-    asked = tasks.messages("QA", "How many?", system="Be brief.", draw=(0, 0, 0))
+    asked = task_prompts.messages("QA", "How many?", system="Be brief.", draw=(0, 0, 0))
     examples = [example(0.4, " one"), example(1.0, "green two "), example(0.7, "three", asked)]
     batches = []
     for side in ("left", "right"):

@@ -1,33 +1,36 @@
 """
 How long an index of many clips takes to the first example, and how much memory it holds, on this machine.
 
-    python training/measure_start_up.py --rows 1600000
+    python training/benchmarks/measure_start_up.py --rows 1600000
 
 The index is made here, in the form that `prepare_data.py` writes. Its rows name a few hundred short FLACs in rotation,
-so that clips are really read; it is opened as a recipe's source, grouped by length, drawn from, and gone through for
+so that audio is decoded; it is opened as a recipe's source, grouped by length, drawn from, and gone through for
 an epoch. Before that a small index has been opened the same way: what is measured is the rows, not the libraries.
 Pages of the memory-mapped files of `datasets` count as resident, but the system takes them back when it needs memory:
 `anonymous` memory is what the process holds itself. Nothing else should run on the machine.
 """
 
 import os
+import random
 import re
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-import soundfile
-from prepare_data import ROW_GROUP_PATHS, schema
 from transformers import HfArgumentParser
 
 from salmonn_hf import SalmonnFeatureExtractor
-from salmonn_hf.data.clip_dataset import ClipDataset, MixtureSampler
-from salmonn_hf.data.sources import ClipTable, Source
+from salmonn_hf.data.clip_dataset import ClipDataset
+from salmonn_hf.data.clip_parquet import INDEX_COLUMNS, PATHS_PER_GROUP, write_clips
+from salmonn_hf.data.clip_table import ClipTable
+from salmonn_hf.data.flac import flac_bytes
+from salmonn_hf.data.mixture_sampler import MixtureSampler
+from salmonn_hf.data.sources import Source
+from salmonn_hf.model.audio import SAMPLING_RATE
 
 STEP_SIZE = 64  # clips of an optimizer step
 WORDS = "a of the bird car door rain dog speaks closes sings passes slowly loudly behind window garden".split()
@@ -40,34 +43,23 @@ class MeasureArguments:
     drawn: int = field(default=2000, metadata={"help": "Examples to draw, of which the clips are read."})
 
 
-def write_clips(directory: Path, count: int) -> tuple[list[str], np.ndarray]:
-    """FLACs of noise from 1 to 3 s, 16 kHz: their paths and seconds."""
-    rng = np.random.default_rng(0)
-    paths, seconds = [], rng.uniform(1, 3, count)
-    for index, length in enumerate(seconds):
-        paths.append(str(directory / f"{index}.flac"))
-        soundfile.write(paths[-1], rng.normal(0, 0.1, int(length * 16000)), 16000)
-    return paths, seconds
+def write_noise(directory: Path, count: int) -> list[tuple[str, float]]:
+    """FLACs of noise from 1 to 3 s: their paths and seconds."""
+    rng, clips = np.random.default_rng(0), []
+    for index, seconds in enumerate(rng.uniform(1, 3, count)):
+        path = directory / f"{index}.flac"
+        path.write_bytes(flac_bytes(rng.normal(0, 0.1, int(seconds * SAMPLING_RATE))))
+        clips.append((str(path), float(seconds)))
+    return clips
 
 
-def write_index(path: Path, rows: int, paths: list[str], seconds: np.ndarray):
-    rng = np.random.default_rng(1)
-    with pq.ParquetWriter(path, schema(), compression="zstd", compression_level=1) as writer:
-        for start in range(0, rows, ROW_GROUP_PATHS):
-            count = min(ROW_GROUP_PATHS, rows - start)
-            chosen = np.arange(start, start + count) % len(paths)
-            columns = {
-                "audio": [{"bytes": None, "path": paths[index]} for index in chosen],
-                "text": [" ".join(words) for words in rng.choice(WORDS, (count, 12))],
-                "task": ["asr" if index % 2 else "audiocaption" for index in chosen],
-                "question": [""] * count,
-                "source": ["synthetic"] * count,
-                "language": ["en"] * count,
-                "testset_id": [""] * count,
-                "clip_id": [str(index) for index in range(start, start + count)],
-                "seconds": seconds[chosen],
-            }
-            writer.write_table(pa.table(columns, schema=schema()), ROW_GROUP_PATHS)
+def index_rows(count: int, clips: list[tuple[str, float]]) -> Iterator[dict]:
+    draw = random.Random(1)
+    for number in range(count):
+        path, seconds = clips[number % len(clips)]
+        text, task = " ".join(draw.choices(WORDS, k=12)), "asr" if number % 2 else "audiocaption"
+        values = ({"bytes": None, "path": path}, text, task, "", "synthetic", "en", "", str(number), seconds)
+        yield dict(zip(INDEX_COLUMNS, values, strict=True))
 
 
 def open_index(path: Path) -> tuple[ClipDataset, MixtureSampler]:
@@ -86,9 +78,9 @@ def main():
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
         os.environ["HF_DATASETS_CACHE"] = str(work / "cache")  # before `datasets` is imported: nothing is cached yet
-        paths, seconds = write_clips(work, arguments.files)
-        write_index(work / "small.parquet", 60_000, paths, seconds)
-        write_index(work / "index.parquet", arguments.rows, paths, seconds)
+        clips = write_noise(work, arguments.files)
+        for name, rows in (("small", 60_000), ("index", arguments.rows)):
+            write_clips(work / f"{name}.parquet", index_rows(rows, clips), INDEX_COLUMNS, PATHS_PER_GROUP)
         dataset, sampler = open_index(work / "small.parquet")
         for item in islice(sampler, arguments.drawn):
             dataset[item]

@@ -1,7 +1,7 @@
 """
 Clips per second of stage 1 on this machine: as the reference systems train, without and with the feature cache.
 
-    python training/measure_throughput.py training/recipes/nano/stage1.yaml --clips 96
+    python training/benchmarks/measure_throughput.py training/recipes/nano/stage1.yaml --clips 96
 
 The reference way is the same script with other settings: every clip as 30 s and 88 audio tokens, encoders in float32,
 clips of any length in a batch, no cache. All runs train once on the first clips of the recipe's first training
@@ -43,7 +43,7 @@ UNTIMED = (
     "speed_factors",
     "time_masks",
     "frequency_masks",
-    "audio_lora_r",  # behind which no features can be kept
+    "audio_lora_r",  # behind which no features can be cached
 )
 
 

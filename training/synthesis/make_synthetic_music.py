@@ -2,7 +2,7 @@
 Make short pieces of music by known General MIDI instruments, with captions, as one Parquet file.
 
     apt-get install fluidsynth timgm6mb-soundfont
-    python training/make_synthetic_music.py --output data/music-train.parquet --clips 400 --seed 1
+    python training/synthesis/make_synthetic_music.py --output data/music-train.parquet --clips 400 --seed 1
 
 Each is a melody, chords or a rising scale, slow, at a moderate tempo or fast, in a major or minor key, on one of 29
 instruments, in some with drums; so its captions say nothing but what is heard. Columns: `audio` (16 kHz mono 16-bit
@@ -20,8 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from salmonn_hf.data.corpora import SAMPLING_RATE, flac_bytes
-from salmonn_hf.model.audio import load_audio
+from salmonn_hf.data.clip_parquet import write_clips
+from salmonn_hf.data.flac import flac_bytes
+from salmonn_hf.model.audio import SAMPLING_RATE, load_audio
 
 # General MIDI program numbers, from 0, and the lowest note that suits the instrument.
 INSTRUMENTS = {
@@ -141,6 +142,22 @@ def render(midi: bytes, soundfont: Path) -> np.ndarray:
         return load_audio(str(audio))
 
 
+def make_clip(seed: int, index: int, soundfont: Path) -> dict:
+    """A row: a piece of 2.5 to 6 seconds at a random level, with its captions."""
+    rng = np.random.default_rng([seed, index])
+    seconds = rng.uniform(2.5, 6.0)
+    piece = compose(rng, seconds)
+    waveform = render(midi_file(piece, rng), soundfont)[: int(seconds * SAMPLING_RATE)]
+    waveform = waveform * (rng.uniform(0.1, 0.9) / max(float(np.abs(waveform).max()), 1e-6))
+    return {
+        "audio": {"bytes": flac_bytes(waveform), "path": f"{piece.instrument.replace(' ', '-')}-{index}.flac"},
+        "captions": captions(piece),
+        "label": f"{piece.instrument} (rendered)",
+        "kind": "music",
+        "seconds": len(waveform) / SAMPLING_RATE,
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="the Parquet file to write")
@@ -150,26 +167,8 @@ def main():
     args = parser.parse_args()
     if not args.soundfont.exists():
         sys.exit(f"no soundfont {args.soundfont}: apt-get install fluidsynth timgm6mb-soundfont, or give --soundfont")
-
-    from datasets import Dataset, Features, Value
-
-    rows = []
-    for index in range(args.clips):
-        rng = np.random.default_rng([args.seed, index])
-        seconds = rng.uniform(2.5, 6.0)
-        piece = compose(rng, seconds)
-        waveform = render(midi_file(piece, rng), args.soundfont)[: int(seconds * SAMPLING_RATE)]
-        waveform = waveform * (rng.uniform(0.1, 0.9) / max(float(np.abs(waveform).max()), 1e-6))
-        audio = {"bytes": flac_bytes(waveform), "path": f"{piece.instrument.replace(' ', '-')}-{index}.flac"}
-        label = f"{piece.instrument} (rendered)"
-        seconds = len(waveform) / SAMPLING_RATE
-        rows.append({"audio": audio, "captions": captions(piece), "label": label, "kind": "music", "seconds": seconds})
-    types = {"label": Value("string"), "kind": Value("string"), "seconds": Value("float32")}
-    # An undecoded Audio column is this struct; `datasets` itself encodes one only with torchcodec.
-    audio_type = {"bytes": Value("binary"), "path": Value("string")}
-    features = Features({"audio": audio_type, "captions": [Value("string")], **types})
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    Dataset.from_list(rows, features=features).to_parquet(args.output)
+    rows = [make_clip(args.seed, index, args.soundfont) for index in range(args.clips)]
+    write_clips(args.output, rows, ("audio", "captions", "label", "kind", "seconds"))
     print(f"{args.output}: {len(rows)} clips, {sum(row['seconds'] for row in rows) / 60:.1f} minutes")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import noise, tiny_processor
 
-from salmonn_hf.data.tasks import SYSTEM_PROMPT, TEST_PROMPTS, TRAIN_PROMPTS, draw_prompt, messages
+from salmonn_hf.data.task_prompts import SYSTEM_PROMPT, TEST_PROMPTS, TRAIN_PROMPTS, draw_prompt, messages
 
 # SALMONN's prompts/train_prompt.json and prompts/test_prompt.json.
 TRAIN_TASKS = """
@@ -76,7 +76,7 @@ def test_draws_ignore_global_random_state_and_the_integer_type():
 
 @pytest.mark.parametrize("hash_seed", ["1", "2"])
 def test_another_process_draws_the_same(hash_seed):
-    source = Path(__file__).resolve().parents[2] / "salmonn_hf" / "data" / "tasks.py"
+    source = Path(__file__).resolve().parents[2] / "salmonn_hf" / "data" / "task_prompts.py"
     # The file by itself: it needs nothing but the standard library.
     draw = f"__import__('runpy').run_path({str(source)!r})['draw_prompt']"
     script = f"draw = {draw}; print([draw('asr', '', 7, 4, index) for index in range(30)])"

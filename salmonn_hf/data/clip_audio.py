@@ -1,0 +1,141 @@
+"""
+The audio of a row of data: how long it is, and its samples.
+
+A row has `audio`, `{"bytes", "path"}`, of which the bytes come first. Where its clip is a part of a file, the row also
+has `start` and `end`, in seconds; where further files follow the first, it has their paths as `expand_wav`.
+"""
+
+import io
+import os
+from functools import lru_cache
+
+import numpy as np
+import soundfile
+
+from ..model.audio import BLOCK_FRAMES, SAMPLING_RATE, UNKNOWN_FRAMES, _ForwardReader, load_audio
+from .augmentation import change_speed
+from .skipped_clips import UnusableClip
+
+EXPAND_SILENCE = SAMPLING_RATE // 10  # samples between the files of `expand_wav`
+END_TOLERANCE_SECONDS = 0.1  # annotated ends are rounded
+
+
+@lru_cache(maxsize=256)  # parts of one file, and captions of one clip, follow each other
+def _header(path: str, modified: int):
+    return soundfile.info(path)
+
+
+def header(path: str):
+    """Format, rate and length of a file, from its header."""
+    return _header(path, os.stat(path).st_mtime_ns)
+
+
+def audio_seconds(audio: dict) -> float:
+    """
+    The length of `{"bytes", "path"}` by its header. It is decoded only if the header has none: that of a FLAC is
+    0 both where it is empty and where its writer could not seek back.
+
+    Raises:
+        UnusableClip: if it is missing, or soundfile cannot read it.
+    """
+    data, path = audio.get("bytes"), audio.get("path")
+    try:
+        if not (os.path.getsize(path) if data is None else data):
+            return 0.0
+        found = header(path) if data is None else soundfile.info(io.BytesIO(data))
+        frames = found.frames
+        if frames in (0, UNKNOWN_FRAMES):
+            stream = open(path, "rb") if data is None else io.BytesIO(data)
+            with stream, _ForwardReader(stream) as file:
+                frames = sum(iter(lambda: len(file.read(BLOCK_FRAMES)), 0))
+    except FileNotFoundError as error:
+        raise UnusableClip("missing") from error
+    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a .raw file, which has no header
+        raise UnusableClip("unreadable", str(error)) from error
+    return frames / found.samplerate
+
+
+def clip_seconds(row: dict) -> float:
+    """
+    The length of a row's clip, from the headers of its files.
+
+    Raises:
+        UnusableClip: if a file is missing or unreadable, or ends before the clip does.
+    """
+    seconds = audio_seconds(row["audio"])
+    if "start" in row:
+        if row["end"] > seconds + END_TOLERANCE_SECONDS:
+            raise UnusableClip("ends after its file", f"{row['end']:.2f} s of {seconds:.2f} s")
+        seconds = min(row["end"], seconds) - row["start"]
+    for path in row.get("expand_wav") or ():
+        seconds += EXPAND_SILENCE / SAMPLING_RATE + audio_seconds({"bytes": None, "path": path})
+    return seconds
+
+
+def clip_seconds_or_nan(row: dict) -> float:
+    """`clip_seconds`, or NaN for a clip that is missing or unreadable."""
+    try:
+        return clip_seconds(row)
+    except (UnusableClip, OSError):
+        return float("nan")
+
+
+def checked_seconds(row: dict, min_seconds: float = 0.0, max_seconds: float = float("inf")) -> float:
+    """
+    The length of the clip of a row that can be trained on.
+
+    Raises:
+        UnusableClip: as `clip_seconds`; if the row has no text, or the clip is empty, shorter than `min_seconds` or
+            longer than `max_seconds`.
+    """
+    if not isinstance(row["text"], str) or not row["text"].strip():
+        raise UnusableClip("no text", "" if row["text"] is None else repr(row["text"]))
+    seconds = clip_seconds(row)
+    if seconds <= 0:
+        raise UnusableClip("zero length")
+    if not min_seconds <= seconds <= max_seconds:
+        raise UnusableClip("too short" if seconds < min_seconds else "too long", f"{seconds:.2f} s")
+    return seconds
+
+
+def is_flac_clip(row: dict) -> bool:
+    """Whether a row's clip is one complete 16 kHz mono FLAC file, as `flac_bytes` would make of it."""
+    found = header(row["audio"]["path"])
+    complete = "start" not in row and "expand_wav" not in row
+    return complete and (found.format, found.samplerate, found.channels) == ("FLAC", SAMPLING_RATE, 1)
+
+
+def read_clip(row: dict, speed: float = 1.0) -> np.ndarray:
+    """
+    The clip of a row: its audio, or the part of it from `start` to `end`, or its audio and the files of `expand_wav`
+    with 0.1 s of silence before each; played at `speed` times its own.
+
+    Returns:
+        `np.ndarray` of shape `(samples,)`, float32, mono, at 16 kHz.
+
+    Raises:
+        UnusableClip: for a file that is missing, damaged or cut short.
+    """
+    try:
+        if "start" in row:
+            waveform = _read_part(row["audio"]["path"], row["start"], row["end"])
+        else:
+            parts = [load_audio(row["audio"])]
+            for path in row.get("expand_wav") or ():
+                parts += [np.zeros(EXPAND_SILENCE, np.float32), load_audio(path)]
+            waveform = np.concatenate(parts) if len(parts) > 1 else parts[0]
+    except UnusableClip:
+        raise
+    except (ValueError, OSError, soundfile.LibsndfileError) as error:  # AudioError among them
+        raise UnusableClip("damaged", str(error)) from error
+    return waveform if speed == 1.0 else change_speed(waveform, speed)
+
+
+def _read_part(path: str, start: float, end: float) -> np.ndarray:
+    with soundfile.SoundFile(path) as file:
+        rate = file.samplerate
+        file.seek(round(start * rate))
+        samples = file.read(round((end - start) * rate), dtype="float32", always_2d=True).mean(axis=1)
+    if len(samples) < (end - start - END_TOLERANCE_SECONDS) * rate:
+        raise UnusableClip("damaged", f"{len(samples) / rate:.2f} of {end - start:.2f} s are readable")
+    return load_audio({"array": samples, "sampling_rate": rate})

@@ -1,0 +1,66 @@
+"""Parquet files of clips, in the form of `datasets`: written clip by clip, opened without decoding."""
+
+import os
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+INDEX_COLUMNS = (
+    "audio",
+    "text",
+    "task",
+    "question",
+    "source",
+    "language",
+    "testset_id",
+    "clip_id",
+    "seconds",
+)  # of training/prepare_data.py
+# Each group of rows is held in memory once.
+CLIPS_PER_GROUP = 200  # of embedded audio
+PATHS_PER_GROUP = 20_000
+
+
+def clip_schema(columns: Iterable[str]) -> pa.Schema:
+    """The types of columns by their names: `audio`, `seconds`, `captions`, a list of strings; all others strings."""
+    from datasets import Audio, Features, List, Value  # slow to import
+
+    types = {"audio": Audio(), "seconds": Value("float32"), "captions": List(Value("string"))}
+    # The schema's metadata makes `load_dataset` see the column as Audio, not as a struct.
+    return Features({name: types.get(name, Value("string")) for name in columns}).arrow_schema
+
+
+def write_clips(path: Path, rows: Iterable[dict], columns: Iterable[str], clips_per_group: int = CLIPS_PER_GROUP):
+    """Write rows, `audio` as `{"bytes", "path"}`, to a file that appears once it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial, rows = path.with_name(f"{path.name}.partial"), iter(rows)
+    try:
+        # The audio is compressed already.
+        with pq.ParquetWriter(partial, clip_schema(columns), compression="zstd", compression_level=1) as writer:
+            while group := list(islice(rows, clips_per_group)):
+                writer.write_table(pa.Table.from_pylist(group, schema=writer.schema))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def parquet_rows(files: list[str], *columns: str):
+    """
+    Parquet files with an `audio` column, as `datasets` writes it, as one `datasets.Dataset` of undecoded clips.
+
+    Args:
+        columns: what else the files must have.
+
+    Raises:
+        ValueError: for a column that they lack, naming those that they have.
+    """
+    from datasets import Audio, load_dataset
+
+    dataset = load_dataset("parquet", data_files=list(files), split="train")
+    for column in ("audio", *columns):
+        if column not in dataset.column_names:
+            raise ValueError(f"{files} has no column {column!r}; it has {dataset.column_names}.")
+    return dataset.cast_column("audio", Audio(decode=False))

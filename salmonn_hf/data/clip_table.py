@@ -1,0 +1,112 @@
+"""The usable clips of a source as a table: nothing but their lengths is held in memory."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from .clip_audio import clip_seconds_or_nan
+from .skipped_clips import SkippedClips
+from .sources import Source
+from .task_prompts import is_transcript
+from .text_choice import row_texts
+
+REASONS = ("no text", "unreadable", "zero length", "too short", "too long")
+SCANNED_ROWS = 50_000  # at a time
+SCANNED_CLIPS = 500  # at a time, where their audio has to be looked at
+
+
+class ClipTable:
+    """
+    The usable clips of a source: `table[i]` is a row, `{"audio": {"bytes", "path"}, "text", "task", "question", ...}`.
+
+    Args:
+        source ([`Source`]).
+        rows (`datasets.Dataset`, *optional*): the source's rows, if not those of `source.open()`.
+        min_seconds, max_seconds (`float`): shorter and longer clips are skipped.
+        skipped ([`SkippedClips`], *optional*): where they are listed.
+        max_clips (`int`, *optional*): no more than the first so many.
+
+    Attributes:
+        usable_rows (`np.ndarray` of int64, shape `(clips,)`): their places among all rows.
+        seconds (`np.ndarray` of float32, shape `(clips,)`): how long they are. From the `seconds` column, else from
+            the headers of the files, which takes a while for many: `training/prepare_data.py` makes an index.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        rows=None,
+        min_seconds: float = 0.0,
+        max_seconds: float = 30.0,
+        skipped: SkippedClips | None = None,
+        max_clips: int | None = None,
+    ):
+        self.source = source
+        self.rows = source.open() if rows is None else rows
+        skipped = skipped if skipped is not None else SkippedClips()
+        measured = _seconds(self.rows) / source.speed
+        conditions = (
+            ~_has_text(self.rows),
+            np.isnan(measured),
+            measured <= 0,
+            measured < min_seconds,
+            measured > max_seconds,
+        )
+        reasons = np.select(conditions, range(len(REASONS)), -1)
+        for index in np.flatnonzero(reasons >= 0).tolist():
+            path = self.rows[index]["audio"]["path"] or f"{source.path}#{index}"
+            skipped.add(path, REASONS[reasons[index]], f"{measured[index]:.2f} s")
+        self.usable_rows = np.flatnonzero(reasons < 0)[:max_clips]
+        self.seconds = measured[self.usable_rows].astype(np.float32)
+
+    def __len__(self) -> int:
+        return len(self.usable_rows)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.rows[int(self.usable_rows[index])]
+
+    def tasks(self) -> set[str]:
+        """The tasks of the usable clips; "asr" where none is named."""
+        if self.source.task or "task" not in self.rows.column_names:
+            return {self.source.task or "asr"}
+        return {task for task, _ in self.tasks_and_texts()}
+
+    def transcripts(self):
+        """The texts of the clips whose task is to transcribe them, one after another; of a clip with several, all."""
+        for task, texts in self.tasks_and_texts():
+            if is_transcript(task):
+                yield from texts
+
+    def tasks_and_texts(self):
+        """The task and the texts of each usable clip, one after another."""
+        usable = np.zeros(len(self.rows), dtype=bool)
+        usable[self.usable_rows] = True
+        start = 0
+        columns = ["text"] + ["task"] * (not self.source.task and "task" in self.rows.column_names)
+        for batch in self.rows.select_columns(columns).iter(SCANNED_ROWS):
+            tasks = batch.get("task") or [self.source.task] * len(batch["text"])
+            for is_usable, task, text in zip(usable[start:], tasks, batch["text"], strict=False):
+                if is_usable:
+                    yield task or "asr", [text] if isinstance(text, str) else text
+            start += len(batch["text"])
+
+
+def _has_text(rows) -> np.ndarray:
+    batches = rows.select_columns("text").iter(SCANNED_ROWS)
+    return np.array([bool(row_texts({"text": text})) for batch in batches for text in batch["text"]], dtype=bool)
+
+
+def _seconds(rows) -> np.ndarray:
+    """Lengths, float64; NaN for a clip that is missing or unreadable."""
+    measured = [np.zeros(0)]
+    if "seconds" in rows.column_names:
+        for batch in rows.select_columns("seconds").with_format("numpy").iter(SCANNED_ROWS):
+            measured.append(np.asarray(batch["seconds"], dtype=np.float64))
+        return np.concatenate(measured)
+    columns = [name for name in ("audio", "expand_wav") if name in rows.column_names]
+    with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
+        for batch in rows.select_columns(columns).iter(SCANNED_CLIPS):
+            entries = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+            measured.append(np.array(list(pool.map(clip_seconds_or_nan, entries)), dtype=np.float64))
+    return np.concatenate(measured)

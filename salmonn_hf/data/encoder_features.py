@@ -1,0 +1,74 @@
+"""Encoder features: the frames that the encoders compute for clips, padded to batches."""
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from .feature_cache import FeatureCache
+
+
+def num_frames(clip: dict) -> int:
+    """Frames of the speech encoder (20 ms each) that a clip has, or will have."""
+    if "audio_frames" in clip:
+        return len(clip["audio_frames"])
+    return (clip["input_features"].shape[-1] + 1) // 2
+
+
+@torch.no_grad()
+def encode_clips(model, clips: list[dict], cache: FeatureCache | None = None) -> list[dict[str, torch.Tensor]]:
+    """
+    The frames of each clip, without padding: `{"audio_frames": (frames, width)}`, with a sound encoder also
+    `"sound_frames"`.
+
+    Clips that have them already are passed on. On a CPU the others are encoded one at a time, which costs nothing:
+    their frames are then the same to the last bit in any batch. Elsewhere they are one batch.
+
+    Args:
+        model ([`SalmonnModel`]): its encoders, in the precision that they have.
+        clips: as `ClipDataset` gives them: `audio_frames` (and `sound_frames`); or `input_features` `(mel bins, mel
+            frames)` (and `input_values` `(samples,)`), with `key` if the result is to be stored in `cache`.
+    """
+    device = model.audio_tower.device
+    # LoRA in training is in float32, beside frozen weights in bfloat16.
+    mixed = len({parameter.dtype for parameter in model.audio_tower.parameters()}) > 1
+    missing = [index for index, clip in enumerate(clips) if "audio_frames" not in clip]
+    encoded = {}
+    for group in [[index] for index in missing] if device.type == "cpu" else [missing] * bool(missing):
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+            outputs = model.encode_audio(**pad_features([clips[index] for index in group], device))
+        for row, index in enumerate(group):
+            encoded[index] = {
+                name: outputs[name][row, : int(outputs[f"{name}_mask"][row].sum())]
+                for name in ("audio_frames", "sound_frames")
+                if name in outputs
+            }
+            if cache is not None and "key" in clips[index]:
+                cache.put(clips[index]["key"], encoded[index])
+    names = ("audio_frames", "sound_frames")
+    return [
+        encoded.get(index) or {name: clip[name].to(device) for name in names if name in clip}
+        for index, clip in enumerate(clips)
+    ]
+
+
+def pad_features(clips: list[dict[str, torch.Tensor]], device: torch.device) -> dict[str, torch.Tensor]:
+    """Features of clips as `SalmonnModel.encode_audio` takes them: right-padded, with their masks."""
+    names = [name for name in ("input_features", "input_values") if name in clips[0]]
+    # Time is the last axis of both.
+    batch = pad_clips([{name: clip[name].to(device).movedim(-1, 0) for name in names} for clip in clips])
+    return {name: value.long() if name.endswith("_mask") else value.movedim(1, -1) for name, value in batch.items()}
+
+
+def trains_encoder(model) -> bool:
+    """Whether the speech encoder is trained, by LoRA: its frames then cannot be cached."""
+    return any(parameter.requires_grad for parameter in model.audio_tower.parameters())
+
+
+def pad_clips(clips: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Frames of clips as `SalmonnForConditionalGeneration.forward` takes them: right-padded, with their masks."""
+    batch = {}
+    for name in clips[0]:
+        frames = [clip[name] for clip in clips]
+        batch[name] = pad_sequence(frames, batch_first=True)
+        ones = [torch.ones(len(clip), dtype=torch.bool, device=clip.device) for clip in frames]
+        batch[f"{name}_mask"] = pad_sequence(ones, batch_first=True)
+    return batch
