@@ -1,4 +1,4 @@
-"""Both trained models that the repository holds, on the recordings that it holds, against the errors counted before."""
+"""Both trained models of the repository on its recordings: no more errors than were counted before."""
 
 import json
 
