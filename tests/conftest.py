@@ -167,6 +167,15 @@ def tiny_checkpoint(tmp_path_factory):
     return directory
 
 
+@pytest.fixture(scope="module")
+def online():
+    """Base parts may be fetched from a hub, too."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared_data():
     """Recordings that ship beside the repository, not in it."""

