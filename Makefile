@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 CODE := salmonn_hf training eval tests model_cards/make_card.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install quality style test test-slow demo clean
+.PHONY: help install quality style test test-all test-slow demo clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,10 +31,13 @@ style: $(STAMP) ## Fix style and formatting in place.
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
 
-test: $(STAMP) ## Run the quick tests.
+test: $(STAMP) ## Run the quick tests: minutes. What was skipped is listed with the reason, here and below.
 	$(BIN)/python -m pytest -q
 
-test-slow: $(STAMP) ## Run the slow tests, which may download models.
+test-all: $(STAMP) ## Run every test, those too that take minutes or download models.
+	$(BIN)/python -m pytest -q -m ''
+
+test-slow: $(STAMP) ## Run what `test-all` adds to `test`.
 	$(BIN)/python -m pytest -q -m slow
 
 demo: $(STAMP) ## Transcribe the recordings that ship with the project, or one file: make demo AUDIO=file.wav

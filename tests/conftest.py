@@ -14,8 +14,17 @@ from transformers import AutoConfig, PreTrainedTokenizerFast, WhisperConfig
 import salmonn_hf
 from salmonn_hf import SalmonnConfig
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
 LANGUAGE_MODELS = ("llama", "gemma2", "qwen2", "gpt_neox")
+
+
+def golden_path(name: str) -> Path:
+    """A file of the original implementations' weights or numbers; skips where the clone does not hold it."""
+    for directory in (ROOT / "tests" / "golden", SHARED / "golden"):
+        if (directory / name).exists():
+            return directory / name
+    pytest.skip(f"{name} is in the full set of golden numbers alone: this check needs ../shared/golden")
 
 
 def tiny_text_config(model_type="llama", **kwargs):
@@ -168,6 +177,15 @@ def tiny_checkpoint(tmp_path_factory):
     tiny_model().save_pretrained(directory)
     tiny_processor().save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="module")
+def online():
+    """Base parts may be fetched from a hub, too."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from ..data.corpora import UnusableClip
+from ..data.skipped_clips import UnusableClip
 from .clips import Clip
 
 BASELINES = {

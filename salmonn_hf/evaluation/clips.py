@@ -7,8 +7,9 @@ from functools import partial
 
 import numpy as np
 
+from ..data.clip_audio import clip_seconds_or_nan, read_clip
+from ..data.clip_parquet import parquet_rows
 from ..data.corpora import annotation
-from ..data.sources import parquet_rows, row_seconds, row_waveform
 
 GROUP_COLUMNS = ("source", "kind", "speaker", "label", "task")
 
@@ -37,11 +38,11 @@ class Clip:
         Raises:
             UnusableClip, OSError: for a clip that cannot be read.
         """
-        return row_waveform(self.row())
+        return read_clip(self.row())
 
     def header_seconds(self) -> float:
         """The length by the file's header, 0 where that tells none: enough to put like beside like."""
-        seconds = row_seconds(self.row())
+        seconds = clip_seconds_or_nan(self.row())
         return 0.0 if math.isnan(seconds) else seconds
 
 
@@ -82,7 +83,7 @@ def annotation_clips(path: str, prefix: str, prompts: dict[str, str]) -> list[Cl
         CorpusError: for a file that is not in that form.
     """
     clips = []
-    for number, entry in enumerate(annotation(path, prefix)):
+    for number, entry in enumerate(annotation.read_examples(path, prefix)):
         if entry["task"] not in prompts:
             raise ValueError(f"{path}: entry {number} is of task {entry['task']!r}; expected {', '.join(prompts)}.")
         clips.append(

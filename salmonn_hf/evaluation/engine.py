@@ -21,7 +21,7 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from ..data.corpora import UnusableClip
+from ..data.skipped_clips import UnusableClip
 from ..files import write_atomically
 from ..model.audio import SAMPLING_RATE
 from .clips import Clip

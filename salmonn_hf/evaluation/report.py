@@ -5,8 +5,10 @@ import html
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..data.corpora import UnusableClip, flac_bytes
-from ..data.sources import parquet_rows, row_waveform
+from ..data.clip_audio import read_clip
+from ..data.clip_parquet import parquet_rows
+from ..data.flac import flac_bytes
+from ..data.skipped_clips import UnusableClip
 from ..files import write_atomically
 from .challenge_table import challenge_table
 from .plots import plots
@@ -68,7 +70,7 @@ def clip_audio(run: Run, rows: list[int]) -> dict[int, bytes]:
     data, found = parquet_rows(files), {}
     for row in rows:
         try:
-            found[row] = flac_bytes(row_waveform(data[row]))
+            found[row] = flac_bytes(read_clip(data[row]))
         except (UnusableClip, OSError):  # its line in the report tells what is wrong with it
             continue
     return found

@@ -3,11 +3,10 @@
 import argparse
 import json
 import os
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import noise
+from conftest import golden_path, noise
 from test_modeling_beats import tiny_beats
 from transformers import AutoFeatureExtractor, AutoModel, AutoModelForAudioClassification, pipeline
 
@@ -23,7 +22,6 @@ from salmonn_hf.convert.beats import (
 )
 from salmonn_hf.convert.original_checkpoint import load_original_checkpoint
 
-GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
 BIAS = "encoder.layers.{}.self_attn.relative_attention_bias.weight"
 
 
@@ -78,11 +76,10 @@ def test_command_line(original, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["beats_tiny", "beats_tiny_finetuned"])
 def test_round_trip(name, tmp_path):
-    if not GOLDEN.is_dir():
-        pytest.skip("the original checkpoints are not here: this check needs ../shared/golden")
-    convert_beats(GOLDEN / f"{name}.pt", tmp_path / "out")
+    original = golden_path(f"{name}.pt")
+    convert_beats(original, tmp_path / "out")
     export_beats(tmp_path / "out", tmp_path / "again.pt")
-    before, after = (torch.load(path, weights_only=True) for path in (GOLDEN / f"{name}.pt", tmp_path / "again.pt"))
+    before, after = (torch.load(path, weights_only=True) for path in (original, tmp_path / "again.pt"))
     assert before["cfg"] == after["cfg"] and before.get("label_dict") == after.get("label_dict")
     assert before.keys() == after.keys() and before["model"].keys() == after["model"].keys()
     for key, tensor in before["model"].items():

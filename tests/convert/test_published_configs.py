@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import SHARED
+from conftest import golden_path
 from transformers import WhisperForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -285,9 +285,7 @@ TINY_SIZES = {"layers": 2, "hidden": 64, "query_rows": 64, "value_rows": 32, "sp
 
 
 def golden(file):
-    if not (SHARED / "golden" / file).is_file():
-        pytest.skip(f"the reference checkpoint is not here: this check needs ../shared/golden/{file}")
-    return torch.load(SHARED / "golden" / file, weights_only=True, map_location="cpu")
+    return torch.load(golden_path(file), weights_only=True, map_location="cpu")
 
 
 @pytest.mark.parametrize(("file", "language_model"), [("llama", "llama"), ("gemma2", "gemma")])

@@ -1,30 +1,19 @@
 """
 The trained salmonn-lite-nano against its bars. Slow: fetches the base parts and transcribes for minutes.
 
-    make test-slow
+    make test-all
 """
 
-import os
 import resource
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 NANO = ROOT / "model_cards" / "salmonn-lite-nano"
 SOUNDS = ROOT / "model_cards" / "salmonn-lite-nano-sounds"
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module", autouse=True)
-def online():
-    """Base parts may be fetched here."""
-    import huggingface_hub.constants
-
-    os.environ.pop("HF_HUB_OFFLINE", None)
-    huggingface_hub.constants.HF_HUB_OFFLINE = False
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("online")]
 
 
 @pytest.fixture(scope="module")
