@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoProcessor, pipeline
 
-from .model.answering import generate_answers
 from .base_parts import REGISTRY_COPIES, resolve_base_part
+from .model.answering import generate_answers
 from .model.lora import adapted_parts
 
 SINGLE_ROW_FEATURES = 1024  # up to which a single row's product equals that of several (measured on AVX-512)

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from salmonn_hf.model.speech_decoder import drop_unused_tokens
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from salmonn_hf import SalmonnConfig, SalmonnForConditionalGeneration, SalmonnProcessor
@@ -32,7 +33,6 @@ from salmonn_hf.data.text_choice import row_texts
 from salmonn_hf.hub.model_card import make_card, write_card
 from salmonn_hf.hub.push import push_to_hub
 from salmonn_hf.model.quantized_layers import quantize_parts
-from salmonn_hf.model.speech_decoder import drop_unused_tokens
 from salmonn_hf.quantization.gptq import quantize_layers, quantize_tied_vocabulary
 from salmonn_hf.quantization.scale_tuning import tune_scales
 from salmonn_hf.training.recipe import parse_recipe

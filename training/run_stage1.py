@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from salmonn_hf.model.speech_decoder import shared_tokens, start_from_whisper
 from transformers import AutoTokenizer
 
 from salmonn_hf import SalmonnFeatureExtractor, SalmonnProcessor
@@ -23,7 +24,6 @@ from salmonn_hf.data.skipped_clips import SkippedClips
 from salmonn_hf.data.task_prompts import is_transcript
 from salmonn_hf.model.checkpoint import config_from_base_parts, from_base_parts
 from salmonn_hf.model.lora import encoder_lora
-from salmonn_hf.model.speech_decoder import shared_tokens, start_from_whisper
 from salmonn_hf.training.recipe import parse_recipe
 from salmonn_hf.training.trainer import (
     ClipCollator,
