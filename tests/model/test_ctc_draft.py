@@ -16,7 +16,7 @@ from salmonn_hf.model.ctc_draft import (
     place_in_draft,
     words,
 )
-from salmonn_hf.training.trainer import ctc_transcripts
+from salmonn_hf.training.evaluation import ctc_transcripts
 
 DRAFT = "well i think joey left this morning".split()
 

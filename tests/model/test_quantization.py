@@ -21,7 +21,7 @@ from salmonn_hf.model.quantized_layers import (
     quantize_parts,
     widen_linears,
 )
-from salmonn_hf.training.trainer import freeze_base_parts
+from salmonn_hf.training.freezing import freeze_base_parts
 
 DEVICES = [
     "cpu",

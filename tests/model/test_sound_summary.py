@@ -16,7 +16,8 @@ from salmonn_hf.model.sound_summary import (
     frame_statistics,
     most_typical,
 )
-from salmonn_hf.training.trainer import freeze_base_parts, start_sound_summary
+from salmonn_hf.training.freezing import freeze_base_parts
+from salmonn_hf.training.initialization import start_sound_summary
 
 NAMES = [[], [5, 6, 7], [9], [11, 12, 13, 14], []]
 

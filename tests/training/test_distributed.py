@@ -20,8 +20,9 @@ from test_training import ROOT, history, parts, run, stage1_recipe, stage2_recip
 from transformers import AutoModel
 
 from salmonn_hf import SalmonnForConditionalGeneration
+from salmonn_hf.training.arguments import SalmonnTrainingArguments
+from salmonn_hf.training.checkpoints import last_checkpoint
 from salmonn_hf.training.sharding import choose_what_is_sharded
-from salmonn_hf.training.trainer import SalmonnTrainingArguments, last_checkpoint
 
 CONFIGS = ROOT / "training" / "accelerate_configs"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
