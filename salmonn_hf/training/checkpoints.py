@@ -52,6 +52,7 @@ def save_checkpoint(trainer, save: Callable[[], None]):
             if (output_dir / name).exists():
                 shutil.rmtree(output_dir / name)
             os.replace(staging / name, output_dir / name)
+            staging.rmdir()
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)
         last = last_checkpoint(output_dir)

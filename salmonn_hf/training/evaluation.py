@@ -8,7 +8,8 @@ Transcripts are made as the pipeline makes them, in segments cut at pauses, so t
 import io
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -118,16 +119,25 @@ def segment_example(dataset: ClipDataset, segment: Segment) -> dict:
         return dataset[segment.clip]
     row, source, _ = dataset.row(segment.clip)
     waveform, file = row_waveform(row, source.speed)[segment.start : segment.end], io.BytesIO()
-    soundfile.write(file, waveform, SAMPLING_RATE, format="WAV", subtype="FLOAT")
+    # Not WAV, in which the time is written as well: by its bytes the clip is found in the cache again.
+    soundfile.write(file, waveform, SAMPLING_RATE, format="AU", subtype="FLOAT")
     row = row | {"audio": {"bytes": file.getvalue(), "path": row["audio"]["path"]}, "expand_wav": None}
     return dataset.example(row, replace(source, speed=1.0), None, segment.clip, segment.seconds)
 
 
 @torch.no_grad()
 def answer_segments(
-    model, collator: ClipCollator, dataset: ClipDataset, segments: Sequence[Segment], **generate_kwargs
+    model,
+    collator: ClipCollator,
+    dataset: ClipDataset,
+    segments: Sequence[Segment],
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    **generate_kwargs,
 ) -> list[str | None]:
-    """The greedy answer of `model` to each segment, in one batch; `None` for a clip that cannot be decoded."""
+    """
+    The greedy answer of `model`, under `autocast`, to each segment, in one batch; `None` for a clip that cannot be
+    decoded.
+    """
     examples = [segment_example(dataset, segment) for segment in segments]
     usable = [place for place, example in enumerate(examples) if "skipped" not in example]
     # Of a batch without a usable clip, silence is answered: other processes may wait for this one in each layer.
@@ -135,7 +145,8 @@ def answer_segments(
     frames = encode_clips(model, [row["clip"] for row in rows], dataset.cache)
     batch = {name: value.to(model.device) for name, value in pad_clips(frames).items()}
     if collator.alignment_only:
-        texts = ctc_transcripts(model, collator.processor, *model.connect_audio(**batch))
+        with autocast():
+            texts = ctc_transcripts(model, collator.processor, *model.connect_audio(**batch))
     else:
         prompts = [
             torch.tensor(collator.prompt_ids(num_frames(clip), row["messages"]))
@@ -149,9 +160,9 @@ def answer_segments(
             transcript_limit(segments[place].seconds) if is_transcript(examples[place]["task"]) else ANSWER_TOKENS
             for place in usable
         ] or [1]
-        texts = generate_answers(
-            model, collator.processor, batch, limits, do_sample=False, num_beams=1, **generate_kwargs
-        )
+        greedy = {"do_sample": False, "num_beams": 1} | generate_kwargs
+        with autocast():
+            texts = generate_answers(model, collator.processor, batch, limits, **greedy)
     answers = dict(zip(usable, texts, strict=False))
     return [answers.get(place) for place in range(len(segments))]
 

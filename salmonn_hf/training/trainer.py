@@ -167,9 +167,9 @@ class SalmonnTrainer(Trainer):
 
     # The encoders run on the trainer's device, which the collator's workers do not have, and two losses are added.
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = self.encode(inputs)
         # Of a model that FSDP2 shards, accelerate leaves `forward` as it is; others it wraps in autocast itself.
         with self.accelerator.autocast() if self.is_fsdp_enabled else contextlib.nullcontext():
-            inputs = self.encode(inputs)
             if "labels" in inputs:
                 loss, outputs = self.answer_loss(model, inputs, num_items_in_batch)
                 if outputs.ctc_loss is not None:  # as the other, this batch's share of the mean over all targets
@@ -251,20 +251,21 @@ class SalmonnTrainer(Trainer):
         if hasattr(self.optimizer, "eval"):  # of some, the weights to evaluate are others than those to train on
             self.optimizer.eval()
         dtypes = {parameter.dtype for parameter in model.parameters()} | {model.audio_tower.dtype}
-        autocast = self.accelerator.autocast() if len(dtypes) > 1 else contextlib.nullcontext()
-        # Layers that DeepSpeed shares out are gathered by all processes at once.
-        together = {"synced_gpus": True} if self.is_deepspeed_enabled else {}
+        autocast = self.accelerator.autocast if len(dtypes) > 1 else contextlib.nullcontext
         texts = []
-        with whole_parameters(self.accelerator, self.model), autocast:
-            # All processes have as many turns: in the last, some answer a batch again that is another's.
+        with whole_parameters(self.accelerator, self.model):
             for turn in range(0, len(batches), processes):
                 number = turn + self.args.process_index
-                numbers = batches[min(number, len(batches) - 1)]
+                if number >= len(batches) and not self.is_deepspeed_enabled:
+                    break
+                # DeepSpeed gathers a layer on all processes at once: one without a batch repeats another's.
+                places = batches[min(number, len(batches) - 1)]
+                batch = [segments[place] for place in places]
                 found = evaluation.answer_segments(
-                    model, collator, dataset, [segments[place] for place in numbers], **together
+                    model, collator, dataset, batch, autocast, synced_gpus=self.is_deepspeed_enabled
                 )
                 if number < len(batches):
-                    texts += zip(numbers, found, strict=True)
+                    texts += zip(places, found, strict=True)
         model.train(was_training)
         if processes > 1:
             texts = gather_object(texts)

@@ -2,12 +2,16 @@
 
 # ruff: noqa: F811 (fixtures of another file)
 
+import json
 import signal
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from test_training import parts, run, stage1_recipe  # noqa: F401
 
-from salmonn_hf.training.checkpoints import last_checkpoint
+from salmonn_hf.training.checkpoints import last_checkpoint, save_checkpoint
 from salmonn_hf.training.trainer import SalmonnTrainer
 
 
@@ -39,3 +43,24 @@ def test_a_half_written_checkpoint_is_never_chosen(tmp_path):
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
     assert last_checkpoint(tmp_path / "absent") is None
+
+
+def test_every_node_that_saves_has_its_checkpoint(tmp_path):
+    """With `save_on_each_node` there is a process that saves on nodes that are not the first."""
+    args = SimpleNamespace(output_dir=str(tmp_path), should_save=True, push_to_hub=False, save_total_limit=None)
+    state = SimpleNamespace(global_step=3, best_global_step=3, best_model_checkpoint=None, save_to_json=None)
+    state.save_to_json = lambda path: Path(path).write_text(json.dumps({"global_step": 3}))
+    trainer = SimpleNamespace(args=args, state=state, accelerator=SimpleNamespace(wait_for_everyone=lambda: None))
+    trainer.is_world_process_zero = lambda: False
+
+    def save():
+        directory = Path(trainer.args.output_dir, "checkpoint-3")
+        directory.mkdir(parents=True)
+        (directory / "model.safetensors").write_text("weights")
+        assert last_checkpoint(tmp_path) is None
+
+    save_checkpoint(trainer, save)
+    assert last_checkpoint(tmp_path) == state.best_model_checkpoint == str(tmp_path / "checkpoint-3")
+    assert (tmp_path / "checkpoint-3" / "model.safetensors").exists() and not (tmp_path / ".partial").exists()
+    arguments = torch.load(tmp_path / "checkpoint-3" / "training_args.bin", weights_only=False)
+    assert trainer.args is args and arguments.output_dir == str(tmp_path)

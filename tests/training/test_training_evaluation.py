@@ -2,18 +2,41 @@
 
 # ruff: noqa: F811 (fixtures of another file)
 
+import io
 import json
+import runpy
 import shutil
+import sys
+import time
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import soundfile
 import torch
+from conftest import noise
 from safetensors.torch import load_file
-from test_training import history, parts, run, stage1_model, stage1_recipe, stage2_recipe  # noqa: F401
+from test_training import (  # noqa: F401
+    ROOT,
+    history,
+    parts,
+    run,
+    stage1_model,
+    stage1_recipe,
+    stage2_recipe,
+    write_parquet,
+)
+from transformers import pipeline
 
+from salmonn_hf import SalmonnForConditionalGeneration, SalmonnProcessor
+from salmonn_hf.data.arguments import DataArguments
+from salmonn_hf.data.augmentation import Augmentation
+from salmonn_hf.data.collator import ClipCollator
 from salmonn_hf.evaluation.caption_metrics import CaptionMetricsError
 from salmonn_hf.training import evaluation
+from salmonn_hf.training.arguments import SalmonnTrainingArguments
+from salmonn_hf.training.freezing import freeze_base_parts
 from salmonn_hf.training.trainer import SalmonnTrainer
 
 CAPTIONS = [
@@ -142,3 +165,77 @@ def test_early_stopping_on_the_word_error_rate(parts, tmp_path, monkeypatch):
     assert [entry["step"] for entry in evaluations] == [2, 4, 6]
     with pytest.raises(ValueError, match="early_stopping_patience needs evaluations"):
         run("run_stage1.py", recipe | {"eval_strategy": "no"}, tmp_path, monkeypatch)
+
+
+def clip_with_pauses(seed):
+    """10.5 s, which the pipeline cuts into three segments."""
+    quiet = np.zeros(16000, np.float32)
+    return np.concatenate([part for number in range(3) for part in (noise(2.5, 10 * seed + number), quiet)])
+
+
+def test_the_word_error_rate_is_that_of_run_asr(tiny_checkpoint, tmp_path, monkeypatch):
+    """Of long clips, cut at pauses, of silence and of short clips; whatever shares a batch, with and without cache."""
+    transcriber = pipeline("automatic-speech-recognition", model=str(tiny_checkpoint))
+    clips = [clip_with_pauses(1), noise(1.7, 2), np.zeros(16000, np.float32), clip_with_pauses(3), noise(0.4, 4)]
+    rows = []
+    for number, clip in enumerate(clips):
+        file = io.BytesIO()
+        soundfile.write(file, clip, 16000, format="WAV", subtype="FLOAT")
+        # All but a few words of what the model says, so that most words are right.
+        words = transcriber(clip)["text"].split() or ["nothing"]
+        words[number % len(words)] = "other"
+        audio = {"bytes": file.getvalue(), "path": f"{number}.wav"}
+        rows.append({"audio": audio, "text": " ".join(words), "seconds": len(clip) / 16000})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+
+    output = tmp_path / "run_asr"
+    command = ["run_asr.py", "--model", tiny_checkpoint, "--data", tmp_path / "a.parquet", "--output", output]
+    monkeypatch.setattr(sys, "argv", list(map(str, [*command, "--batch_size", 2])))
+    runpy.run_path(str(ROOT / "eval" / "run_asr.py"), run_name="__main__")
+    expected = json.loads((output / "result.json").read_text())["metrics"]["wer"]["value"]
+    predictions = [json.loads(line)["hypothesis"] for line in (output / "predictions.jsonl").read_text().splitlines()]
+    assert 0 < expected < 0.9 and "" in predictions
+
+    model = SalmonnForConditionalGeneration.from_pretrained(tiny_checkpoint)
+    processor = SalmonnProcessor.from_pretrained(tiny_checkpoint)
+    collator = ClipCollator(processor, [])
+    freeze_base_parts(model)
+    shards = {}
+    for cache in ("", "cache", "again"):  # the last is a copy of the one before
+        if cache == "again":
+            shutil.copytree(tmp_path / "cache", tmp_path / "again")
+            time.sleep(1.1)  # so that no time of day can be the same
+        data = DataArguments(
+            train_files=[str(tmp_path / "a.parquet")],
+            eval_file=str(tmp_path / "a.parquet"),
+            feature_cache=cache and str(tmp_path / cache),
+        )
+        _, held_out = data.datasets(*data.load(), model, processor, Augmentation(), 0)
+        args = SalmonnTrainingArguments(output_dir=str(tmp_path), per_device_eval_batch_size=3, report_to=[])
+        trainer = SalmonnTrainer(model=model, args=args, eval_dataset=held_out, data_collator=collator)
+        assert [answer.text for answer in trainer.answers(held_out)] == predictions
+        assert trainer.evaluate()["eval_wer"] == expected
+        shards[cache] = len(list((tmp_path / cache).glob("*/*.safetensors")))
+    assert shards == {"": 0, "cache": 1, "again": 1}  # what was there was not encoded again
+
+
+def test_clips_that_cannot_be_decoded_are_left_out(tiny_checkpoint, tmp_path):
+    """Alone in a batch, too, and as transcripts or as captions."""
+    path = write_parquet(tmp_path / "a.parquet", 3)
+    rows = pq.read_table(path).to_pylist()
+    for row in rows[1:]:
+        row["audio"]["bytes"] = row["audio"]["bytes"][:60]
+    rows = [row | {"task": task, "question": "", "seconds": 1.0} for task in ("asr", "keywords") for row in rows]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    model = SalmonnForConditionalGeneration.from_pretrained(tiny_checkpoint)
+    processor = SalmonnProcessor.from_pretrained(tiny_checkpoint)
+    freeze_base_parts(model)
+    data = DataArguments(train_files=[path], eval_sources=[json.dumps({"path": path})], feature_cache="")
+    _, held_out = data.datasets(*data.load(), model, processor, Augmentation(), 0)
+    args = SalmonnTrainingArguments(output_dir=str(tmp_path), per_device_eval_batch_size=1, report_to=[])
+    collator = ClipCollator(processor, [])
+    trainer = SalmonnTrainer(model=model, args=args, eval_dataset=held_out, data_collator=collator)
+    assert [(answer.task, answer.references) for answer in trainer.answers(held_out)] == [
+        ("asr", ["red"]),
+        ("keywords", ["red"]),
+    ]
