@@ -33,20 +33,8 @@ from salmonn_hf.model.lora import LORA_FIELDS, adapted_parts
 RECORDINGS = Path(__file__).resolve().parent / "recordings"
 NANO = Path(__file__).resolve().parents[1] / "model_cards" / "salmonn-lite-nano"
 SHAPES = {"seed": "seed", "baseline": "nota", "small": "nlp-07", "salmonn-7b": "salmonn-7b"}
-# Geometry and precision of the published systems.
-REFERENCE = {
-    "pad_to_30_seconds": True,
-    "window_frames": 17,
-    "window_stride": 17,
-    "queries_per_window": 1,
-    # A Q-Former, and that alone.
-    "speech_decoder_layers": 0,
-    "sound_layers": None,
-    "sound_summary_size": 0,
-    "frame_mlp_size": 0,
-    "merged_windows": 1,
-    "ctc_vocab_size": 0,
-}
+# The published systems' projector.
+QFORMER = published_config("seed").projector_config
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -54,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="checkpoint directory or hub name")
     source.add_argument("--shapes", choices=[*SHAPES, "nano"], help="random weights of these sizes")
-    parser.add_argument("--quantization", type=json.loads, help="with --shapes: as SalmonnConfig.quantization, JSON")
+    parser.add_argument("--quantization", type=json.loads, help="with --shapes: parts to quantise, JSON")
     parser.add_argument("--own_length", action="store_true", help="with --shapes: a clip costs what it lasts")
     parser.add_argument("--reference", action="store_true", help="also the published way: 30 s, 88 tokens, float32")
     parser.add_argument("--peer", choices=["granite-speech"], help="also a model of transformers of the same sizes")
@@ -102,8 +90,8 @@ class GraniteBenchmark(Benchmark):
 
 
 def granite_config(config: SalmonnConfig) -> GraniteSpeechConfig:
-    """Granite Speech with the language model of `config`, an encoder of its size, and its Q-Former's width."""
-    encoder, qformer = config.audio_config, config.qformer_config
+    """Granite Speech with the language model of `config`, an encoder of its size, and SALMONN's Q-Former."""
+    encoder, qformer = config.audio_config, QFORMER.qformer_config
     return GraniteSpeechConfig(
         text_config=config.text_config,
         encoder_config={
@@ -138,7 +126,7 @@ def measure(bench: Benchmark, arguments, memory: Memory, load_peak: int) -> dict
         "dtype": str(model.dtype),
         "prompt_cache_ttft": cached["ttft"],
         "audio_tokens": bench.audio_tokens(bench.clip(arguments.seconds)),
-        "quantization": getattr(model.config, "quantization", None),
+        "quantization": getattr(model.config, "quantized_parts", None) or None,
         "weights": weights_by_module(model),
         "peak_memory": peak,
         "load_peak_memory": load_peak,
@@ -206,21 +194,25 @@ def main() -> None:
             raise ValueError("--quantization and --own_length are for --shapes; a checkpoint has its own.")
         name = Path(arguments.model).name
         model = SalmonnForConditionalGeneration.from_pretrained(arguments.model, dtype=dtype).to(arguments.device)
-        if adapted_parts(model.config) and not model.config.quantization:
+        if adapted_parts(model.config) and not model.config.quantized_parts:
             model.merge_lora()
         config = model.config
     else:
         name = arguments.shapes
         config = SalmonnConfig.from_pretrained(NANO) if name == "nano" else published_config(SHAPES[name])
         config.lora = config.audio_lora = config.base_parts = None
-        config.quantization = arguments.quantization
-        config.pad_to_30_seconds = config.pad_to_30_seconds and not arguments.own_length
-        model = random_model(SalmonnForConditionalGeneration, config, dtype, arguments.device)
+        if arguments.own_length:
+            config.projector_config.pad_to_30_seconds = False
+        model = random_model(SalmonnForConditionalGeneration, config, dtype, arguments.device, arguments.quantization)
     results = {
         name: measure(Benchmark(model.eval(), speech, arguments.prompt_tokens), arguments, memory, memory.peak())
     }
     if arguments.reference:
-        settings = config.to_dict() | REFERENCE | dict.fromkeys(("quantization", "base_parts", *LORA_FIELDS.values()))
+        left_out = ("sound_layers", "quantization_config", "base_parts", *LORA_FIELDS.values())
+        settings = config.to_dict() | dict.fromkeys(left_out)
+        qformer = QFORMER.to_dict() | dict.fromkeys(("audio_hidden_size", "sound_hidden_size", "output_size"))
+        qformer["qformer_config"]["encoder_hidden_size"] = 0  # the sizes of the encoders are filled in
+        settings["projector_config"] = qformer
         del model
         reference = SalmonnConfig.from_dict(settings)
         model = random_model(SalmonnForConditionalGeneration, reference, torch.float32, arguments.device)

@@ -21,18 +21,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from salmonn_hf.model.speech_decoder import drop_unused_tokens
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from salmonn_hf import SalmonnConfig, SalmonnForConditionalGeneration, SalmonnProcessor
-from salmonn_hf.data import task_prompts
-from salmonn_hf.data.clip_audio import read_clip
-from salmonn_hf.data.clip_table import ClipTable
 from salmonn_hf.data.sources import Source
-from salmonn_hf.data.text_choice import row_texts
 from salmonn_hf.hub.model_card import make_card, write_card
 from salmonn_hf.hub.push import push_to_hub
-from salmonn_hf.model.quantized_layers import quantize_parts
+from salmonn_hf.model.quantizer_salmonn import SalmonnQuantizationConfig, quantize_in_place
+from salmonn_hf.quantization.calibration import draw_clips, prompts_with_answers
 from salmonn_hf.quantization.gptq import quantize_layers, quantize_tied_vocabulary
 from salmonn_hf.quantization.scale_tuning import tune_scales
 from salmonn_hf.training.recipe import parse_recipe
@@ -48,9 +44,8 @@ class QuantizeArguments:
     output_dir: str = field(metadata={"help": "Where the quantised checkpoint goes."})
     language_model_bits: int = field(default=4, metadata={"help": "4, 8, or 0 to leave a part as it is."})
     embedding_bits: int = field(default=8, metadata={"help": "Of token embeddings and language-model head."})
-    encoder_bits: int = field(default=8, metadata={"help": "Of the encoders' layers, and of a sound summary."})
-    connector_bits: int = field(default=8, metadata={"help": "Of Q-Former and projection."})
-    speech_tokens_bits: int = field(default=8, metadata={"help": "Of Whisper's tokens, with its decoder's layers."})
+    encoder_bits: int = field(default=8, metadata={"help": "Of the encoders' layers."})
+    projector_bits: int = field(default=8, metadata={"help": "Of the projector's layers and token embeddings."})
     group_size: int = field(default=64, metadata={"help": "Columns that share a scale in 4 bits."})
     method: str = field(
         default="gptq",
@@ -96,107 +91,73 @@ class QuantizeArguments:
         return files + [Source.parse(settings) for settings in self.sources]
 
     def parts(self, config: SalmonnConfig) -> dict[str, dict]:
-        """`SalmonnConfig.quantization` of a model of `config` by this recipe."""
+        """`SalmonnQuantizationConfig.parts` of a model of `config` by this recipe."""
         bits = {
             "audio_tower": self.encoder_bits,
             "sound_tower": self.encoder_bits if config.sound_config is not None else 0,
-            "sound_summary": self.encoder_bits if config.sound_summary_size else 0,
-            "connector": self.connector_bits,
+            "projector": self.projector_bits,
             "language_model": 0 if self.method in LIBRARIES else self.language_model_bits,
             "embedding": self.embedding_bits,
-            "speech_tokens": self.speech_tokens_bits if config.speech_decoder_layers else 0,
         }
+        bits |= {f"projector.{name}": self.projector_bits for name in config.projector_config.base_parts}
         eight, four = {"bits": 8}, {"bits": 4, "group_size": self.group_size}
         return {part: four if count == 4 else eight for part, count in bits.items() if count}
 
 
-def draw_clips(args: QuantizeArguments, count: int, seed: int) -> list[dict]:
-    """`audio`, `messages` (`None`: a request for a transcript) and `text` of random clips, by the sources' weights."""
-    generator = torch.Generator().manual_seed(seed)
-    sources = args.calibration_sources()
-    weights = torch.tensor([source.weight for source in sources])
-    ends = (count * weights.cumsum(0) / weights.sum()).round().int()
-    shares = ends.diff(prepend=torch.zeros(1, dtype=ends.dtype)).tolist()  # they sum to `count`
-    drawn = []
-    for source, share in zip(sources, shares, strict=True):
-        table = ClipTable(source)
-        for index in torch.randperm(len(table), generator=generator)[:share].tolist():
-            row = table[index]
-            task = source.task or row.get("task")
-            drawn.append(
-                {
-                    "audio": read_clip(row, source.speed),
-                    "messages": task_prompts.messages(task, row.get("question") or "") if task else None,
-                    "text": source.choose_text(row_texts(row)),
-                }
-            )
-    return drawn
-
-
-def prompts(processor, examples: list[dict], with_audio: bool = True) -> dict:
-    """The model's inputs for clips: for each the prompt with its audio, and its text as answer."""
-    texts = []
-    for example in examples:
-        messages = example["messages"] or processor.transcription_messages()
-        prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        texts.append(prompt + example["text"].strip() + processor.tokenizer.eos_token)
-    if not with_audio:
-        return dict(processor(text=[text.replace(processor.audio_token, "") for text in texts]))
-    return dict(processor(text=texts, audio=[example["audio"] for example in examples]))
-
-
 def calibration_batches(args: QuantizeArguments, processor) -> list[dict]:
     """One input of the model per clip: GPTQ would count padding."""
-    examples = draw_clips(args, args.calibration_clips, args.seed)
-    return [prompts(processor, [example], args.calibration == "audio") for example in examples]
+    examples = draw_clips(args.calibration_sources(), args.calibration_clips, args.seed)
+    return [prompts_with_answers(processor, [example], args.calibration == "audio") for example in examples]
 
 
 def tuning_batches(args: QuantizeArguments, processor) -> list[dict]:
     """Inputs of the model for `TUNING_BATCH` clips each, clips of all training files among each other."""
-    examples = draw_clips(args, args.tuning_clips, args.seed + 1)
+    examples = draw_clips(args.calibration_sources(), args.tuning_clips, args.seed + 1)
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(args.seed)).tolist()
     batches = [order[start : start + TUNING_BATCH] for start in range(0, len(order), TUNING_BATCH)]
-    return [prompts(processor, [examples[place] for place in batch]) for batch in batches]
+    return [prompts_with_answers(processor, [examples[place] for place in batch]) for batch in batches]
 
 
 def quantize(model, processor, args: QuantizeArguments):
     """Quantise `model`, in float32, in place; parts that come later are calibrated on those before them."""
     parts = args.parts(model.config)
     teacher = copy.deepcopy(model) if args.tuning_clips else None
-    if "speech_tokens" in parts:
-        drop_unused_tokens(model)
+    if "projector" in parts:
+        model.projector.drop_unused_tokens()
     batches = calibration_batches(args, processor) if args.method == "gptq" else []
     decoder = model.language_model.base_model
     layers = {
         "audio_tower": model.audio_tower.layers,
-        "connector": getattr(model.connector, "layers", None),  # of a Q-Former none, which GPTQ's loop could go along
+        "projector": getattr(model.projector, "layers", None),  # of a Q-Former none, which GPTQ's loop could go along
         "language_model": getattr(decoder, "layers", None),
     }
     for part, settings in parts.items():
-        hears = part in ("language_model", "embedding") or args.calibration == "audio"
-        if batches and hears and settings["bits"] == 4:
+        is_calibrated = part in ("language_model", "embedding") or args.calibration == "audio"
+        if batches and is_calibrated and settings["bits"] == 4:
             if layers.get(part) is not None:
                 quantize_layers(model, layers[part], batches, **settings)
             elif part == "embedding" and model.config.text_config.tie_word_embeddings:
                 quantize_tied_vocabulary(model, batches, settings["group_size"])
-        quantize_parts(model, {part: settings})  # what GPTQ has not done
+        quantize_in_place(model, {part: settings})  # what GPTQ has not done
     if teacher is not None:
         batches = tuning_batches(args, processor)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
             nats = tune_scales(model, teacher, batches, args.tuning_learning_rate)
         logging.info("scales tuned: %.4f nats from the unquantised model", nats)
-    model.config.quantization = parts
     model.config.base_parts = None
 
 
-def in_library_format(model, method: str, directory: str):
-    """The model with its language model's layers in the format of a library, by way of a checkpoint in `directory`."""
+def in_library_format(model, args: QuantizeArguments, directory: str):
+    """
+    The model with its language model's layers in the format of a library, and its other parts rounded, as it is loaded
+    again from a checkpoint in `directory`.
+    """
     others = [name for name, _ in model.named_children() if name != "language_model"] + ["lm_head"]
-    if method == "torchao-int8":
+    if args.method == "torchao-int8":
         from torchao.quantization import Int8WeightOnlyConfig
 
         settings = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=others)
-    elif method == "int8":
+    elif args.method == "int8":
         settings = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=others)
     else:
         settings = BitsAndBytesConfig(
@@ -205,8 +166,11 @@ def in_library_format(model, method: str, directory: str):
             bnb_4bit_compute_dtype=torch.bfloat16,
             llm_int8_skip_modules=others,
         )
+    model.projector.drop_unused_tokens()
+    model.config.base_parts = None
     model.to(torch.bfloat16).save_pretrained(directory)
-    return SalmonnForConditionalGeneration.from_pretrained(directory, quantization_config=settings)
+    quantization_config = SalmonnQuantizationConfig(args.parts(model.config), language_model=settings)
+    return SalmonnForConditionalGeneration.from_pretrained(directory, quantization_config=quantization_config)
 
 
 def save(model, processor, output_dir: str, merged_parts: dict[str, str] | None = None):
@@ -233,11 +197,12 @@ def main():
     merged_parts = model.config.base_parts
     if args.merge_lora:
         model.merge_lora()
-    quantize(model.eval(), processor, args)
+    model.eval()
     if args.method in LIBRARIES:
         with tempfile.TemporaryDirectory() as directory:
-            model = in_library_format(model, args.method, directory)
+            model = in_library_format(model, args, directory)
     else:
+        quantize(model, processor, args)
         model.to(torch.bfloat16)
     save(model, processor, args.output_dir, merged_parts)
     size = sum(file.stat().st_size for file in Path(args.output_dir).rglob("*") if file.is_file())

@@ -15,7 +15,6 @@ inference:
         output = model.generate(**inputs)
 """
 
-import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,30 +26,21 @@ import torch
 from peft.helpers import rescale_adapter_scale
 
 from salmonn_hf import SalmonnForConditionalGeneration, SalmonnProcessor
-from salmonn_hf.data.arguments import DataArguments
 from salmonn_hf.data.augmentation import Augmentation
 from salmonn_hf.data.clip_audio import read_clip
 from salmonn_hf.data.clip_dataset import ClipDataset
 from salmonn_hf.data.clip_table import ClipTable
+from salmonn_hf.data.collator import ClipCollator
 from salmonn_hf.data.encoder_features import encode_clips, num_frames, pad_clips
 from salmonn_hf.data.flac import flac_bytes
-from salmonn_hf.data.skipped_clips import SkippedClips
 from salmonn_hf.data.sources import Source
-from salmonn_hf.training.recipe import parse_recipe
-from salmonn_hf.training.trainer import (
-    ClipCollator,
-    SalmonnTrainer,
-    SalmonnTrainingArguments,
-    freeze_base_parts,
-    generate_answers,
-    last_checkpoint,
-    save_model,
-)
+from salmonn_hf.model.answering import generate_answers
+from salmonn_hf.training.freezing import freeze_base_parts
+from salmonn_hf.training.stage import CheckpointArguments, TrainingStage
 
 
-@dataclass
-class ModelArguments:
-    model_name_or_path: str = field(metadata={"help": "SALMONN checkpoint of stage 2: directory or hub name."})
+@dataclass(kw_only=True)
+class ModelArguments(CheckpointArguments):
     lora_scale: float = field(default=0.5, metadata={"help": "Factor on LoRA while the answers are generated."})
     stories: int = field(default=12, metadata={"help": "Clips to generate an answer for."})
     max_new_tokens: int = field(default=256, metadata={"help": "Of an answer."})
@@ -65,9 +55,10 @@ def tell_stories(model, processor, clips: ClipDataset, args: ModelArguments, see
         if "skipped" in example or len(rows) == args.stories:
             continue
         (frames,) = encode_clips(model, [example["clip"]])
-        prompt = collator.prompt_ids(num_frames(frames), example["messages"])
+        prompt = torch.tensor([collator.prompt_ids(num_frames(frames), example["messages"])])
+        inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)} | pad_clips([frames])
         with rescale_adapter_scale(model.language_model, args.lora_scale):
-            (text,) = generate_answers(model, processor, [prompt], pad_clips([frames]), args.max_new_tokens)
+            (text,) = generate_answers(model, processor, inputs, args.max_new_tokens, do_sample=False)
         if text:
             row, _, seconds = clips.row(index)
             audio = {"bytes": flac_bytes(read_clip(row)), "path": example["path"]}
@@ -79,45 +70,24 @@ def tell_stories(model, processor, clips: ClipDataset, args: ModelArguments, see
 
 
 def main():
-    model_args, data_args, augmentation, training_args = parse_recipe(
-        (ModelArguments, DataArguments, Augmentation, SalmonnTrainingArguments)
-    )
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.manual_seed(training_args.seed)
+    stage = TrainingStage(ModelArguments)
+    args, training_args = stage.model_args, stage.training_args
 
-    processor = SalmonnProcessor.from_pretrained(model_args.model_name_or_path)
-    model = SalmonnForConditionalGeneration.from_pretrained(
-        model_args.model_name_or_path, dtype=training_args.frozen_dtype
-    )
+    processor = SalmonnProcessor.from_pretrained(args.model_name_or_path)
+    model = SalmonnForConditionalGeneration.from_pretrained(args.model_name_or_path, dtype=training_args.frozen_dtype)
     if model.config.lora is None:
-        raise ValueError(f"{model_args.model_name_or_path} has no LoRA to turn down; start from a stage 2 checkpoint.")
-    skipped = SkippedClips(Path(training_args.output_dir, "skipped.tsv") if training_args.should_save else None)
-    train, evaluation = data_args.load(skipped)
+        raise ValueError(f"{args.model_name_or_path} has no LoRA to turn down; start from a stage 2 checkpoint.")
     path = Path(training_args.output_dir, "stories.parquet")
     with training_args.main_process_first(desc="telling stories"):
         if not path.exists():
-            clips, _ = data_args.datasets(train, [], model, processor, Augmentation(), training_args.drawing_seed)
-            rows = tell_stories(model.eval(), processor, clips, model_args, training_args.seed)
+            seed = training_args.data_seed_or_seed
+            clips, _ = stage.data_args.datasets(stage.train_tables, [], model, processor, Augmentation(), seed)
+            rows = tell_stories(model.eval(), processor, clips, args, training_args.seed)
             pq.write_table(pa.Table.from_pylist(rows), path.with_suffix(".partial"))
             os.replace(path.with_suffix(".partial"), path)
-    freeze_base_parts(model, keep_encoder=True)  # as it heard when it told them
-    stories = [ClipTable(Source(path=str(path)), skipped=skipped)]
-    train_dataset, eval_dataset = data_args.datasets(
-        stories, evaluation, model, processor, augmentation, training_args.drawing_seed
-    )
-    trainer = SalmonnTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        data_collator=ClipCollator(processor, []),
-        processing_class=processor,
-        skipped=skipped,
-    )
-    trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir))
-    save_model(trainer, processor)
-    if eval_dataset is not None:
-        trainer.evaluate()
+    freeze_base_parts(model, freeze_encoder_lora=True)  # as it was when the stories were told
+    stories = [ClipTable(Source(path=str(path)), skipped=stage.skipped)]
+    stage.train(model, processor, ClipCollator(processor, []), stage.datasets(model, processor, stories))
 
 
 if __name__ == "__main__":

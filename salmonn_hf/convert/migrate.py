@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..model.configuration_salmonn import SalmonnConfig
+from ..model.quantizer_salmonn import SalmonnQuantizationConfig
 from ..model.remote_code import save_code
 
 # Fields of the old config that are the window Q-Former's now, under their names there.
@@ -67,13 +68,14 @@ def migrate_config(old: dict) -> dict:
     projector |= {new: old[name] for name, new in fields.items() if name in old}
     projector["dtype"] = old.get("dtype")
     config["projector_config"] = projector
-    for field in ("base_parts", "quantization"):
-        if by_part := old.get(field):
-            config[field] = {migrate_key(f"{part}.")[:-1]: value for part, value in by_part.items()}
-    if old.get("sound_summary_size") and "projector" in (config.get("quantization") or {}):
-        # The connector had no summary in it; the projector has.
-        settings = config["quantization"].pop("projector")
-        config["quantization"] |= dict.fromkeys(("projector.frame_mlp", "projector.layers"), settings)
+    if base_parts := old.get("base_parts"):
+        config["base_parts"] = {migrate_key(f"{part}.")[:-1]: name for part, name in base_parts.items()}
+    if old.get("quantization"):
+        parts = {migrate_key(f"{part}.")[:-1]: settings for part, settings in old["quantization"].items()}
+        if old.get("sound_summary_size") and "projector" in parts:
+            # The connector had no summary in it; the projector has.
+            parts |= dict.fromkeys(("projector.frame_mlp", "projector.layers"), parts.pop("projector"))
+        config["quantization_config"] = SalmonnQuantizationConfig(parts, old.get("quantization_config"))
     return config
 
 

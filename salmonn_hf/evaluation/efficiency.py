@@ -14,14 +14,17 @@ from transformers import DynamicCache
 
 from ..model.feature_extraction_salmonn import SalmonnFeatureExtractor
 from ..model.quantized_layers import QuantizedMatrix
+from ..model.quantizer_salmonn import quantize_in_place
 
-PARTS = ("features", "whisper", "sound encoder", "q-former", "prefill")
+PARTS = ("features", "whisper", "sound encoder", "projector", "prefill")
 
 
-def random_model(model_class, config, dtype: torch.dtype, device: str):
+def random_model(model_class, config, dtype: torch.dtype, device: str, quantization: dict | None = None):
     """A model of random weights, made at its own precision: never a float32 copy of it."""
     with torch.device("meta"):
         model = model_class(config)
+        if quantization:
+            quantize_in_place(model, quantization)
     model = model.to(dtype).to_empty(device=device).eval()
     model.tie_weights()
     with torch.no_grad():
@@ -103,7 +106,7 @@ class Benchmark:
     def make_extractor(self) -> SalmonnFeatureExtractor:
         return SalmonnFeatureExtractor(
             feature_size=self.config.audio_config.num_mel_bins,
-            pad_to_30_seconds=self.config.pad_to_30_seconds,
+            pad_to_30_seconds=self.config.projector_config.pad_to_30_seconds,
             return_input_values=self.config.sound_config is not None,
         )
 
@@ -120,7 +123,7 @@ class Benchmark:
 
     def audio_tokens(self, clip: np.ndarray) -> int:
         frames = self.extractor([clip], return_tensors="pt")["input_features_mask"][:, ::2].sum(-1)
-        return int(self.model.connector.num_windows(frames)) * self.config.queries_per_window
+        return int(self.config.projector_config.num_audio_tokens(frames))
 
     def input_ids(self, num_tokens: int, clips: int = 1) -> torch.Tensor:
         """The prompt with its audio in the middle; `(clips, tokens)`."""
@@ -148,10 +151,9 @@ class Benchmark:
         if self.config.sound_config is not None:
             frames |= model.encode_sound(features["input_values"], features["input_values_mask"])
         marks.append(self.mark())
-        audio_embeds, num_tokens = model.connect_audio(**frames)
+        audio = model.project_audio(**frames)
         marks.append(self.mark())
-        ids = self.input_ids(int(num_tokens))
-        return model.embed_prompt(ids, audio_embeds=audio_embeds, num_tokens=num_tokens)["inputs_embeds"]
+        return model.embed_prompt(self.input_ids(len(audio.states)), audio=audio)["inputs_embeds"]
 
     @torch.inference_mode()
     def round(

@@ -1,6 +1,5 @@
 """Model cards, made from a checkpoint, its recipe, the state of its training and the results of its evaluation."""
 
-import copy
 import json
 from collections import Counter
 from pathlib import Path
@@ -44,28 +43,18 @@ def licence_of(part: str) -> str:
 
 def count_parts(config: SalmonnConfig) -> dict[str, int]:
     """Parameters of each part of the architecture, without any weight in memory."""
-    config = copy.deepcopy(config)
-    config.quantization = None  # whose codes are no parameters
     with torch.device("meta"):
         model = SalmonnForConditionalGeneration(config)
+    from_whisper = tuple(f"projector.{name}." for name in config.projector_config.base_parts)
     counts = Counter()
     for name, parameter in model.named_parameters():
         part = name.split(".")[0]
         if ".lora_" in name:
             part = f"LoRA in {part}"
-        elif part == "speech_tokens":  # comes with Whisper, as the encoder does
+        elif name.startswith(from_whisper):
             part = "audio_tower"
-        elif part not in ("audio_tower", "sound_tower", "language_model"):
-            part = "connector"
         counts[part] += parameter.numel()
     return counts
-
-
-def connector_name(config: SalmonnConfig) -> str:
-    """What joins the encoders and the language model."""
-    if config.speech_decoder_layers:
-        return f"the last {config.speech_decoder_layers} layers of Whisper's decoder over windows"
-    return f"a {config.qformer_config.num_hidden_layers}-layer window Q-Former"
 
 
 def parts_table(config: SalmonnConfig, bases: dict[str, str], licence: str) -> str:
@@ -77,18 +66,18 @@ def parts_table(config: SalmonnConfig, bases: dict[str, str], licence: str) -> s
             origin = bases.get(part, "in this checkpoint")
             terms = licence_of(origin) if part in bases else licence
             rows.append([kind, origin, f"{counts[part] / 1e6:.1f} M", terms])
-    connector = f"LayerNorms, {connector_name(config)}, projection"
-    connector += ", CTC head" if config.ctc_vocab_size else ""
-    rows.append([connector, "trained", f"{counts['connector'] / 1e6:.1f} M", licence])
+    projector = config.projector_config.description
+    projector += ", CTC head" if config.projector_config.ctc_vocab_size else ""
+    rows.append([f"projector: {projector}", "trained", f"{counts['projector'] / 1e6:.1f} M", licence])
     for part in adapted_parts(config):
         count, rank = counts[f"LoRA in {part}"], getattr(config, LORA_FIELDS[part])["r"]
         rows.append([f"LoRA in the {kinds[part]}, rank {rank}", "trained", f"{count / 1e6:.1f} M", licence])
     table = markdown_table(rows)
-    if config.quantization is None:
+    if not config.quantized_parts:
         return table
-    bits = ", ".join(f"{part} {settings['bits']}" for part, settings in config.quantization.items())
+    bits = ", ".join(f"{part} {settings['bits']}" for part, settings in config.quantized_parts.items())
     note = f"{table}\n\nBits per weight: {bits}. Everything else is in bfloat16."
-    if (library := getattr(config, "quantization_config", None)) is not None:
+    if (library := config.library_quantization) is not None:
         note += f" But the language model's layers: they are in a format of {library['quant_method']}, which it needs."
     return note
 
@@ -265,7 +254,7 @@ def make_card(
     encoders = [bases.get("audio_tower", "a Whisper encoder")]
     encoders += [bases.get("sound_tower", "a sound encoder")] if config.sound_config is not None else []
     summary = (
-        f"An audio language model: {' and '.join(encoders)}, {connector_name(config)} and "
+        f"An audio language model: {' and '.join(encoders)}, {config.projector_config.description} and "
         f"{bases.get('language_model', config.text_config.model_type)}{' with LoRA' if config.lora else ''}."
     )
     return ModelCard.from_template(

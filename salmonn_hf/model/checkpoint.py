@@ -77,7 +77,7 @@ def part_keys(part: str, state_dict: dict, prefixes: tuple[str, ...] | None = No
 
 def base_state_dict(model) -> dict[str, torch.Tensor]:
     """
-    The tensors of `model.config.base_parts`, under the keys of `SalmonnModel`; matrices of `config.quantization`
+    The tensors of `model.config.base_parts`, under the keys of `SalmonnModel`; matrices of `config.quantized_parts`
     rounded to their nearest values, the same whenever they are loaded.
 
     Args:

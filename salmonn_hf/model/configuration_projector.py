@@ -3,11 +3,14 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .windows import num_windows
+
 
 @strict
 class ProjectorConfig(PreTrainedConfig):
     r"""
-    Base of the projectors' configurations. A window is a run of encoder frames, 20 ms each.
+    Base of the projectors' configurations. A window is a run of encoder frames, 20 ms each. Beside the fields below
+    each has a `window_stride`, `queries_per_window` and `pad_to_30_seconds`, of its own or fixed.
 
     Args:
         audio_hidden_size (`int`, *optional*): features of a frame of the speech encoder. `SalmonnConfig` fills it in.
@@ -29,6 +32,30 @@ class ProjectorConfig(PreTrainedConfig):
     frame_mlp_size: int = 0
     ctc_vocab_size: int = 0
     ctc_merges: int | None = None
+
+    @property
+    def description(self) -> str:
+        """What the projector is, for a model card."""
+        return type(self).__name__.removesuffix("Config")
+
+    @property
+    def names_sounds(self) -> bool:
+        """Whether the projector names a clip's sound from all of its frames; else they enter window by window."""
+        return False
+
+    def num_audio_tokens(self, num_frames):
+        """Audio tokens, at most, of a clip of `num_frames` encoder frames, an `int` or a tensor."""
+        keep_tail = not self.pad_to_30_seconds
+        return num_windows(num_frames, self.window_frames, self.window_stride, keep_tail) * self.queries_per_window
+
+    def choose_ctc_tokens(self, token_ids: list[int], tokenizer, speech_tokenizer) -> dict[str, list[int]]:
+        """
+        Size the CTC head for training transcripts that are spelt with the language model's tokens `token_ids`, and
+        give the contents of its buffers, by their names. `tokenizer` is the language model's, `speech_tokenizer`
+        Whisper's.
+        """
+        self.ctc_vocab_size = len(token_ids)
+        return {"token_ids": token_ids}
 
     def fit_to(self, audio_config: PreTrainedConfig, sound_hidden_size: int, text_config: PreTrainedConfig):
         """

@@ -42,8 +42,8 @@ class SalmonnConfig(PreTrainedConfig):
         audio_lora (`dict`, *optional*): the same for one inside the speech encoder.
         base_parts (`dict`, *optional*): for an adapter checkpoint, which frozen modules its file leaves out and where
             they come from, e.g. `{"audio_tower": "openai/whisper-base.en", "language_model": "google/gemma-2-2b-it"}`.
-        quantization (`dict`, *optional*): parts kept in 4 or 8 bits, see `quantized_layers.quantize_parts`, e.g.
-            `{"language_model": {"bits": 4, "group_size": 64}, "embedding": {"bits": 8}}`.
+        quantization_config ([`SalmonnQuantizationConfig`] or `dict`, *optional*): parts whose weights have 4 or 8
+            bits.
 
     Raises:
         ValueError: if the parts do not fit each other; the message names both sizes.
@@ -66,7 +66,6 @@ class SalmonnConfig(PreTrainedConfig):
     lora: dict | None = None
     audio_lora: dict | None = None
     base_parts: dict | None = None
-    quantization: dict | None = None
     tie_word_embeddings: bool = False  # the language model ties its own
 
     def __post_init__(self, **kwargs):
@@ -91,6 +90,21 @@ class SalmonnConfig(PreTrainedConfig):
                 f"audio_token_id {self.audio_token_id} lies outside the language model's vocabulary of "
                 f"{self.text_config.vocab_size} tokens; name a token that it has and text never uses."
             )
+
+    @property
+    def quantized_parts(self) -> dict[str, dict]:
+        """`parts` of the quantization_config, see [`SalmonnQuantizationConfig`]; empty for none."""
+        return self._quantization.get("parts", {})
+
+    @property
+    def library_quantization(self) -> dict | None:
+        """`language_model` of the quantization_config: another library's format."""
+        return self._quantization.get("language_model")
+
+    @property
+    def _quantization(self) -> dict:
+        settings = getattr(self, "quantization_config", None) or {}
+        return settings if isinstance(settings, dict) else settings.to_dict()
 
     @property
     def sound_hidden_size(self) -> int:

@@ -1,5 +1,7 @@
 """Configuration of the projector that is made of Whisper's own decoder layers."""
 
+import re
+
 from huggingface_hub.dataclasses import strict
 
 from .configuration_projector import ProjectorConfig
@@ -58,6 +60,22 @@ class WhisperProjectorConfig(ProjectorConfig):
             )
         super().__post_init__(**kwargs)
 
+    @property
+    def description(self) -> str:
+        return f"the last {self.num_layers} layers of Whisper's decoder over windows"
+
+    @property
+    def names_sounds(self) -> bool:
+        return self.sound_summary_size > 0
+
+    def choose_ctc_tokens(self, token_ids, tokenizer, speech_tokenizer):
+        """As in [`ProjectorConfig`]; the head's tokens are those of both tokenizers, `token_ids` first."""
+        trained = set(token_ids)
+        shared = shared_tokens(tokenizer, speech_tokenizer, trained)
+        self.ctc_vocab_size, self.ctc_trained_size = len(shared), sum(ids[0] in trained for ids in shared)
+        columns = map(list, zip(*shared, strict=True))
+        return dict(zip(("token_ids", "speech_token_ids", "capital_token_ids"), columns, strict=True))
+
     def fit_to(self, audio_config, sound_hidden_size, text_config):
         """As in [`ProjectorConfig`]; the sizes of Whisper's decoder are filled in as well."""
         super().fit_to(audio_config, sound_hidden_size, text_config)
@@ -89,6 +107,22 @@ class WhisperProjectorConfig(ProjectorConfig):
         }.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+
+
+def shared_tokens(tokenizer, speech_tokenizer, trained: set[int]) -> list[tuple[int, int, int]]:
+    """
+    The tokens of lower-case letters that two byte-pair tokenizers have in common: `(id, id in speech_tokenizer, its id
+    there with a capital)`, those in `trained` first, then by their second; the last repeats the second where no one
+    token is so spelt.
+    """
+    vocabulary, speech_vocabulary = tokenizer.get_vocab(), speech_tokenizer.get_vocab()
+    shared = []
+    for token, speech_id in sorted(speech_vocabulary.items(), key=lambda item: item[1]):
+        if token in vocabulary and re.fullmatch(r"\u0120?[a-z']+", token):  # \u0120: a space, in byte-level BPE
+            # Only a word's start can be a capital, and Whisper begins a sentence with one.
+            capital = token[0] + token[1:].capitalize() if token[0] == "\u0120" else token
+            shared.append((vocabulary[token], speech_id, speech_vocabulary.get(capital, speech_id)))
+    return sorted(shared, key=lambda ids: ids[0] not in trained)
 
 
 __all__ = ["WhisperProjectorConfig"]

@@ -66,6 +66,10 @@ class WindowQFormerConfig(ProjectorConfig):
                 f"do not fall into {self.queries_per_window} equal shares."
             )
 
+    @property
+    def description(self) -> str:
+        return f"a {self.qformer_config.num_hidden_layers}-layer window Q-Former"
+
     def fit_to(self, audio_config, sound_hidden_size, text_config):
         """As in [`ProjectorConfig`]; the Q-Former's `encoder_hidden_size` is filled in as well."""
         width = audio_config.d_model + sound_hidden_size

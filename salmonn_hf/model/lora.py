@@ -48,10 +48,10 @@ def merge_lora(model: nn.Module):
         ValueError: if these weights are quantised.
     """
     adapted = adapted_parts(model.config)
-    if quantized := [part for part in adapted if part in (model.config.quantization or {})]:
+    if quantized := [part for part in adapted if part in model.config.quantized_parts]:
         raise ValueError(
             f"LoRA cannot be merged into 4 or 8 bits, as {quantized[0]} is; merge it into the model before quantising "
-            "that. An adapter checkpoint loads without: config.quantization = None, then "
+            "that. An adapter checkpoint loads without: config.quantization_config = None, then "
             "from_pretrained(..., config=config)."
         )
     for part in adapted:

@@ -24,6 +24,7 @@ from .modeling_beats import BeatsModel
 from .placeholders import check_placeholders, drop_spare_placeholders, embed_prompt
 from .projector import ProjectorOutput
 from .quantized_layers import quantize_parts
+from .quantizer_salmonn import SalmonnQuantizationConfig as SalmonnQuantizationConfig  # registers the quantiser
 from .remote_code import save_code
 from .whisper_projector import WhisperProjector
 from .window_qformer import WindowQFormerProjector
@@ -120,6 +121,7 @@ class SalmonnPreTrainedModel(PreTrainedModel):
 
         with torch.device("meta"):
             skeleton = cls(config)
+            quantize_parts(skeleton, config.quantized_parts)
         state_dict = base_state_dict(skeleton)
         state_dict |= adapter_state_dict(pretrained_model_name_or_path, skeleton, **hub_kwargs)
         for used in hub_kwargs:
@@ -150,8 +152,6 @@ class SalmonnModel(SalmonnPreTrainedModel):
             self.sound_tower = AutoModel.from_config(config.sound_config)
         self.projector = AutoModel.from_config(config.projector_config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
-        if config.quantization is not None:
-            quantize_parts(self, config.quantization)
         for part in adapted_parts(config):
             self.add_lora(getattr(config, LORA_FIELDS[part]), part)
         self.post_init()
@@ -314,6 +314,7 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
         """A model of `config` with the weights of its `base_parts`, everything else freshly initialised."""
         with torch.device("meta"):
             skeleton = cls(config)
+            quantize_parts(skeleton, config.quantized_parts)
         return cls.from_pretrained(None, config=config, state_dict=base_state_dict(skeleton), **kwargs)
 
     def forward(

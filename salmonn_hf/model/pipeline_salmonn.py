@@ -203,9 +203,9 @@ def processor_from_parts(model, tokenizer, feature_extractor) -> SalmonnProcesso
         )
     settings = {
         "audio_token": tokenizer.convert_ids_to_tokens(model.config.audio_token_id),
-        "window_frames": model.config.window_frames,
-        "window_stride": model.config.window_stride,
-        "queries_per_window": model.config.queries_per_window,
+        "window_frames": model.config.projector_config.window_frames,
+        "window_stride": model.config.projector_config.window_stride,
+        "queries_per_window": model.config.projector_config.queries_per_window,
     }
     if model.name_or_path:
         saved, _ = SalmonnProcessor.get_processor_dict(model.name_or_path)

@@ -139,13 +139,6 @@ class SalmonnProjector(PreTrainedModel):
         clips = torch.stack([clips[clip].float().mean(0) for clip in captioned.nonzero()[:, 0]]) - center
         return caption_loss(clips, labels[captioned], directions)
 
-    def choose_ctc_tokens(self, token_ids: list[int], tokenizer, speech_tokenizer):
-        """
-        Give the head the language model's tokens `token_ids`, with which training transcripts are spelt. `tokenizer`
-        is the language model's, `speech_tokenizer` Whisper's.
-        """
-        self.ctc_head.token_ids.copy_(torch.tensor(token_ids))
-
     def initialize(self, token_embedding, whisper_directory=None, examples=()):
         """
         Start from what the language model's embeddings and the Whisper in `whisper_directory` hold; `examples` are

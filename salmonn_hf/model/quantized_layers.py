@@ -360,7 +360,7 @@ def quantize_parts(model: nn.Module, quantization: dict[str, dict]):
     Quantise a `SalmonnModel` in place.
 
     Args:
-        quantization: part to `{"bits": 4 or 8, "group_size": int}`, as `SalmonnConfig.quantization`. A part is a
+        quantization: part to `{"bits": 4 or 8, "group_size": int}`, as `SalmonnQuantizationConfig.parts`. A part is a
             submodule's name, e.g. "audio_tower", "projector" or "language_model", of which the Linears are quantised,
             or of an `nn.Embedding` or a Linear; or "embedding", the language model's token embeddings and its head.
 

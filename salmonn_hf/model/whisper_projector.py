@@ -5,8 +5,6 @@ The decoder's cross-attention reads words out of the very frames that the projec
 with those layers transcribes words of which the training clips hold no example.
 """
 
-import re
-
 import torch
 from torch import nn
 from transformers import WhisperConfig, WhisperForConditionalGeneration
@@ -124,13 +122,6 @@ class WhisperProjector(SalmonnProjector):
     def ctc_training_classes(self, labels):
         return self.ctc_head.training_classes(labels)
 
-    def choose_ctc_tokens(self, token_ids, tokenizer, speech_tokenizer):
-        """As in [`SalmonnProjector`]; the head's tokens are those of both tokenizers, `token_ids` first."""
-        ids = torch.tensor(shared_tokens(tokenizer, speech_tokenizer, set(token_ids))).T
-        head = self.ctc_head
-        for buffer, column in zip((head.token_ids, head.speech_token_ids, head.capital_token_ids), ids, strict=True):
-            buffer.copy_(column)
-
     @torch.no_grad()
     def initialize(self, token_embedding, whisper_directory, examples: list[tuple[torch.Tensor, list[int]]]):
         """
@@ -170,22 +161,6 @@ class WhisperProjector(SalmonnProjector):
 def additive_mask(mask: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor:
     """`(clips, queries, keys)` to an attention bias `(clips, 1, queries, keys)`: 0 where true, else very negative."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)[:, None]
-
-
-def shared_tokens(tokenizer, speech_tokenizer, trained: set[int]) -> list[tuple[int, int, int]]:
-    """
-    The tokens of lower-case letters that two byte-pair tokenizers have in common: `(id, id in speech_tokenizer, its id
-    there with a capital)`, those in `trained` first, then by their second; the last repeats the second where no one
-    token is so spelt.
-    """
-    vocabulary, speech_vocabulary = tokenizer.get_vocab(), speech_tokenizer.get_vocab()
-    shared = []
-    for token, speech_id in sorted(speech_vocabulary.items(), key=lambda item: item[1]):
-        if token in vocabulary and re.fullmatch(r"\u0120?[a-z']+", token):  # \u0120: a space, in byte-level BPE
-            # Only a word's start can be a capital, and Whisper begins a sentence with one.
-            capital = token[0] + token[1:].capitalize() if token[0] == "\u0120" else token
-            shared.append((vocabulary[token], speech_id, speech_vocabulary.get(capital, speech_id)))
-    return sorted(shared, key=lambda ids: ids[0] not in trained)
 
 
 __all__ = ["WhisperProjector"]

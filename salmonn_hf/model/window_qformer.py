@@ -106,6 +106,8 @@ class WindowQFormerProjector(SalmonnProjector):
     @torch.no_grad()
     def initialize(self, token_embedding, whisper_directory=None, examples=()):
         """Start the projection at the mean and spread of the token embeddings, so that audio enters at their scale."""
+        if not self.config.output_norm:
+            return
         embedding = token_embedding.weight.float()
         self.proj_norm.bias.copy_(embedding.mean(0))
         self.proj_norm.weight.fill_(embedding.std(0).mean())

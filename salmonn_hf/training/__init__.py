@@ -1,1 +1,1 @@
-"""What the training scripts share."""
+"""Training: the stages, what each trains and from what it starts, and checkpoints."""

@@ -28,7 +28,7 @@ def average_checkpoints(names: list[str]) -> SalmonnForConditionalGeneration:
     mean = models[0]
     tensors = [without_base_parts(model.state_dict(), model.config) for model in models]
     for name, model, others in zip(names, models, tensors, strict=True):
-        if model.config.quantization:
+        if model.config.quantized_parts:
             raise ValueError(f"{name} is quantised; take the mean of what it was made from, and quantise that.")
         if model.config.base_parts != mean.config.base_parts:
             raise ValueError(

@@ -1,6 +1,6 @@
 """
-Learning new tasks without unlearning transcripts: what a model that transcribes already foretells takes the place of
-their text, as in Li and Hoiem, "Learning without Forgetting", ECCV 2016.
+Learning new tasks without forgetting transcripts: the next-token distributions of a model that transcribes take the
+place of their text, as in Li and Hoiem, "Learning without Forgetting", ECCV 2016.
 """
 
 import torch
@@ -13,9 +13,10 @@ from .trainer import SalmonnTrainer
 
 class DistillingTrainer(SalmonnTrainer):
     """
-    [`SalmonnTrainer`] whose model learns captions and answers as ever, but of transcripts the next-token distributions
-    of `teacher`, a [`SalmonnForConditionalGeneration`] with the same encoder and tokenizer, which hears the same
-    frames. So any speech will do for transcripts, with such that the teacher hears badly or that is read by a machine.
+    [`SalmonnTrainer`] whose model learns captions and answers from their text as ever, but transcripts from the
+    next-token distributions of `teacher`, a [`SalmonnForConditionalGeneration`] with the same encoder and tokenizer,
+    which is given the same frames. So any speech will do for transcripts, synthetic speech and speech that the teacher
+    transcribes badly included.
     """
 
     def __init__(self, *args, teacher: nn.Module, **kwargs):
@@ -26,30 +27,28 @@ class DistillingTrainer(SalmonnTrainer):
         distilled = torch.tensor([is_transcript(task) for task in batch["tasks"]], device=self.args.device)
         return super().encode(batch) | {"distilled": distilled}
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def answer_loss(self, model, inputs: dict, num_items_in_batch):
         inputs = dict(inputs)
         labels, distilled = inputs.pop("labels"), inputs.pop("distilled")
         # Answers stand at the right end, whatever the model merges before them.
         answered = (labels != -100).any(0)
         targets = labels[:, int(answered.int().argmax()) if answered.any() else -1 :]
-        kept = targets.shape[1] + 1
-        outputs = model(**inputs, logits_to_keep=kept)
+        length = targets.shape[1] + 1
+        outputs = model(**inputs, logits_to_keep=length)
         logits = outputs.logits[:, :-1].float()
-        learnt, told = (targets != -100) & ~distilled[:, None], (targets != -100) & distilled[:, None]
-        loss = nn.functional.cross_entropy(logits[learnt], targets[learnt], reduction="sum")
-        if told.any():
-            wanted = self.foretold(inputs, distilled, kept)[told[distilled]]
-            loss = loss + nn.functional.kl_div(logits[told].log_softmax(-1), wanted, log_target=True, reduction="sum")
-        loss = loss / num_items_in_batch
-        if self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # whose gradients are averaged
-        return (loss, outputs) if return_outputs else loss
+        from_text, from_teacher = (targets != -100) & ~distilled[:, None], (targets != -100) & distilled[:, None]
+        loss = nn.functional.cross_entropy(logits[from_text], targets[from_text], reduction="sum")
+        if from_teacher.any():
+            wanted = self.teacher_log_probs(inputs, distilled, length)[from_teacher[distilled]]
+            student = logits[from_teacher].log_softmax(-1)
+            loss = loss + nn.functional.kl_div(student, wanted, log_target=True, reduction="sum")
+        return loss / num_items_in_batch, outputs
 
     @torch.no_grad()
-    def foretold(self, inputs: dict, rows: torch.BoolTensor, kept: int) -> torch.Tensor:
-        """The teacher's log-probabilities behind all but the last of the last `kept` tokens of these `rows`."""
+    def teacher_log_probs(self, inputs: dict, rows: torch.BoolTensor, length: int) -> torch.Tensor:
+        """The teacher's log-probabilities behind all but the last of the last `length` tokens of these `rows`."""
         names = ["input_ids", "attention_mask", "audio_frames", "audio_frames_mask"]
-        if self.teacher.config.sound_width:
+        if self.teacher.config.sound_hidden_size:
             names += ["sound_frames", "sound_frames_mask"]
         with self.accelerator.autocast():
-            return log_probs(self.teacher, {name: inputs[name][rows] for name in names}, kept)
+            return log_probs(self.teacher, {name: inputs[name][rows] for name in names}, length)

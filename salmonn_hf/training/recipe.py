@@ -3,8 +3,8 @@
 import difflib
 import json
 import sys
+from pathlib import Path
 
-import torch
 import yaml
 from transformers import HfArgumentParser
 
@@ -24,41 +24,36 @@ class _RecipeLoader(yaml.SafeLoader):
 
 def parse_recipe(dataclass_types, argv: list[str] | None = None):
     """
-    Dataclass instances from a recipe, its path the first argument, and `--key value` overrides after it.
+    Dataclass instances from a recipe, its path the first argument, and `--key value` overrides after it. In contrast
+    to `HfArgumentParser.parse_yaml_file`, the recipe's values have the types and checks of the command line.
 
     Raises:
         ValueError: for a key that no dataclass has, with the nearest one; for a key that is there twice; for two that
             contradict each other. What the dataclasses refuse themselves is raised as they do.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    recipe, overrides = {}, argv
-    if argv and not argv[0].startswith("-"):
-        with open(argv[0]) as file:
-            recipe = yaml.load(file, _RecipeLoader) or {}
-        overrides = argv[1:]
+    recipe, overrides = {}, sys.argv[1:] if argv is None else argv
+    if overrides and not overrides[0].startswith("-"):
+        path, *overrides = overrides
+        recipe = yaml.load(Path(path).read_text(encoding="utf-8"), _RecipeLoader) or {}
         if not isinstance(recipe, dict):
-            raise ValueError(
-                f"{argv[0]} is not a recipe, a YAML mapping of keys to values, but a {type(recipe).__name__}."
-            )
+            kind = type(recipe).__name__
+            raise ValueError(f"{path} is not a recipe, a YAML mapping of keys to values, but a {kind}.")
     parser = HfArgumentParser(dataclass_types, allow_abbrev=False)
     known = {action.dest for action in parser._actions}
     overridden = [a.removeprefix("--").split("=")[0] for a in overrides if a.startswith("--")]
     for key in [*recipe, *overridden]:
-        if key not in known and key != "help":
+        if key not in known:
             nearest = difflib.get_close_matches(str(key), known, n=1)
             raise ValueError(f"Unknown recipe key {key!r}." + (f" Did you mean {nearest[0]!r}?" if nearest else ""))
     recipe = {key: value for key, value in recipe.items() if value is not None}
-    for first, second in CONTRADICTIONS:
-        for given in ({key for key, value in recipe.items() if value not in (False, [])}, set(overridden)):
-            if {first, second} <= given:
-                raise ValueError(f"{first} and {second} contradict each other; keep one of them.")
-        for one, other in ((first, second), (second, first)):
-            if one in overridden and other in recipe:
-                del recipe[other]
+    for pair in CONTRADICTIONS:
+        for given in ({key for key, value in recipe.items() if value not in (False, [])}, overridden):
+            if all(key in given for key in pair):
+                raise ValueError(f"{' and '.join(pair)} contradict each other; keep one of them.")
+        if any(key in overridden for key in pair):
+            recipe = {key: value for key, value in recipe.items() if key not in pair}
     arguments = []
     for key, value in recipe.items():
         values = value if isinstance(value, list) else [value]
         arguments += [f"--{key}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
-    if "use_cpu" in known and not torch.accelerator.is_available():
-        arguments += ["--use_cpu", "true"]  # Trainer refuses bf16 on a machine without a GPU unless it is told
     return parser.parse_args_into_dataclasses(arguments + overrides)

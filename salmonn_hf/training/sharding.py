@@ -7,8 +7,9 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from transformers import TrainerCallback
 
-SCALARS = ("ctc_head.log_scale",)
+SCALAR = "projector.ctc_head.log_scale"
 
 
 def shard_on_cpus(accelerator: Accelerator, plugin_args: dict | None = None):
@@ -34,7 +35,8 @@ def choose_what_is_sharded(accelerator: Accelerator, model):
     float32, the rest bfloat16.
 
     Raises:
-        ValueError: if the plugin is of FSDP 1, or would load weights on the first process alone.
+        ValueError: if the plugin is of FSDP 1, or would load weights on the first process alone; if an encoder is
+            trained.
     """
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
@@ -44,6 +46,7 @@ def choose_what_is_sharded(accelerator: Accelerator, model):
             "fsdp_cpu_ram_efficient_loading leaves the encoders, which are not sharded, without weights on all "
             "processes but the first; set it to false."
         )
+    check_encoders_are_frozen(model)
     if plugin.transformer_cls_names_to_wrap is None:
         plugin.transformer_cls_names_to_wrap = list(model.language_model._no_split_modules)
     plugin.ignored_modules = [module.to(accelerator.device) for module in whole_parts(model)]
@@ -52,26 +55,50 @@ def choose_what_is_sharded(accelerator: Accelerator, model):
 
 
 def whole_parts(model) -> list[nn.Module]:
-    names = ("audio_tower", "sound_tower", "speech_tokens")
-    return [getattr(model, name) for name in names if hasattr(model, name)] + [model.get_input_embeddings()]
+    parts = [getattr(model, name) for name in ("audio_tower", "sound_tower") if hasattr(model, name)]
+    parts += [getattr(model.projector, name) for name in model.projector.config.base_parts]
+    return [*parts, model.get_input_embeddings()]
+
+
+def check_encoders_are_frozen(model):
+    if any(parameter.requires_grad for part in whole_parts(model) for parameter in part.parameters()):
+        raise ValueError(
+            "LoRA in the speech encoder cannot be trained with FSDP or DeepSpeed, which leave the encoders to each "
+            "process; leave audio_lora_r out, set freeze_encoder_lora, or train with DDP."
+        )
 
 
 def shape_for_sharding(model):
-    for name in SCALARS:
-        part = getattr(model, name.split(".")[0], None)
-        if part is not None:
-            part.log_scale.data = part.log_scale.data[None]  # a scalar cannot be sharded
+    if model.projector.has_ctc_head:
+        scale = model.get_parameter(SCALAR)
+        scale.data = scale.data[None]  # a scalar cannot be sharded
 
 
-def name_as_unsharded(model):
-    """Give a sharded model's class, which torch made, its model's name and module: saving copies the code of both."""
-    unsharded = type(model).__mro__[2]
-    type(model).__name__, type(model).__module__ = unsharded.__name__, unsharded.__module__
+class NameAsUnsharded(TrainerCallback):
+    """Gives a sharded model's class, which torch made, its model's name and module: saving copies the code of both."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        unsharded = type(model).__mro__[2]
+        type(model).__name__, type(model).__module__ = unsharded.__name__, unsharded.__module__
+
+
+def gather_as_unsharded(accelerator: Accelerator, model):
+    """
+    Have `accelerator.get_state_dict`, by which `Trainer` saves, give the tensors of the model before it was sharded.
+    DeepSpeed itself gathers what it has shared out alone, and in the precision of its forward pass.
+    """
+    gather = accelerator.get_state_dict
+
+    def get_state_dict(wrapped, unwrap=True):
+        by_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+        return shaped_as_unsharded(gathered_state_dict(model) if by_deepspeed else gather(wrapped, unwrap))
+
+    accelerator.get_state_dict = get_state_dict
 
 
 def shaped_as_unsharded(state_dict: dict) -> dict:
-    """A gathered state dict with the scalars as scalars that were made vectors for sharding."""
-    return state_dict | {key: state_dict[key].reshape(()) for key in SCALARS if key in state_dict}
+    """A gathered state dict with the scalar as a scalar that was made a vector for sharding."""
+    return state_dict | {key: state_dict[key].reshape(()) for key in (SCALAR,) if key in state_dict}
 
 
 @contextmanager
@@ -102,6 +129,7 @@ def hide_whole_parts(accelerator: Accelerator, model):
     DeepSpeed shares out, and asks after, every module of a model. What stays whole, and an LM head tied to the
     embeddings, are from here on attributes of their places that are no modules of these.
     """
+    check_encoders_are_frozen(model)
     shape_for_sharding(model)
     whole = whole_parts(model)
     if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
@@ -110,7 +138,7 @@ def hide_whole_parts(accelerator: Accelerator, model):
         (parent, name, part)
         for parent in model.modules()
         for name, part in parent.named_children()
-        if any(part is kept for kept in whole)
+        if any(part is other for other in whole)
     ]
     for parent, name, part in model.hidden:
         delattr(parent, name)

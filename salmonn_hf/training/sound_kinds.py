@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from ..data.text_choice import most_typical
 from ..model.ctc_head import token_directions
 from ..model.quantized_layers import embedding_rows
 from ..model.sound_summary import SalmonnSoundSummary
@@ -12,17 +13,17 @@ LABEL_SMOOTHING = 0.1
 CLUSTER_ROUNDS = 30
 
 
-def add_sound_summary(model, sound_layers: list[int], size: int, kinds: int):
+def add_sound_summary(model, sound_layers: list[int], sound_summary_size: int = 128, sound_kinds: int = 400):
     """
     Build a [`SalmonnSoundSummary`] into the projector of a model of speech alone, which then knows sounds once
     `fit_sound_summary` has named them. Its sound frames are those of `sound_layers`, see [`SalmonnConfig`].
 
     Args:
-        size (`int`): hidden size of the summary's MLP.
-        kinds (`int`): kinds of sound that it tells apart.
+        sound_summary_size (`int`): hidden size of the summary's MLP.
+        sound_kinds (`int`): kinds of sound that it tells apart.
 
     Raises:
-        ValueError: if the speech encoder has no such layers, the projector knows no summary, or `size` is 0.
+        ValueError: if the speech encoder has no such layers, the projector knows no summary, or its size is 0.
     """
     config, projector = model.config, model.projector
     if not hasattr(projector.config, "sound_summary_size"):
@@ -32,7 +33,7 @@ def add_sound_summary(model, sound_layers: list[int], size: int, kinds: int):
     config.sound_layers = sound_layers
     config.check_sound_layers()
     projector.config.sound_hidden_size = config.sound_hidden_size
-    projector.config.sound_summary_size, projector.config.sound_kinds = size, kinds
+    projector.config.sound_summary_size, projector.config.sound_kinds = sound_summary_size, sound_kinds
     projector.config.fit_to(config.audio_config, config.sound_hidden_size, config.text_config)
     projector.sound_summary = SalmonnSoundSummary(projector.config)
 
@@ -68,13 +69,6 @@ def cluster(directions: torch.Tensor, number: int, generator: torch.Generator) -
         sums = torch.zeros_like(centres).index_add_(0, clusters, directions)
         centres = torch.where(sums.any(-1, keepdim=True), nn.functional.normalize(sums, dim=-1), centres)
     return clusters, centres
-
-
-def most_typical(captions: list[list]) -> int:
-    """Which of some captions, lists of words or token ids, has most in common with the others: by F1 of their sets."""
-    bags = [set(caption) for caption in captions]
-    shared = [sum(2 * len(bag & other) / (len(bag) + len(other)) for other in bags) for bag in bags]
-    return max(range(len(bags)), key=shared.__getitem__)
 
 
 def fit_sound_summary(model, statistics: torch.Tensor, captions: list[list[list[int]]], seed: int = 0) -> float:

@@ -12,11 +12,11 @@ import pytest
 import soundfile
 from conftest import noise
 
+from salmonn_hf.data.clip_parquet import parquet_rows
 from salmonn_hf.data.clip_table import ClipTable
 from salmonn_hf.data.corpus_files import CorpusError
 from salmonn_hf.data.sources import Source
 from salmonn_hf.model.audio import load_audio
-from salmonn_hf.training.trainer import load_speech
 
 SCRIPT = runpy.run_path(str(Path(__file__).resolve().parents[2] / "training" / "prepare_data.py"))
 main, prepare, PrepareArguments = SCRIPT["main"], SCRIPT["prepare"], SCRIPT["PrepareArguments"]
@@ -58,7 +58,7 @@ def test_index_loads_for_training_and_the_report_says_what_is_in_it(librispeech,
         "libri.png",
     ]
 
-    speech = load_speech([str(output)])
+    speech = parquet_rows([str(output)], "text")
     assert speech["text"][:] == ["go on", "go on go"]
     chapter = librispeech / "dev-clean" / "84" / "121"
     assert speech[0]["audio"] == {"bytes": None, "path": str(chapter / "84-121-0000.flac")}
@@ -152,7 +152,7 @@ def test_embedded_parts_of_long_files(tmp_path):
     file = write(tmp_path / "train_data" / "1.wav", 31.5, rate=44100)
     output = tmp_path / "music.parquet"
     main(["musicnet", str(tmp_path), "--output", str(output), "--embed"])
-    speech = load_speech([str(output)])
+    speech = parquet_rows([str(output)], "text")
     assert speech["text"][:] == ["Classical music for solo cello, in which the cello can be heard."] * 2
     clips = [load_audio(row["audio"]) for row in speech]
     assert [len(clip) for clip in clips] == [30 * 16000, 16000]
@@ -179,7 +179,7 @@ def test_damaged_clips_are_dropped_when_they_are_decoded(tmp_path):
     annotation = write_annotation(tmp_path / "a.json", entries)
     output = tmp_path / "x.parquet"
     main(["annotation", annotation, "--prefix", str(tmp_path), "--output", str(output), "--embed"])
-    assert load_speech([str(output)])["text"][:] == ["a", "c"]
+    assert parquet_rows([str(output)], "text")["text"][:] == ["a", "c"]
     assert f"{tmp_path / 'b.flac'}\tdamaged\t" in output.with_suffix(".dropped.tsv").read_text()
 
 

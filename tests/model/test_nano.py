@@ -19,9 +19,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("online")]
 @pytest.fixture(scope="module")
 def speech(shared_data):
     from salmonn_hf import load_audio
-    from salmonn_hf.training.trainer import load_speech
+    from salmonn_hf.data.clip_parquet import parquet_rows
 
-    data = load_speech([str(shared_data / "speech" / "bass-test.parquet")])
+    data = parquet_rows([str(shared_data / "speech" / "bass-test.parquet")], "text")
     return [load_audio(clip) for clip in data["audio"]], data["text"]
 
 

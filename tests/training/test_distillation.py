@@ -1,13 +1,14 @@
-"""Transcripts learnt from a teacher, beside other tasks learnt from their text."""
+"""Transcripts learned from a teacher, beside other tasks learned from their text."""
 
 import pytest
 import torch
 from conftest import noise, tiny_model, tiny_processor
 from torch.nn import functional as F
 
-from salmonn_hf.data.encoder_features import encode_clips, pad_clips
+from salmonn_hf.data.collator import ClipCollator
+from salmonn_hf.training.arguments import SalmonnTrainingArguments
 from salmonn_hf.training.distillation import DistillingTrainer
-from salmonn_hf.training.trainer import ClipCollator, SalmonnTrainingArguments, freeze_base_parts
+from salmonn_hf.training.freezing import freeze_base_parts
 
 TASKS = ["asr", "audiocaption", "asr_noise", "asr"]
 TEXTS = ["read the card", "a dog", "it is a long way from here", "yes"]
@@ -15,12 +16,13 @@ TEXTS = ["read the card", "a dog", "it is a long way from here", "yes"]
 
 def lora_model(seed: int):
     torch.manual_seed(seed)
-    model = tiny_model().eval()
+    model = tiny_model()
     model.add_lora({"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "up_proj"]})
     for name, parameter in model.named_parameters():
         if ".lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    return model
+    freeze_base_parts(model, freeze_speech_parts=True)
+    return model.eval()
 
 
 @pytest.fixture
@@ -41,17 +43,15 @@ def batch(trainer, texts, tasks=TASKS):
         clip = features([noise(0.5 + 0.4 * seed, seed)], return_tensors="pt")
         clip = {"input_features": clip["input_features"][0]}
         examples.append({"clip": clip, "messages": None, "task": task, "text": text, "seconds": 1.0})
-    collated = trainer.data_collator(examples)
-    frames = pad_clips(encode_clips(trainer.model, collated["clips"], None))
-    inputs = {name: collated[name] for name in ("input_ids", "attention_mask", "labels")} | frames
-    return inputs | {"distilled": torch.tensor([task.startswith("asr") for task in collated["tasks"]])}
+    return trainer.data_collator(examples)
 
 
 def test_loss_is_the_teachers_divergence_and_the_texts(teacher, tmp_path):
     """Row by row, against each model's own logits without padding."""
     model = lora_model(2)
     trainer = trainer_of(model, teacher, tmp_path)
-    inputs = batch(trainer, TEXTS)
+    collated = batch(trainer, TEXTS)
+    inputs = trainer.encode(collated)
     expected = 0.0
     for row in range(4):
         real = inputs["attention_mask"][row].bool()
@@ -66,13 +66,13 @@ def test_loss_is_the_teachers_divergence_and_the_texts(teacher, tmp_path):
             expected += (of_teacher.exp() * (of_teacher - own)).sum()
         else:
             expected += F.nll_loss(own, labels[before + 1], reduction="sum")
-    loss = trainer.compute_loss(model, inputs, num_items_in_batch=torch.tensor(10))
+    loss = trainer.compute_loss(model, collated, num_items_in_batch=torch.tensor(10))
     torch.testing.assert_close(loss, expected / 10, rtol=1e-4, atol=1e-5)
     assert loss > 0.1
 
 
 def test_no_loss_where_the_teacher_is_matched(teacher, tmp_path):
-    """Whatever the transcripts say: they are not learnt."""
+    """Whatever the transcripts say: nothing is learned from them."""
     model = lora_model(1)
     trainer = trainer_of(model, teacher, tmp_path)
     inputs = batch(trainer, ["a", "b c", "d", "e"], ["asr"] * 4)
@@ -87,8 +87,8 @@ def test_a_batch_without_a_clip_adds_nothing(teacher, tmp_path):
     assert loss.item() == 0
 
 
-def test_what_reads_words_stays_as_it_is():
+def test_everything_from_the_frames_to_the_words_stays_as_it_is():
     model = lora_model(2)
-    freeze_base_parts(model, keep_words=True)
+    freeze_base_parts(model, freeze_speech_parts=True)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained and all(".lora_" in name for name in trained)

@@ -16,12 +16,14 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import FullyShardedDataParallelPlugin
 from conftest import tiny_model
 from safetensors.torch import load_file
-from test_training import ROOT, history, parts, run, stage1_recipe, stage2_recipe  # noqa: F401
+from test_training import ROOT, history, parts, run, stage1_recipe, stage2_recipe, write_parquet  # noqa: F401
 from transformers import AutoModel
 
 from salmonn_hf import SalmonnForConditionalGeneration
-from salmonn_hf.training.sharding import choose_what_is_sharded
-from salmonn_hf.training.trainer import SalmonnTrainingArguments, last_checkpoint
+from salmonn_hf.training.arguments import SalmonnTrainingArguments
+from salmonn_hf.training.checkpoints import last_checkpoint
+from salmonn_hf.training.freezing import freeze_base_parts
+from salmonn_hf.training.sharding import choose_what_is_sharded, hide_whole_parts
 
 CONFIGS = ROOT / "training" / "accelerate_configs"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -90,6 +92,18 @@ def test_fsdp_settings_that_cannot_work_are_refused():
             choose_what_is_sharded(accelerator, tiny_model())
 
 
+def test_lora_in_an_encoder_that_is_not_sharded_is_refused():
+    """Each process would train an adapter of its own."""
+    model = tiny_model()
+    model.add_lora({"r": 2, "target_modules": ["q_proj"]}, "audio_tower")
+    freeze_base_parts(model)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), device="cpu")
+    for shard in (choose_what_is_sharded, hide_whole_parts):
+        with pytest.raises(ValueError, match="LoRA in the speech encoder cannot be trained with FSDP or DeepSpeed"):
+            shard(accelerator, model)
+
+
 def test_models_are_loaded_whole_under_deepspeed(tmp_path):
     """Under zero.Init, which transformers would load them in, they cannot be put together from base parts."""
     from transformers.integrations import deepspeed
@@ -116,6 +130,7 @@ def test_two_processes_under_deepspeed_zero_3_train_as_one(parts, tmp_path, monk
     run("run_stage1.py", first, tmp_path, monkeypatch)
     settings = {"lora_dropout": 0.0, "ctc_loss_weight": 0.3, "joined_clips": 0, "per_device_train_batch_size": 2}
     settings |= {"max_steps": 10, "save_steps": 5, "eval_steps": 5, "masked_frames": 0.2, "feature_cache": ""}
+    settings["per_device_eval_batch_size"] = 3  # of four clips: the second process has a batch of one
     alone = stage2_recipe(parts, tmp_path / "alone", tmp_path / "first", gradient_accumulation_steps=2, **settings)
     run("run_stage2.py", alone, tmp_path, monkeypatch)
 
@@ -171,6 +186,7 @@ def test_two_processes_that_share_the_model_out_train_as_one(parts, tmp_path, mo
     run("run_stage1.py", first, tmp_path, monkeypatch)
     settings = {"lora_dropout": 0.0, "ctc_loss_weight": 0.3, "joined_clips": 0, "per_device_train_batch_size": 2}
     settings |= {"max_steps": 10, "save_steps": 5, "eval_steps": 5, "masked_frames": 0.2}
+    settings["per_device_eval_batch_size"] = 1  # of four clips: of two processes each has two
     alone = stage2_recipe(parts, tmp_path / "alone", tmp_path / "first", gradient_accumulation_steps=2, **settings)
     run("run_stage2.py", alone, tmp_path, monkeypatch)
 
@@ -191,7 +207,11 @@ def test_two_processes_that_share_the_model_out_train_as_one(parts, tmp_path, mo
     losses = [[entry["loss"] for entry in history(tmp_path / name) if "loss" in entry] for name in ("alone", "two")]
     assert len(losses[0]) == 10
     np.testing.assert_allclose(losses[0], losses[1], atol=1e-3)
-    assert [entry["step"] for entry in history(tmp_path / "two") if "eval_wer" in entry] == [5, 10]
+    evaluations = [
+        [(entry["step"], entry["eval_wer"]) for entry in history(tmp_path / name) if "eval_wer" in entry]
+        for name in ("alone", "two")
+    ]
+    assert [step for step, _ in evaluations[0]] == [5, 10] and evaluations[0] == evaluations[1]
 
     # What is saved is what one process saves.
     start = load_file(tmp_path / "first" / "model.safetensors")
@@ -243,3 +263,80 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_accumulation(parts,
     assert len(losses[0]) == 6
     np.testing.assert_allclose(losses[0], losses[1], atol=1e-3)
     assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == 6
+
+
+# Runs a training script, and writes which clips each process answers in each evaluation, and what it makes of all.
+EVALUATION_PROBE = """
+import json, runpy, sys
+from pathlib import Path
+from salmonn_hf.training import evaluation
+from salmonn_hf.training.trainer import SalmonnTrainer
+
+answered, evaluations = [], []
+answer, evaluate = evaluation.answer_segments, SalmonnTrainer.evaluate
+
+def answer_segments(model, collator, dataset, segments, *args, **kwargs):
+    answered.extend(segment.clip for segment in segments)
+    return answer(model, collator, dataset, segments, *args, **kwargs)
+
+def evaluate_and_write(trainer, *args, **kwargs):
+    answered.clear()
+    metrics = evaluate(trainer, *args, **kwargs)
+    texts = [answer.text for answer in trainer.answers(trainer.eval_dataset)]
+    evaluations.append({"answered": answered[: len(answered) // 2], "metrics": metrics, "texts": texts})
+    file = Path(trainer.args.output_dir, f"evaluations-{trainer.args.process_index}.json")
+    file.write_text(json.dumps(evaluations))
+    return metrics
+
+evaluation.answer_segments, SalmonnTrainer.evaluate = answer_segments, evaluate_and_write
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_clips_to_evaluate(parts, tmp_path, monkeypatch):  # noqa: F811
+    """Each clip is answered once, by one of them, and both have the metrics that one process has."""
+    run("run_stage1.py", stage1_recipe(parts, tmp_path / "first"), tmp_path, monkeypatch)
+    write_parquet(tmp_path / "eval.parquet", 7, seed=300)
+    probe, recipe = tmp_path / "probe.py", tmp_path / "recipe.yaml"
+    probe.write_text(EVALUATION_PROBE)
+    evaluations = {}
+    for processes in (1, 2):
+        output = tmp_path / f"by-{processes}"
+        settings = {"learning_rate": 0.0, "max_steps": 1, "save_steps": 1, "eval_steps": 1}
+        settings |= {"eval_file": str(tmp_path / "eval.parquet"), "per_device_eval_batch_size": 3}
+        recipe.write_text(yaml.safe_dump(stage2_recipe(parts, output, tmp_path / "first", **settings)))
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        command += ["--master_port", "29519", str(probe), str(ROOT / "training" / "run_stage2.py"), str(recipe)]
+        result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-3000:]
+        files = [output / f"evaluations-{index}.json" for index in range(processes)]
+        evaluations[processes] = [json.loads(file.read_text()) for file in files]
+    ((during, behind),) = evaluations[1]
+    assert sorted(during["answered"]) == list(range(7)) and any(during["texts"])
+    for first, second in zip(*evaluations[2], strict=True):
+        assert len(first["answered"]) == 4 and len(second["answered"]) == 3  # batches of 3, 3 and 1
+        assert sorted(first["answered"] + second["answered"]) == list(range(7))
+    for alone, *together in zip((during, behind), *evaluations[2], strict=True):
+        for shared in together:
+            assert shared["texts"] == alone["texts"]
+            assert shared["metrics"]["eval_wer"] == alone["metrics"]["eval_wer"]
+
+
+@pytest.mark.slow
+def test_the_alignment_loss_is_a_mean_however_its_targets_are_counted(parts, tmp_path, monkeypatch):  # noqa: F811
+    """Over the targets of all processes, or, as `average_tokens_across_devices` says, over those of each."""
+    losses = {}
+    for average in (True, False):
+        recipe = stage1_recipe(parts, tmp_path / str(average), learning_rate=0.0, qformer_dropout=0.0, max_steps=2)
+        recipe |= {"joined_clips": 0, "eval_strategy": "no", "average_tokens_across_devices": average}
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29521"]
+        command += [str(ROOT / "training" / "run_stage1.py"), str(path)]
+        result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-3000:]
+        losses[average] = [entry["loss"] for entry in history(tmp_path / str(average)) if "loss" in entry]
+    np.testing.assert_allclose(losses[True], losses[False], rtol=0.2)
+    assert losses[True] != losses[False]

@@ -3,8 +3,6 @@
 import pytest
 import torch
 from conftest import noise, tiny_model, tiny_processor
-from salmonn_hf.training.freezing import freeze_base_parts
-from salmonn_hf.training.initialization import start_sound_summary
 from test_clip_dataset import dataset, table
 from test_quantized_layers import QLORA, gradients, qlora_model
 from test_sound_summary import embeds_of, let_kinds_be, sound_model
@@ -12,6 +10,8 @@ from test_whisper_projector import frames_of
 from transformers import AutoModel
 
 from salmonn_hf.data.streamed_clips import StreamedClips
+from salmonn_hf.training.freezing import freeze_base_parts
+from salmonn_hf.training.initialization import start_sound_summary
 
 
 def test_the_language_models_loss_reaches_the_marker_alone(monkeypatch):

@@ -9,8 +9,8 @@ from transformers import TrainingArguments
 
 from salmonn_hf.data.arguments import DataArguments
 from salmonn_hf.data.augmentation import Augmentation
+from salmonn_hf.training.arguments import SalmonnTrainingArguments
 from salmonn_hf.training.recipe import parse_recipe
-from salmonn_hf.training.trainer import SalmonnTrainingArguments
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -67,7 +67,7 @@ def test_contradictions_are_refused(tmp_path, recipe, message):
 
 def test_the_command_line_overrides_what_contradicts_it(tmp_path):
     recipe = write(tmp_path, "num_train_epochs: 2\nmax_steps: null\nfp16: false\nbf16: true\n")
-    arguments, training = parse_recipe((Arguments, TrainingArguments), [recipe, "--max_steps", "5"])
+    _, training = parse_recipe((Arguments, SalmonnTrainingArguments), [recipe, "--max_steps", "5"])
     assert (training.max_steps, training.num_train_epochs, training.bf16) == (5, 3.0, True)
 
 

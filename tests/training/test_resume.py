@@ -18,7 +18,7 @@ from test_training import ROOT, parts, stage1_recipe, stage2_recipe  # noqa: F40
 
 # Processes that have the imports behind them, and never ran anything.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["datasets", "salmonn_hf.data.arguments", "salmonn_hf.training.trainer"])
+CONTEXT.set_forkserver_preload(["datasets", "salmonn_hf.data.arguments", "salmonn_hf.training.stage"])
 
 
 def train(recipe, kill_at=None, script="run_stage1.py"):

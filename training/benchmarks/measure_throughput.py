@@ -20,12 +20,12 @@ import yaml
 from transformers import HfArgumentParser
 
 REFERENCE = {
-    "pad_to_30_seconds": True,
-    "window_frames": 17,
-    "window_stride": 17,
-    "queries_per_window": 1,
-    "frame_mlp_size": 0,
-    "speech_decoder_layers": 0,
+    "projector_config": {  # SALMONN's
+        "model_type": "salmonn_window_qformer",
+        "pad_to_30_seconds": True,
+        "window_position_embeddings": True,
+        "output_norm": True,
+    },
     "encoder_dtype": "float32",
     "train_sampling_strategy": "random",
     "feature_cache": "",

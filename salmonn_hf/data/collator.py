@@ -1,0 +1,140 @@
+"""Examples of a dataset to the batches that the trainer takes."""
+
+import json
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch.nn.utils.rnn import pad_sequence
+
+from .clip_dataset import ClipDataset
+from .ctc_vocabulary import ctc_text, ctc_tokenizer
+from .encoder_features import num_frames
+from .task_prompts import CAPTION_TASKS, is_transcript
+
+
+class ClipCollator:
+    """
+    Examples of `ClipDataset` to a batch for the trainer:
+
+    - `clips` (`list[dict]`): frames or features, see `encode_clips`; `tasks` (`list[str]`), `seconds` (`float`, of all
+      clips together) and `skipped` (`list[tuple[str, str]]`: path and reason of clips that could not be decoded, which
+      are left out) beside them.
+    - `input_ids`, `attention_mask`, `labels` (`torch.LongTensor` of shape `(clips, tokens)`): prompt and answer,
+      left-padded whatever the tokenizer's padding side, with the answer's end token at the right end, and -100 in
+      place of all but the answer.
+    - `ctc_labels` (`torch.LongTensor` of shape `(clips, tokens)`): transcripts as indices into `ctc_token_ids`, -100
+      padded; `caption_labels`, of the same kind: tokens of captions.
+
+    Should no clip be left, the batch is a moment of silence without any label, and adds nothing to the loss.
+
+    Args:
+        processor ([`SalmonnProcessor`]).
+        ctc_token_ids (`list[int]`): the CTC head's tokens; empty for no `ctc_labels`.
+        ctc_merges (`int`, *optional*): see `ctc_tokenizer`.
+        alignment_only (`bool`): clips and `ctc_labels` alone, as the alignment stage needs them.
+        clips ([`ClipDataset`], *optional*): which makes the examples of [`StreamedClips`].
+        caption_bags (`bool`): `caption_labels` of captions beside the `ctc_labels`; of no use to a model with a
+            [`SalmonnSoundSummary`].
+    """
+
+    def __init__(
+        self,
+        processor,
+        ctc_token_ids: list[int],
+        ctc_merges: int | None = None,
+        alignment_only: bool = False,
+        clips: ClipDataset | None = None,
+        caption_bags: bool = True,
+    ):
+        self.processor, self.clips, self.caption_bags = processor, clips, caption_bags
+        self.ctc_token_ids, self.ctc_merges, self.alignment_only = ctc_token_ids, ctc_merges, alignment_only
+
+    @cached_property
+    def ctc_tokenizer(self) -> Tokenizer:
+        return ctc_tokenizer(self.processor.tokenizer, self.ctc_merges)
+
+    @cached_property
+    def ctc_index(self) -> dict[int, int]:
+        return {token: index for index, token in enumerate(self.ctc_token_ids)}
+
+    def silence(self) -> dict:
+        features = self.processor.feature_extractor([np.zeros(1600, np.float32)], return_tensors="pt")
+        clip = {name: features[name][0] for name in ("input_features", "input_values") if name in features}
+        return {"clip": clip, "messages": None, "task": "asr", "text": None, "seconds": 0.0}
+
+    def __call__(self, examples: list) -> dict:
+        if examples[0] is None:  # which StreamedClips reads over
+            return {}
+        examples = [self.clips.example(*item) if isinstance(item, tuple) else item for item in examples]
+        skipped = [(example["path"], example["skipped"]) for example in examples if "skipped" in example]
+        examples = [example for example in examples if "skipped" not in example] or [self.silence()]
+        batch = {
+            "clips": [example["clip"] for example in examples],
+            "tasks": [example["task"] for example in examples],
+            "seconds": sum(example["seconds"] for example in examples),
+            "skipped": skipped,
+        }
+        if self.ctc_token_ids:
+            batch["ctc_labels"] = pad_sequence(
+                [self.ctc_labels(example["text"] if is_transcript(example["task"]) else None) for example in examples],
+                batch_first=True,
+                padding_value=-100,
+            )
+            described = [self.caption_labels(example) for example in examples] if self.caption_bags else []
+            if any(len(labels) for labels in described):
+                batch["caption_labels"] = pad_sequence(described, batch_first=True, padding_value=-100)
+        if self.alignment_only:
+            return batch
+
+        tokenizer = self.processor.tokenizer
+        prompts = [self.prompt_ids(num_frames(example["clip"]), example["messages"]) for example in examples]
+        answers = [self.answer_ids(example["text"]) for example in examples]
+        rows = [torch.tensor(prompt + answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        labels = [
+            torch.tensor([-100] * len(prompt) + (answer if example["text"] is not None else [-100] * len(answer)))
+            for prompt, answer, example in zip(prompts, answers, examples, strict=True)
+        ]
+        left = {"batch_first": True, "padding_side": "left"}
+        batch["input_ids"] = pad_sequence(rows, padding_value=tokenizer.pad_token_id, **left)
+        batch["attention_mask"] = pad_sequence([torch.ones_like(row) for row in rows], **left)
+        batch["labels"] = pad_sequence(labels, padding_value=-100, **left)
+        return batch
+
+    def prompt_ids(self, frames: int, messages: list[dict] | None = None) -> list[int]:
+        """The tokens of a prompt about one clip of so many encoder frames; `None`: a request for a transcript."""
+        prompt = self._prompt(json.dumps(messages or self.processor.transcription_messages()))
+        audio_tokens = self.processor.audio_token * self.processor.num_audio_tokens(frames)
+        text = prompt.replace(self.processor.audio_token, audio_tokens)
+        return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    @cached_property
+    def _prompt(self):
+        def render(messages: str) -> str:
+            return self.processor.apply_chat_template(json.loads(messages), add_generation_prompt=True, tokenize=False)
+
+        return lru_cache(4096)(render)
+
+    def __getstate__(self):  # for worker processes
+        return {name: value for name, value in self.__dict__.items() if name != "_prompt"}
+
+    def answer_ids(self, text: str | None) -> list[int]:
+        tokenizer = self.processor.tokenizer
+        return tokenizer((text or "").strip(), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+
+    def ctc_labels(self, text: str | None) -> torch.Tensor:
+        if text is None:
+            return torch.zeros(0, dtype=torch.int64)
+        tokens = self.ctc_tokenizer.encode(ctc_text(text), add_special_tokens=False).ids
+        labels = [self.ctc_index[token] for token in tokens if token in self.ctc_index]
+        return torch.tensor(labels, dtype=torch.int64)
+
+    def caption_labels(self, example: dict) -> torch.Tensor:
+        """The tokens of a caption, as it is spelt within a sentence; none of any other answer."""
+        if example["task"] not in CAPTION_TASKS:
+            return torch.zeros(0, dtype=torch.int64)
+        return torch.tensor(self.caption_ids(example["text"]))
+
+    def caption_ids(self, text: str) -> list[int]:
+        return self.processor.tokenizer(" " + text.strip().lower(), add_special_tokens=False)["input_ids"]

@@ -1,0 +1,43 @@
+"""Inputs to calibrate on: prompts with audio and answers, as the model sees them in use."""
+
+import torch
+
+from ..data import task_prompts
+from ..data.clip_audio import read_clip
+from ..data.clip_table import ClipTable
+from ..data.sources import Source
+from ..data.text_choice import row_texts
+
+
+def draw_clips(sources: list[Source], count: int, seed: int) -> list[dict]:
+    """`audio`, `messages` (`None`: a request for a transcript) and `text` of random clips, by the sources' weights."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.tensor([source.weight for source in sources])
+    ends = (count * weights.cumsum(0) / weights.sum()).round().int()
+    shares = ends.diff(prepend=torch.zeros(1, dtype=ends.dtype)).tolist()  # they sum to `count`
+    drawn = []
+    for source, share in zip(sources, shares, strict=True):
+        table = ClipTable(source)
+        for index in torch.randperm(len(table), generator=generator)[:share].tolist():
+            row = table[index]
+            task = source.task or row.get("task")
+            drawn.append(
+                {
+                    "audio": read_clip(row, source.speed),
+                    "messages": task_prompts.messages(task, row.get("question") or "") if task else None,
+                    "text": source.choose_text(row_texts(row)),
+                }
+            )
+    return drawn
+
+
+def prompts_with_answers(processor, examples: list[dict], with_audio: bool = True) -> dict:
+    """The model's inputs for what `draw_clips` gave: for each the prompt with its audio, and its text as answer."""
+    texts = []
+    for example in examples:
+        messages = example["messages"] or processor.transcription_messages()
+        prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        texts.append(prompt + example["text"].strip() + processor.tokenizer.eos_token)
+    if not with_audio:
+        return dict(processor(text=[text.replace(processor.audio_token, "") for text in texts]))
+    return dict(processor(text=texts, audio=[example["audio"] for example in examples]))

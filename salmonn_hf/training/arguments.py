@@ -1,0 +1,113 @@
+"""`TrainingArguments` with the defaults and the settings of [`SalmonnTrainer`]."""
+
+from dataclasses import MISSING, dataclass, field, fields
+
+import torch
+from transformers import TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+SAMPLING = ("group_by_length", "random")
+# What `TrainingArguments` has and this trainer could only ignore.
+REFUSED = {
+    "batch_eval_metrics": "compute_metrics gets all answers at once",
+    "bf16_full_eval": "evaluation runs in the precision of training",
+    "fp16_full_eval": "evaluation runs in the precision of training",
+    "do_predict": "there is no test set in training; the scripts in eval/ measure a checkpoint",
+    "eval_accumulation_steps": "evaluation generates answers and collects no logits",
+    "eval_do_concat_batches": "compute_metrics gets all answers at once",
+    "hub_revision": "a model is pushed to the repository's main branch",
+    "include_for_metrics": "compute_metrics gets answers and references alone",
+    "label_names": "the collator names its labels itself",
+    "label_smoothing_factor": "the losses of the model have none",
+    "length_column_name": "the clips' lengths are their seconds",
+    "liger_kernel_config": "Liger has no kernels for this model",
+    "use_liger_kernel": "Liger has no kernels for this model",
+    "parallelism_config": "clips cannot be split between processes; use DDP, FSDP2 or DeepSpeed",
+    "prediction_loss_only": "evaluation generates answers and computes no loss",
+    "remove_unused_columns": "the collator uses all columns",
+}
+
+
+@dataclass
+class SalmonnTrainingArguments(TrainingArguments):
+    """
+    `TrainingArguments` with what [`SalmonnTrainer`] needs as defaults. `metric_for_best_model`, by which it stops
+    early and chooses the best checkpoint, is "wer" (the default), "cider" or "accuracy", or the same behind "eval_".
+
+    Raises:
+        ValueError: if it should stop early but never evaluates; for an argument that would have no effect.
+    """
+
+    optim: str = field(
+        default="adamw_torch", metadata={"help": "Any optimizer of transformers; its fused AdamW rounds otherwise."}
+    )
+    remove_unused_columns: bool = False
+    hub_strategy: str = field(
+        default="end",
+        metadata={"help": "What --push_to_hub pushes: the final model; 'every_save': each checkpoint too."},
+    )
+    train_sampling_strategy: str = field(
+        default="group_by_length", metadata={"help": "Or 'random': clips of any length in a batch."}
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."}
+    )
+    frame_noise: float = field(
+        default=0.0, metadata={"help": "Noise on the speech encoder's frames, as a share of their deviation."}
+    )
+    ctc_loss_weight: float = field(
+        default=0.1, metadata={"help": "Weight of the CTC loss beside that of the answers; 0: no CTC loss."}
+    )
+    lora_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of LoRA in the language model; default: learning_rate."}
+    )
+    audio_lora_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of LoRA in the speech encoder; default: that of LoRA in the language model."}
+    )
+    pretrained_projector_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of what a projector takes from a pretrained model; default: learning_rate."}
+    )
+
+    @property
+    def data_seed_or_seed(self) -> int:
+        """By which clips are ordered and augmented: `data_seed`, else `seed`, by which new weights are drawn."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """Precision of what is not trained. Processors without bfloat16 take several times as long in it."""
+        return torch.bfloat16 if self.bf16 or self.fp16 else torch.float32
+
+    def __post_init__(self):
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # bf16 is refused on a machine without a GPU unless it is told
+        # Enums, or what they are made from below.
+        named = ("eval_strategy", "save_strategy", "lr_scheduler_type")
+        evaluation, saving, schedule = (str(getattr(getattr(self, n), "value", getattr(self, n))) for n in named)
+        if self.early_stopping_patience is not None:
+            if evaluation == "no":
+                raise ValueError("early_stopping_patience needs evaluations: set eval_strategy, or leave it out.")
+            # A resumed run counts on where it was.
+            self.restore_callback_states_from_checkpoint = True
+            self.load_best_model_at_end = True
+        uses_metric = saving == "best" or schedule in ("reduce_lr_on_plateau", "greedy")
+        if self.metric_for_best_model is None and (uses_metric or self.load_best_model_at_end):
+            self.metric_for_best_model = "wer"
+        if self.greater_is_better is None and self.metric_for_best_model in ("wer", "eval_wer"):
+            self.greater_is_better = False
+        super().__post_init__()
+        # Models are put together from their base parts, which zero.Init cannot do: they are shared out afterwards.
+        unset_hf_deepspeed_config()
+        self.refuse_what_has_no_effect()
+
+    def refuse_what_has_no_effect(self):
+        for argument in fields(self):
+            default = argument.default if argument.default_factory is MISSING else argument.default_factory()
+            value = getattr(self, argument.name)
+            if argument.name in REFUSED and value != default:
+                raise ValueError(
+                    f"{argument.name}={value!r} would have no effect: {REFUSED[argument.name]}. Leave it out."
+                )
+        if self.train_sampling_strategy not in SAMPLING:
+            choices = " or ".join(map(repr, SAMPLING))
+            raise ValueError(f"train_sampling_strategy is {self.train_sampling_strategy!r}; choose {choices}.")
