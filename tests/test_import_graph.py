@@ -31,6 +31,7 @@ ALLOWED = {
     "training": LOWER | ABOVE_DATA | {"data", "base_parts"},
     "inference": ROOMS,
     "cli": ROOMS | {"inference"},
+    "push": {"hub"},  # `python -m salmonn_hf.push`
     "__main__": {"cli"},
     "__init__": LOWER | {"base_parts"},
 }

@@ -46,6 +46,7 @@ def test_captions_that_say_the_same_are_a_cluster():
 def test_fitted_it_tells_new_clips_apart(monkeypatch):
     monkeypatch.setattr("salmonn_hf.training.sound_kinds.FIT_STEPS", 150)
     model, generator = sound_model(), torch.Generator().manual_seed(0)
+    torch.nn.init.zeros_(model.projector.sound_summary.marker)  # as in a new summary
     sounds = torch.randn(3, 2 * model.config.sound_hidden_size, generator=generator)
 
     def clips(count):
