@@ -201,11 +201,12 @@ def processor_from_parts(model, tokenizer, feature_extractor) -> SalmonnProcesso
             "The pipeline needs a processor=, or a tokenizer= and a feature_extractor=. If they should have come with "
             f"the checkpoint '{model.name_or_path}', AutoProcessor.from_pretrained on it says why they did not."
         )
+    projector_config = model.config.projector_config
     settings = {
         "audio_token": tokenizer.convert_ids_to_tokens(model.config.audio_token_id),
-        "window_frames": model.config.projector_config.window_frames,
-        "window_stride": model.config.projector_config.window_stride,
-        "queries_per_window": model.config.projector_config.queries_per_window,
+        "window_frames": projector_config.window_frames,
+        "window_stride": projector_config.window_stride,
+        "queries_per_window": projector_config.queries_per_window,
     }
     if model.name_or_path:
         saved, _ = SalmonnProcessor.get_processor_dict(model.name_or_path)

@@ -43,7 +43,7 @@ def with_pauses(*seconds):
 def checkpoint(tmp_path_factory):
     """A model that never ends its answer by itself, and a processor with a setting of its own."""
     directory = tmp_path_factory.mktemp("checkpoint")
-    model = tiny_model()
+    model = tiny_model(seed=1)
     model.generation_config.eos_token_id = None
     model.save_pretrained(directory)
     processor = tiny_processor()
