@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_config, tiny_model
 from transformers import AutoModel, WhisperForConditionalGeneration
 
-from salmonn_hf.model.whisper_projector import shared_tokens
+from salmonn_hf.model.configuration_whisper_projector import shared_tokens
 
 
 def fill_token_ids(model, seed=0):

@@ -37,7 +37,7 @@ from salmonn_hf.base_parts.package_registry import fetch_package
 from salmonn_hf.base_parts.registry_copies import cache_root
 from salmonn_hf.data.clip_parquet import write_clips
 from salmonn_hf.model.audio import SAMPLING_RATE
-from salmonn_hf.model.whisper_projector import shared_tokens
+from salmonn_hf.model.configuration_whisper_projector import shared_tokens
 
 # ----------------------------------------------------------------------------------------------------------- voices
 
