@@ -30,7 +30,8 @@ class SpeechEncoderArguments:
         metadata={"help": "Rank of a new LoRA adapter in all layers of the speech encoder; default: none."},
     )
     sound_layers: list[int] | None = field(
-        default=None, metadata={"help": "Layers of the speech encoder that hear sounds, in place of a sound encoder."}
+        default=None,
+        metadata={"help": "Layers of the speech encoder that sounds are taken from, in place of a sound encoder."},
     )
     sound_summary_size: int = field(
         default=128,
