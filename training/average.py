@@ -1,4 +1,4 @@
-"""Average checkpoints that one recipe made from the same start: one model, as fast as each, that reads better.
+"""Average checkpoints that one recipe made from the same start: one model, as fast as each, with fewer errors.
 
 accelerate launch training/run_stage2.py training/recipes/nano/stage2.yaml --output_dir runs/a
 accelerate launch training/run_stage2.py training/recipes/nano/stage2.yaml --output_dir runs/b --data_seed 11

@@ -1,6 +1,6 @@
 """
 Stage 2, instruction tuning: Q-Former, projection and a LoRA adapter in the language model learn to answer, with the
-loss on the answer only and the alignment loss of stage 1 kept on with a small weight.
+loss on the answer only and the alignment loss of stage 1 beside it with a small weight.
 
     accelerate launch training/run_stage2.py training/recipes/nano/stage2.yaml
     accelerate launch training/run_stage2.py training/recipes/nano/stage2.yaml --learning_rate 1e-4

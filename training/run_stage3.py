@@ -6,8 +6,8 @@ many steps on them, bring that back (SALMONN, https://arxiv.org/abs/2310.13289: 
     accelerate launch training/run_stage3.py training/recipes/small/stage3.yaml
 
 The sources need a task of long answers, such as audio_story_telling; what they have as text is not used. The answers
-are kept in `output_dir` as stories.parquet. The same command goes on from the last checkpoint there. The same knob at
-inference:
+are written to `output_dir` as stories.parquet. The same command goes on from the last checkpoint there. The same
+factor at inference:
 
     from peft.helpers import rescale_adapter_scale
 

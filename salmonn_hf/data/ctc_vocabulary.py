@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 
 def ctc_text(text: str) -> str:
-    """A transcript as the CTC head spells it: what is heard, so no case and no punctuation but the apostrophe."""
+    """A transcript as the CTC head spells it: without case, and without punctuation but the apostrophe."""
     return " " + " ".join(re.sub(r"[^\w' ]+", " ", text.lower().replace("’", "'")).split())
 
 

@@ -11,8 +11,8 @@ def average_checkpoints(names: list[str]) -> SalmonnForConditionalGeneration:
     """
     A model whose trained tensors are the means of several checkpoints', a "model soup" (Wortsman et al., 2022,
     https://arxiv.org/abs/2203.05482). They must have begun with the same weights, LoRA's random ones included, and
-    differ in the order and augmentation of their data alone (`data_seed`); means of others read worse than each. Of
-    LoRA the two factors are averaged, which keeps its rank.
+    differ in the order and augmentation of their data alone (`data_seed`); means of others have more errors than each.
+    Of LoRA the two factors are averaged, which keeps its rank.
 
     Args:
         names (`list[str]`): directories or hub names, in any precision; the mean is taken in float32 and has the

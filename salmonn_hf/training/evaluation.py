@@ -181,8 +181,8 @@ def join_segments(segments: list[Segment], texts: dict[int, str | None], clips: 
     for clip, answer in clips.items():
         found = [text for _, text in sorted(parts[clip], key=lambda part: part[0])]
         if None not in found:
-            whole = [" ".join(text.split()) for text in found]
-            answers.append(replace(answer, text=" ".join(text for text in whole if text)))
+            words = [word for text in found for word in text.split()]
+            answers.append(replace(answer, text=" ".join(words)))
     return answers
 
 

@@ -19,7 +19,7 @@ SPEECH_SHARE = 0.1  # of transcribed clips, among those that a sound summary is 
 
 
 def encoded_examples(model, dataset: ClipDataset, clips: int, seed: int = 0) -> list[tuple[dict, dict]]:
-    """The encoders' frames of random clips, see `encode_clips`, with their examples; of whole clips alone."""
+    """The encoders' frames of random clips that can be decoded, see `encode_clips`, with their examples."""
     chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:clips].tolist()
     examples = [example for index in chosen if "clip" in (example := dataset[index])]
     return [(encode_clips(model, [example["clip"]], dataset.cache)[0], example) for example in examples]
@@ -63,8 +63,8 @@ def start_sound_summary(model, dataset: ClipDataset, collator: ClipCollator, see
     captioned = [index for index, task in enumerate(tasks) if task in CAPTION_TASKS]
     if not captioned:
         raise ValueError(
-            "To hear sounds, a model is first fitted to all captions of its training set, but none of its sources has "
-            "a caption task without streaming; add one, or start from a checkpoint that hears sounds."
+            "For sounds, a model is first fitted to all captions of its training set, but none of its sources has "
+            "a caption task without streaming; add one, or start from a checkpoint with sounds."
         )
     spoken = [index for index, task in enumerate(tasks) if is_transcript(task)]
     order = torch.randperm(len(spoken), generator=torch.Generator().manual_seed(seed))

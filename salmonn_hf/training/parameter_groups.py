@@ -45,7 +45,7 @@ def parameter_groups(model, args, learning_rate: float, weight_decay: float) -> 
 def optimizer_of(trainer) -> tuple[type, dict] | None:
     """
     Class and arguments of the optimizer that `--optim` or `optimizer_cls_and_kwargs` names, our parameter groups among
-    them, as `Trainer.create_optimizer` takes them. `None` for one that was given whole.
+    them, as `Trainer.create_optimizer` takes them. `None` for an optimizer object that was given.
 
     Raises:
         ValueError: where the optimizer makes its own groups, so that the rates of single kinds would be lost.

@@ -1,4 +1,4 @@
-"""FSDP2 and DeepSpeed ZeRO-3 for SALMONN: what is sharded, and what stays whole on every process."""
+"""FSDP2 and DeepSpeed ZeRO-3 for SALMONN: what is sharded, and what each process keeps in full."""
 
 import os
 from contextlib import contextmanager
@@ -29,7 +29,7 @@ def choose_what_is_sharded(accelerator: Accelerator, model):
     """
     Shard the language model's layers one by one, and the rest of what is trained together.
 
-    Encoders and token embeddings, which are frozen, stay whole: each process encodes other clips, and not those that
+    Encoders and token embeddings, which are frozen, are not: each process encodes other clips, and not those that
     the cache holds, so they cannot wait for one another there; and the CTC head reads rows of the embeddings.
     Parameters are gathered in their own precision, as autocast wants them on one process too: what is trained is
     float32, the rest bfloat16.
@@ -49,19 +49,19 @@ def choose_what_is_sharded(accelerator: Accelerator, model):
     check_encoders_are_frozen(model)
     if plugin.transformer_cls_names_to_wrap is None:
         plugin.transformer_cls_names_to_wrap = list(model.language_model._no_split_modules)
-    plugin.ignored_modules = [module.to(accelerator.device) for module in whole_parts(model)]
+    plugin.ignored_modules = [module.to(accelerator.device) for module in unsharded_parts(model)]
     plugin.mixed_precision_policy = None
     shape_for_sharding(model)
 
 
-def whole_parts(model) -> list[nn.Module]:
+def unsharded_parts(model) -> list[nn.Module]:
     parts = [getattr(model, name) for name in ("audio_tower", "sound_tower") if hasattr(model, name)]
     parts += [getattr(model.projector, name) for name in model.projector.config.base_parts]
     return [*parts, model.get_input_embeddings()]
 
 
 def check_encoders_are_frozen(model):
-    if any(parameter.requires_grad for part in whole_parts(model) for parameter in part.parameters()):
+    if any(parameter.requires_grad for part in unsharded_parts(model) for parameter in part.parameters()):
         raise ValueError(
             "LoRA in the speech encoder cannot be trained with FSDP or DeepSpeed, which leave the encoders to each "
             "process; leave audio_lora_r out, set freeze_encoder_lora, or train with DDP."
@@ -102,7 +102,7 @@ def shaped_as_unsharded(state_dict: dict) -> dict:
 
 
 @contextmanager
-def whole_parameters(accelerator: Accelerator, model):
+def unsharded_parameters(accelerator: Accelerator, model):
     """
     Every process has all of a sharded model's parameters, for calls of its parts outside `forward` and for generation,
     which would otherwise gather each layer anew for each token.
@@ -124,21 +124,21 @@ def whole_parameters(accelerator: Accelerator, model):
         part.reshard()
 
 
-def hide_whole_parts(accelerator: Accelerator, model):
+def hide_unsharded_parts(accelerator: Accelerator, model):
     """
-    DeepSpeed shares out, and asks after, every module of a model. What stays whole, and an LM head tied to the
+    DeepSpeed shares out, and asks after, every module of a model. What is not sharded, and an LM head tied to the
     embeddings, are from here on attributes of their places that are no modules of these.
     """
     check_encoders_are_frozen(model)
     shape_for_sharding(model)
-    whole = whole_parts(model)
+    unsharded = unsharded_parts(model)
     if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
-        whole.append(model.get_output_embeddings())
+        unsharded.append(model.get_output_embeddings())
     model.hidden = [
         (parent, name, part)
         for parent in model.modules()
         for name, part in parent.named_children()
-        if any(part is other for other in whole)
+        if any(part is other for other in unsharded)
     ]
     for parent, name, part in model.hidden:
         delattr(parent, name)
@@ -146,7 +146,7 @@ def hide_whole_parts(accelerator: Accelerator, model):
 
 
 def gathered_state_dict(model) -> dict:
-    """The whole state dict, on every process, of a model whose parameters DeepSpeed has shared out."""
+    """The full state dict, on every process, of a model whose parameters DeepSpeed has shared out."""
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(list(model.parameters())):

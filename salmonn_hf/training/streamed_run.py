@@ -8,7 +8,7 @@ from ..data.streamed_clips import StreamedClips
 
 class StreamedRun(torch.utils.data.IterableDataset):
     """
-    A stream as the one epoch of a whole run, so that `Trainer` counts its steps, and does not begin another epoch when
+    A stream as the one epoch of a run, so that `Trainer` counts its steps, and does not begin another epoch when
     a run that has ended is started again.
 
     Args:

@@ -26,9 +26,9 @@ from .sharding import (
     NameAsUnsharded,
     choose_what_is_sharded,
     gather_as_unsharded,
-    hide_whole_parts,
+    hide_unsharded_parts,
     shard_on_cpus,
-    whole_parameters,
+    unsharded_parameters,
 )
 from .streamed_run import SkipTrainedClips, StreamedRun
 
@@ -73,7 +73,7 @@ class SalmonnTrainer(Trainer):
             choose_what_is_sharded(self.accelerator, self.model)
             self.add_callback(NameAsUnsharded)
         if self.is_deepspeed_enabled:
-            hide_whole_parts(self.accelerator, self.model)
+            hide_unsharded_parts(self.accelerator, self.model)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             gather_as_unsharded(self.accelerator, self.model)
         self.optimizer_cls_and_kwargs = optimizer_of(self)
@@ -254,7 +254,7 @@ class SalmonnTrainer(Trainer):
         dtypes = {parameter.dtype for parameter in model.parameters()} | {model.audio_tower.dtype}
         autocast = self.accelerator.autocast if len(dtypes) > 1 else contextlib.nullcontext
         texts = []
-        with whole_parameters(self.accelerator, self.model):
+        with unsharded_parameters(self.accelerator, self.model):
             for turn in range(0, len(batches), processes):
                 number = turn + self.args.process_index
                 if number >= len(batches) and not self.is_deepspeed_enabled:

@@ -23,7 +23,7 @@ from salmonn_hf import SalmonnForConditionalGeneration
 from salmonn_hf.training.arguments import SalmonnTrainingArguments
 from salmonn_hf.training.checkpoints import last_checkpoint
 from salmonn_hf.training.freezing import freeze_base_parts
-from salmonn_hf.training.sharding import choose_what_is_sharded, hide_whole_parts
+from salmonn_hf.training.sharding import choose_what_is_sharded, hide_unsharded_parts
 
 CONFIGS = ROOT / "training" / "accelerate_configs"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -99,7 +99,7 @@ def test_lora_in_an_encoder_that_is_not_sharded_is_refused():
     freeze_base_parts(model)
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
     accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), device="cpu")
-    for shard in (choose_what_is_sharded, hide_whole_parts):
+    for shard in (choose_what_is_sharded, hide_unsharded_parts):
         with pytest.raises(ValueError, match="LoRA in the speech encoder cannot be trained with FSDP or DeepSpeed"):
             shard(accelerator, model)
 
