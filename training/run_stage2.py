@@ -17,7 +17,7 @@ import torch
 from salmonn_hf import SalmonnConfig, SalmonnForConditionalGeneration, SalmonnProcessor
 from salmonn_hf.data.collator import ClipCollator
 from salmonn_hf.model.lora import cut_lora_rank, encoder_lora
-from salmonn_hf.model.quantizer_salmonn import SalmonnQuantizationConfig, quantize_in_place
+from salmonn_hf.model.quantizer_salmonn import quantize_in_place, set_quantized_parts
 from salmonn_hf.training.distillation import DistillingTrainer
 from salmonn_hf.training.freezing import freeze_base_parts
 from salmonn_hf.training.initialization import start_sound_summary
@@ -77,7 +77,7 @@ def load_model(args: ModelArguments, projector: dict, dtype: torch.dtype) -> Sal
     if rounded or "language_model" in stored:
         dtype = torch.bfloat16
     if rounded and "language_model" in (config.base_parts or {}):
-        config.quantization_config = SalmonnQuantizationConfig(stored | rounded)  # rounded while it is loaded
+        set_quantized_parts(config, stored | rounded)  # rounded while it is loaded
     model = SalmonnForConditionalGeneration.from_pretrained(
         args.model_name_or_path,
         config=config,

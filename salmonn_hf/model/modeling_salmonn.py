@@ -110,6 +110,8 @@ class SalmonnPreTrainedModel(PreTrainedModel):
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
         if not isinstance(config, SalmonnConfig):
             config = SalmonnConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+        if hasattr(settings := getattr(config, "quantization_config", None), "to_dict"):
+            config.quantization_config = settings.to_dict()  # a loaded model has the object, the loader takes a dict
         check_weight_files(pretrained_model_name_or_path)
         if not config.base_parts:
             with_report = kwargs.pop("output_loading_info", False)

@@ -107,7 +107,16 @@ if METHOD not in AUTO_QUANTIZER_MAPPING:  # the package and a checkpoint's own c
 def quantize_in_place(model: nn.Module, parts: dict[str, dict]):
     """[`quantize_parts`], noted in the model's config beside what was quantised before."""
     quantize_parts(model, parts)
-    model.config.quantization_config = SalmonnQuantizationConfig(model.config.quantized_parts | parts)
+    set_quantized_parts(model.config, model.config.quantized_parts | parts)
+
+
+def set_quantized_parts(config, parts: dict[str, dict]):
+    """Note in a config which parts of its model are quantised, see [`SalmonnQuantizationConfig`]; none: that none is."""
+    if parts:
+        settings = SalmonnQuantizationConfig(parts, config.library_quantization)
+        config.quantization_config = settings.to_dict()  # as from_pretrained expects it in a config
+    elif hasattr(config, "quantization_config"):
+        del config.quantization_config
 
 
 __all__ = ["SalmonnQuantizationConfig", "SalmonnQuantizer"]

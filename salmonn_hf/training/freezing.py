@@ -1,7 +1,7 @@
 """What is trained, and what stays as it is."""
 
 from ..model.quantized_layers import dequantize_linears
-from ..model.quantizer_salmonn import SalmonnQuantizationConfig
+from ..model.quantizer_salmonn import set_quantized_parts
 
 
 def freeze_base_parts(
@@ -33,7 +33,7 @@ def freeze_base_parts(
     if trained_parts:
         dequantize_linears(projector)
         rest = {part: settings for part, settings in parts.items() if part not in trained_parts}
-        model.config.quantization_config = SalmonnQuantizationConfig(rest)
+        set_quantized_parts(model.config, rest)
     model.requires_grad_(False)
     for name, parameter in model.named_parameters():
         is_trained = trained and name.startswith(trained) and not (frozen and name.startswith(frozen))

@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_config, tiny_model
 from transformers import AutoModel
 
-from salmonn_hf.model.quantized_layers import quantize_parts
+from salmonn_hf.model.quantizer_salmonn import quantize_in_place
 from salmonn_hf.training.averaging import average_checkpoints
 
 
@@ -17,7 +17,7 @@ def checkpoints(tmp_path):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(value)
-            model.ctc_head.token_ids.fill_(7)
+            model.projector.ctc_head.token_ids.fill_(7)
         model.save_pretrained(tmp_path / name)
     return [str(tmp_path / name) for name in "abc"]
 
@@ -26,7 +26,7 @@ def test_the_mean_of_three(checkpoints, tmp_path):
     average_checkpoints(checkpoints).save_pretrained(tmp_path / "mean")
     mean = AutoModel.from_pretrained(tmp_path / "mean")
     assert all((parameter == 3.0).all() for parameter in mean.parameters())
-    assert (mean.ctc_head.token_ids == 7).all()
+    assert (mean.projector.ctc_head.token_ids == 7).all()
 
 
 def test_bfloat16_is_rounded_once(tmp_path):
@@ -34,11 +34,11 @@ def test_bfloat16_is_rounded_once(tmp_path):
     values = [256.0] + [1.0] * 3
     for number, value in enumerate(values):
         model = tiny_model().to(torch.bfloat16)
-        model.connector.proj.weight.data.fill_(value)
+        model.projector.proj.weight.data.fill_(value)
         model.save_pretrained(tmp_path / str(number))
     mean = average_checkpoints([str(tmp_path / str(number)) for number in range(4)])
     assert mean.dtype == torch.bfloat16
-    assert (mean.connector.proj.weight == torch.tensor(64.75).bfloat16()).all()
+    assert (mean.projector.proj.weight == torch.tensor(64.75).bfloat16()).all()
 
 
 def test_one_checkpoint_has_no_mean(checkpoints):
@@ -47,15 +47,15 @@ def test_one_checkpoint_has_no_mean(checkpoints):
 
 
 def test_other_shapes_are_named(checkpoints, tmp_path):
-    tiny_model(tiny_config(window_frames=4, window_stride=4, frame_mlp_size=8)).save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="other and .*a differ in connector.frame_.* other tensors; only"):
+    other = tiny_config(ctc_vocab_size=4, window_frames=4, window_stride=4, frame_mlp_size=8)
+    tiny_model(other).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="other and .*a differ in projector.frame_.* other tensors; only"):
         average_checkpoints([checkpoints[0], str(tmp_path / "other")])
 
 
 def test_quantised_checkpoints_are_refused(checkpoints, tmp_path):
-    model, quantization = tiny_model(), {"connector": {"bits": 8}}
-    quantize_parts(model, quantization)
-    model.config.quantization = quantization
+    model = tiny_model()
+    quantize_in_place(model, {"projector": {"bits": 8}})
     model.save_pretrained(tmp_path / "small")
     with pytest.raises(ValueError, match="small is quantised; take the mean of what it was made from"):
         average_checkpoints([str(tmp_path / "small"), str(tmp_path / "small")])

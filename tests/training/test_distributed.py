@@ -126,7 +126,7 @@ def test_models_are_loaded_whole_under_deepspeed(tmp_path):
 def test_two_processes_under_deepspeed_zero_3_train_as_one(parts, tmp_path, monkeypatch):  # noqa: F811
     """All but what stays whole is in halves, the losses and checkpoints are those of one process, and it resumes."""
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-    first = stage1_recipe(parts, tmp_path / "first", qformer_dropout=0.0, joined_clips=0)
+    first = stage1_recipe(parts, tmp_path / "first", dropout=0.0, joined_clips=0)
     run("run_stage1.py", first, tmp_path, monkeypatch)
     settings = {"lora_dropout": 0.0, "ctc_loss_weight": 0.3, "joined_clips": 0, "per_device_train_batch_size": 2}
     settings |= {"max_steps": 10, "save_steps": 5, "eval_steps": 5, "masked_frames": 0.2, "feature_cache": ""}
@@ -182,7 +182,7 @@ def test_accelerate_launches_one_process_on_a_cpu(parts, tmp_path):  # noqa: F81
 @pytest.mark.slow
 def test_two_processes_that_share_the_model_out_train_as_one(parts, tmp_path, monkeypatch):  # noqa: F811
     """FSDP2 by gloo: the layers are in halves, the losses and checkpoints those of one process, and it resumes."""
-    first = stage1_recipe(parts, tmp_path / "first", qformer_dropout=0.0, joined_clips=0)
+    first = stage1_recipe(parts, tmp_path / "first", dropout=0.0, joined_clips=0)
     run("run_stage1.py", first, tmp_path, monkeypatch)
     settings = {"lora_dropout": 0.0, "ctc_loss_weight": 0.3, "joined_clips": 0, "per_device_train_batch_size": 2}
     settings |= {"max_steps": 10, "save_steps": 5, "eval_steps": 5, "masked_frames": 0.2}
@@ -226,7 +226,7 @@ def test_two_processes_that_share_the_model_out_train_as_one(parts, tmp_path, mo
             torch.testing.assert_close(tensors[1][key], tensor, atol=tolerance, rtol=tolerance)
         loaded = AutoModel.from_pretrained(saved[1], dtype=torch.float32).state_dict()
         assert all(torch.equal(loaded[key], tensor.to(loaded[key].dtype)) for key, tensor in tensors[1].items())
-    key = "connector.proj.weight"
+    key = "projector.proj.weight"
     assert (start[key] - loaded[key]).abs().max() > 1e-3  # of which the tolerances see the difference
 
     shutil.move(tmp_path / "two", tmp_path / "unbroken")
@@ -239,7 +239,7 @@ def test_two_processes_that_share_the_model_out_train_as_one(parts, tmp_path, mo
 
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one_with_twice_the_accumulation(parts, tmp_path, monkeypatch):  # noqa: F811
-    first = stage1_recipe(parts, tmp_path / "first", qformer_dropout=0.0, joined_clips=0)
+    first = stage1_recipe(parts, tmp_path / "first", dropout=0.0, joined_clips=0)
     run("run_stage1.py", first, tmp_path, monkeypatch)
     settings = {"lora_dropout": 0.0, "ctc_loss_weight": 0.3, "joined_clips": 0, "eval_strategy": "no", "max_steps": 6}
     settings |= {"per_device_train_batch_size": 2, "masked_frames": 0.2}
@@ -329,7 +329,7 @@ def test_the_alignment_loss_is_a_mean_however_its_targets_are_counted(parts, tmp
     """Over the targets of all processes, or, as `average_tokens_across_devices` says, over those of each."""
     losses = {}
     for average in (True, False):
-        recipe = stage1_recipe(parts, tmp_path / str(average), learning_rate=0.0, qformer_dropout=0.0, max_steps=2)
+        recipe = stage1_recipe(parts, tmp_path / str(average), learning_rate=0.0, dropout=0.0, max_steps=2)
         recipe |= {"joined_clips": 0, "eval_strategy": "no", "average_tokens_across_devices": average}
         path = tmp_path / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe))

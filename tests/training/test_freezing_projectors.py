@@ -27,7 +27,7 @@ def test_the_language_models_loss_reaches_the_marker_alone(monkeypatch):
 def test_a_quantised_projector_is_dequantised_to_be_trained(tmp_path):
     model = qlora_model(quantization=QLORA | {"projector": {"bits": 8}})
     freeze_base_parts(model)
-    assert model.config.quantization == QLORA
+    assert model.config.quantized_parts == QLORA
     found = gradients(model, tiny_processor().apply_transcription_request([noise(1.0)]), True)
     assert {name for name in found if name.startswith("projector")} == {
         name for name, _ in tiny_model().named_parameters() if name.startswith("projector")

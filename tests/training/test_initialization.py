@@ -13,11 +13,11 @@ def test_standardised_frames_have_mean_0_and_variance_1():
     class Clips(list):
         cache = None
 
-    model.sound_norm = torch.nn.LayerNorm(16)
+    model.projector.sound_norm = torch.nn.LayerNorm(16)
     examples = [{"clip": {"audio_frames": clip, "sound_frames": 3 * clip.roll(5, 1)}} for clip in frames]
     standardise_frames(model, Clips(examples))
-    sound = model.sound_norm(torch.cat([example["clip"]["sound_frames"] for example in examples]))
+    sound = model.projector.sound_norm(torch.cat([example["clip"]["sound_frames"] for example in examples]))
     torch.testing.assert_close(sound.std(0), torch.ones(16), atol=1e-3, rtol=0)
-    normed = model.audio_norm(torch.cat(frames))
+    normed = model.projector.audio_norm(torch.cat(frames))
     torch.testing.assert_close(normed.mean(0), torch.zeros(16), atol=1e-4, rtol=0)
     torch.testing.assert_close(normed.std(0), torch.ones(16), atol=1e-3, rtol=0)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import yaml
-from test_training import ROOT, parts, stage1_recipe, whisper_with_tokens, write_parquet  # noqa: F401
+from test_training import ROOT, WHISPER_PROJECTOR, parts, stage1_recipe, whisper_with_tokens, write_parquet  # noqa: F401
 
 
 @pytest.mark.parametrize("flag, expected", [((), False), (("--bf16", "true"), True)])
@@ -21,12 +21,12 @@ def test_precision_is_the_recipes_unless_given(flag, expected, tmp_path, monkeyp
 
 
 @pytest.mark.slow
-def test_all_three_ways_of_a_connector_from_whispers_decoder(parts, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_all_three_ways_of_a_projector_from_whispers_decoder(parts, tmp_path, monkeypatch, capsys):  # noqa: F811
     """The reference way has a Q-Former in its place, and no clip but those of the first file is read."""
     whisper = whisper_with_tokens(tmp_path / "whisper")
     other = write_parquet(tmp_path / "other.parquet", 3, text_column="words")  # which has no text: reading it fails
-    recipe = stage1_recipe(parts, tmp_path / "out", audio_tower=str(whisper), frame_mlp_size=8, window_context=2)
-    recipe |= {"speech_decoder_layers": 1, "queries_per_window": 1, "speeds": [0.9], "speed_files": [other]}
+    recipe = stage1_recipe(parts, tmp_path / "out", audio_tower=str(whisper), projector_config=WHISPER_PROJECTOR)
+    recipe |= {"speeds": [0.9], "speed_files": [other]}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     script = ROOT / "training" / "benchmarks" / "measure_throughput.py"
     monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path / "recipe.yaml"), "--clips", "8", "--batch", "4"])

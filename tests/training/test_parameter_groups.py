@@ -18,24 +18,23 @@ def adapted_model():
 
 
 def test_what_comes_from_whisper_and_lora_have_learning_rates_of_their_own(tmp_path):
-    windows = {"window_frames": 4, "window_stride": 4, "queries_per_window": 1, "frame_mlp_size": 8}
-    model = tiny_model(tiny_config(ctc_vocab_size=3, speech_decoder_layers=1, **windows))
+    model = tiny_model(tiny_config(ctc_vocab_size=3, num_layers=1, frame_mlp_size=8))
     for part in ("language_model", "audio_tower"):
         model.add_lora({"r": 2, "target_modules": ["q_proj"]}, part)
     freeze_base_parts(model)
     arguments = SalmonnTrainingArguments(
         output_dir=str(tmp_path),
         learning_rate=1e-3,
-        speech_decoder_learning_rate=1e-4,
+        pretrained_projector_learning_rate=1e-4,
         audio_lora_learning_rate=2e-3,
         lora_learning_rate=1e-2,
         use_cpu=True,
     )
     trainer = SalmonnTrainer(model=model, args=arguments)
     rates = {id(p): group["lr"] for group in trainer.create_optimizer().param_groups for p in group["params"]}
-    expected = {"connector.query": 1e-4, "connector.layers": 1e-4, "connector.layer_norm": 1e-4}
-    expected |= {"connector.frame_mlp": 1e-3, "audio_norm": 1e-3, "ctc_head": 1e-3, "language_model": 1e-2}
-    expected["audio_tower"] = 2e-3
+    expected = {f"projector.{name}": 1e-4 for name in ("query", "layers", "layer_norm")}
+    expected |= {f"projector.{name}": 1e-3 for name in ("frame_mlp", "audio_norm", "ctc_head")}
+    expected |= {"language_model": 1e-2, "audio_tower": 2e-3}
     seen = set()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -80,7 +79,7 @@ def test_an_optimizer_that_is_given_is_used(tmp_path):
     assert type(optimizer) is torch.optim.RMSprop
     groups = [(group["lr"], group["alpha"], group["weight_decay"]) for group in optimizer.param_groups]
     assert set(groups) == {(0.5, 0.9, 0.2), (0.5, 0.9, 0.0)}
-    own = torch.optim.SGD([model.audio_norm.weight], lr=0.1)
+    own = torch.optim.SGD([model.projector.audio_norm.weight], lr=0.1)
     assert SalmonnTrainer(model=model, args=args, optimizers=(own, None)).create_optimizer() is own
     args.lora_learning_rate = 1e-2
     with pytest.raises(ValueError, match="has its own parameter groups; leave out lora_learning_rate"):

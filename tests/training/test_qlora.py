@@ -12,7 +12,8 @@ from test_training import ROOT, history, parts, run, stage1_model  # noqa: F401
 from transformers import AutoModelForCausalLM
 
 from salmonn_hf import SalmonnForConditionalGeneration
-from salmonn_hf.model.quantized_layers import linears, quantize_parts, quantized_linear
+from salmonn_hf.model.quantized_layers import linears, quantized_linear
+from salmonn_hf.model.quantizer_salmonn import quantize_in_place
 from salmonn_hf.training.trainer import SalmonnTrainer
 
 
@@ -66,7 +67,7 @@ def test_qlora_by_its_recipe_and_resumed(parts, stage1_model, tmp_path, monkeypa
         assert not [k for k in file.keys() if k.startswith("language_model") and ".lora_" not in k]
         assert sum(".lora_" in key for key in file.keys()) == 28
     config = model.config.from_pretrained(tmp_path / "two")
-    config.quantization = None  # on the base part as it is, into which LoRA can be merged
+    config.quantization_config = None  # on the base part as it is, into which LoRA can be merged
     wide = SalmonnForConditionalGeneration.from_pretrained(tmp_path / "two", config=config, dtype=torch.float32)
     for name, layer in linears(wide.language_model).items():
         assert torch.equal(layer.weight, base.get_submodule(name.replace(".base_layer", "")).weight), name
@@ -93,23 +94,21 @@ def test_qlora_by_its_recipe_and_resumed(parts, stage1_model, tmp_path, monkeypa
 
 @pytest.mark.parametrize("start", ["quantised", "full"])
 def test_qlora_from_a_full_checkpoint(parts, stage1_model, start, tmp_path, monkeypatch):
-    """As training/quantize.py makes it, LoRA kept and the connector in 8 bits; or in bfloat16, rounded on the way."""
+    """As training/quantize.py makes it, LoRA kept and the projector in 8 bits; or in bfloat16, rounded on the way."""
     model = SalmonnForConditionalGeneration.from_pretrained(stage1_model, dtype=torch.bfloat16)
-    connector = model.connector.proj.weight.detach().clone()
+    projector = model.projector.proj.weight.detach().clone()
     model.config.base_parts = None
     if start == "quantised":
         model.add_lora({"r": 2, "target_modules": ["q_proj"]})
     model.save_pretrained(tmp_path / "full")
-    quantization = {"language_model": {"bits": 4, "group_size": 32}, "connector": {"bits": 8}}
-    quantize_parts(model, quantization)
-    model.config.quantization = quantization
+    quantize_in_place(model, {"language_model": {"bits": 4, "group_size": 32}, "projector": {"bits": 8}})
     model.save_pretrained(tmp_path / "quantised")
     tiny_processor(model.config).save_pretrained(tmp_path / start)
     changes = {"group_size": 32, "learning_rate": 1e-3, "max_steps": 2}
     run("run_stage2.py", qlora_recipe(parts, tmp_path / "two", tmp_path / start, **changes), tmp_path, monkeypatch)
 
     trained = SalmonnForConditionalGeneration.from_pretrained(tmp_path / "two")
-    assert trained.config.quantization == {"language_model": {"bits": 4, "group_size": 32}}
+    assert trained.config.quantized_parts == {"language_model": {"bits": 4, "group_size": 32}}
     assert trained.config.lora["r"] == (2 if start == "quantised" else 8)
     state, before = trained.state_dict(), model.state_dict()
     assert len(linears(trained.language_model)) == 14
@@ -117,8 +116,8 @@ def test_qlora_from_a_full_checkpoint(parts, stage1_model, start, tmp_path, monk
         key = f"language_model.{name}.weight"
         assert state[key].dtype == torch.uint8
         assert torch.equal(state[key], before.get(key, before.get(key.replace(".base_layer", "")))), key
-    moved = trained.connector.proj.weight - connector
-    assert 0 < moved.norm() < 0.5 * connector.norm()  # trained from where it was
+    moved = trained.projector.proj.weight - projector
+    assert 0 < moved.norm() < 0.5 * projector.norm()  # trained from where it was
     assert any("eval_wer" in entry for entry in history(tmp_path / "two"))
     if start == "quantised":
         with pytest.raises(ValueError, match="'bits': 4, 'group_size': 32} already; leave out language_model_bits"):

@@ -215,15 +215,15 @@ def test_a_clip_is_answered_in_the_precision_of_the_model(tmp_path):
     clips = write_parquet(tmp_path / "a.parquet", 1)
     data = DataArguments(train_files=[clips], eval_file=clips, feature_cache="")
     _, held_out = data.datasets(*data.load(), model, processor, Augmentation(), 0)
-    seen, forward = [], type(model.audio_norm).forward
+    seen, forward = [], type(model.projector.audio_norm).forward
 
     def watch(norm, frames):
         seen.append(torch.is_autocast_enabled("cpu"))
         return forward(norm, frames)
 
-    model.audio_norm.forward = watch.__get__(model.audio_norm)
+    model.projector.audio_norm.forward = watch.__get__(model.projector.audio_norm)
     trainer.answers(held_out)
-    model.connector.float()
+    model.projector.float()
     trainer.answers(held_out)
     assert seen == [False, True]
 
@@ -234,5 +234,5 @@ def test_of_what_a_checkpoint_lacks_base_parts_are_not_missed(tmp_path):
     trainer = make_trainer(tmp_path, model)
     found = {key: value for key, value in model.state_dict().items() if not key.startswith("language_model.")}
     assert trainer.model.load_state_dict(found, strict=False).missing_keys == []
-    del found["audio_norm.weight"]
-    assert trainer.model.load_state_dict(found, strict=False).missing_keys == ["audio_norm.weight"]
+    del found["projector.audio_norm.weight"]
+    assert trainer.model.load_state_dict(found, strict=False).missing_keys == ["projector.audio_norm.weight"]

@@ -13,14 +13,14 @@ import pytest
 import soundfile
 import torch
 import yaml
-from conftest import noise, tiny_config, tiny_model, tiny_text_config, tiny_tokenizer
+from conftest import noise, tiny_config, tiny_model, tiny_processor, tiny_text_config, tiny_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, WhisperForConditionalGeneration, pipeline
 
 from salmonn_hf import BeatsConfig, BeatsModel, SalmonnForConditionalGeneration
-from salmonn_hf.model import speech_decoder
 from salmonn_hf.model.sound_summary import SalmonnSoundSummary
+from salmonn_hf.model.whisper_projector import WhisperProjector
 from salmonn_hf.training import initialization
 from salmonn_hf.training.checkpoints import last_checkpoint
 
@@ -53,6 +53,7 @@ def parts(tmp_path_factory):
     torch.manual_seed(0)
     config = tiny_config()
     WhisperForConditionalGeneration(config.audio_config).save_pretrained(root / "whisper")
+    tiny_tokenizer().save_pretrained(root / "whisper")
     AutoModelForCausalLM.from_config(tiny_text_config()).save_pretrained(root / "llm")
     tiny_tokenizer().save_pretrained(root / "llm")
     BeatsModel(TINY_BEATS).save_pretrained(root / "beats")
@@ -70,17 +71,30 @@ def whisper_with_tokens(path):
     return path
 
 
-def stage1_recipe(parts, output, **overrides):
+WHISPER_PROJECTOR = {
+    "model_type": "salmonn_whisper_projector",
+    "num_layers": 1,
+    "window_frames": 4,
+    "window_context": 2,
+    "frame_mlp_size": 8,
+}
+
+
+def stage1_recipe(parts, output, dropout=0.1, **overrides):
+    qformer = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    qformer |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     recipe = {
         "audio_tower": str(parts / "whisper"),
         "language_model": str(parts / "llm"),
-        "window_frames": 4,
-        "window_stride": 4,
-        "qformer_hidden_size": 16,
-        "qformer_heads": 2,
-        "qformer_intermediate_size": 32,
-        "frame_mlp_size": 16,
-        "ctc_merges": 5,
+        "projector_config": {
+            "qformer_config": qformer,
+            "window_frames": 4,
+            "window_stride": 4,
+            "window_position_embeddings": True,
+            "output_norm": True,
+            "frame_mlp_size": 16,
+            "ctc_merges": 5,
+        },
         "train_files": [str(parts / "train.parquet")],
         "eval_file": str(parts / "eval.parquet"),
         "joined_clips": 2,
@@ -112,19 +126,14 @@ STAGE1_KEYS = (
     "audio_tower",
     "language_model",
     "sound_tower",
-    "window_frames",
-    "window_stride",
-    "qformer_hidden_size",
-    "qformer_heads",
-    "qformer_intermediate_size",
-    "frame_mlp_size",
-    "ctc_merges",
+    "projector_config",
 )
 
 
 def stage2_recipe(parts, output, start, **overrides):
-    recipe = stage1_recipe(parts, output, lora_r=4, lora_target_modules=["q_proj", "up_proj"], **overrides)
-    return {key: value for key, value in recipe.items() if key not in STAGE1_KEYS} | {"model_name_or_path": str(start)}
+    recipe = stage1_recipe(parts, output, lora_r=4, lora_target_modules=["q_proj", "up_proj"])
+    recipe = {key: value for key, value in recipe.items() if key not in STAGE1_KEYS}
+    return recipe | {"model_name_or_path": str(start)} | overrides
 
 
 def history(output):
@@ -180,23 +189,23 @@ def test_the_cache_changes_nothing_but_the_time(parts, tmp_path, monkeypatch):
     assert runs["none"] != runs["quiet"]
 
 
-def test_both_stages_with_a_connector_from_whispers_decoder(parts, tmp_path, monkeypatch):
+def test_both_stages_with_a_projector_from_whispers_decoder(parts, tmp_path, monkeypatch):
     whisper = whisper_with_tokens(tmp_path / "whisper")
-    connector = {"speech_decoder_layers": 1, "window_frames": 4, "window_stride": 4, "queries_per_window": 1}
-    recipe = stage1_recipe(parts, tmp_path / "one", frame_mlp_size=8, window_context=2, **connector)
-    read, start = [], speech_decoder.start_from_whisper
-    monkeypatch.setattr(speech_decoder, "start_from_whisper", lambda *args: (read.extend(args[2]), start(*args)))
+    recipe = stage1_recipe(parts, tmp_path / "one", projector_config=WHISPER_PROJECTOR)
+    examples, start = [], WhisperProjector.initialize
+    monkeypatch.setattr(WhisperProjector, "initialize", lambda *args: (examples.extend(args[3]), start(*args)))
     run("run_stage1.py", recipe | {"audio_tower": str(whisper)}, tmp_path, monkeypatch)
-    texts = [tiny_tokenizer().decode(token_ids) for _, token_ids in read]
+    texts = [tiny_tokenizer().decode(token_ids) for _, token_ids in examples]
     assert texts and all(text == f" {text.strip()}" for text in texts)  # as Whisper spells them: one space before
     first = SalmonnForConditionalGeneration.from_pretrained(tmp_path / "one")
-    assert 0 < first.config.ctc_trained_size <= first.config.ctc_vocab_size
+    projector = first.config.projector_config
+    assert 0 < projector.ctc_trained_size <= projector.ctc_vocab_size
     recipe = stage2_recipe(parts, tmp_path / "two", tmp_path / "one", ctc_loss_weight=0.5)
     run("run_stage2.py", recipe, tmp_path, monkeypatch)
     assert all(np.isfinite(entry["loss"]) for entry in history(tmp_path / "two") if "loss" in entry)
     second = SalmonnForConditionalGeneration.from_pretrained(tmp_path / "two")
-    assert second.config.ctc_trained_size == first.config.ctc_trained_size
-    assert not torch.equal(first.connector.layers[0].fc1.weight, second.connector.layers[0].fc1.weight)
+    assert second.config.projector_config.ctc_trained_size == projector.ctc_trained_size
+    assert not torch.equal(first.projector.layers[0].fc1.weight, second.projector.layers[0].fc1.weight)
 
     # Sounds come last: the summary is fitted to the captions once, and trained on with everything else.
     fits, heard, summary = [], [], SalmonnSoundSummary.forward
@@ -205,16 +214,17 @@ def test_both_stages_with_a_connector_from_whispers_decoder(parts, tmp_path, mon
     monkeypatch.setattr(
         SalmonnSoundSummary, "forward", lambda s, x, *args: heard.append(x.abs().max()) or summary(s, x, *args)
     )
-    monkeypatch.setattr("salmonn_hf.model.sound_summary.FIT_STEPS", 3)
+    monkeypatch.setattr("salmonn_hf.training.sound_kinds.FIT_STEPS", 3)
     captions = [{"path": str(parts / "train.parquet"), "task": "audiocaption"}]
-    sounds = {"sources": captions, "sound_layers": [2], "sound_summary_size": 8, "sound_kinds": 4, "frame_noise": 1e6}
+    summary_config = {"sound_summary_size": 8, "sound_kinds": 4}
+    sounds = {"sources": captions, "sound_layers": [2], "projector_config": summary_config, "frame_noise": 1e6}
     for steps in (2, 4):
         recipe = stage2_recipe(parts, tmp_path / "three", tmp_path / "two", ctc_loss_weight=0.5, **sounds)
         run("run_stage2.py", recipe | {"max_steps": steps, "save_steps": 2}, tmp_path, monkeypatch)
     assert [len(clips) for clips in fits] == [12 + 1]  # and some of what is spoken
     assert max(heard) < 1e3  # without the noise, which would be heard as a deviation of the frames
     third = SalmonnForConditionalGeneration.from_pretrained(tmp_path / "three")
-    assert third.config.sound_layers == [2] and (third.sound_summary.names >= 0).any()
+    assert third.config.sound_layers == [2] and (third.projector.sound_summary.names >= 0).any()
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +322,8 @@ def test_transcripts_learnt_from_a_teacher(parts, stage1_model, tmp_path, monkey
     run("run_stage2.py", recipe, tmp_path, monkeypatch)
     assert all(abs(entry["loss"]) < 0.05 for entry in history(tmp_path / "three") if "loss" in entry)
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "three"))
-    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith(("connector", "ctc")))
+    of_projector = [name for name in before if name.startswith("projector")]
+    assert of_projector and all(torch.equal(before[name], after[name]) for name in of_projector)
 
 
 def test_a_teacher_with_a_sound_encoder_hears_the_sound_frames(parts, tmp_path, monkeypatch):
@@ -327,7 +338,7 @@ def test_a_teacher_with_a_sound_encoder_hears_the_sound_frames(parts, tmp_path, 
 
 def test_gradients_of_accumulated_batches_are_those_of_one(parts, tmp_path, monkeypatch):
     """Of unequal batches too: both losses are means over all target tokens of a step."""
-    run("run_stage1.py", stage1_recipe(parts, tmp_path / "one", qformer_dropout=0.0), tmp_path, monkeypatch)
+    run("run_stage1.py", stage1_recipe(parts, tmp_path / "one", dropout=0.0), tmp_path, monkeypatch)
     runs = []
     for batch, accumulation in ((6, 1), (2, 3)):
         output = tmp_path / f"{batch}x{accumulation}"
@@ -356,9 +367,9 @@ def test_stage_3_trains_on_the_models_own_long_answers(parts, tmp_path, monkeypa
     assert not torch.equal(before[key], after[key])
 
 
-def test_windows_of_a_qformer_cannot_be_merged(tmp_path):
-    tiny_model().save_pretrained(tmp_path)
-    script = runpy.run_path(str(ROOT / "training" / "run_stage2.py"))
-    arguments = script["ModelArguments"](model_name_or_path=str(tmp_path), merged_windows=8)
-    with pytest.raises(ValueError, match="merged_windows is 8, but without speech_decoder_layers"):
-        script["load_model"](arguments, torch.float32)
+def test_a_field_that_the_projector_does_not_have_is_refused(parts, tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_processor().save_pretrained(tmp_path / "model")
+    recipe = stage2_recipe(parts, tmp_path / "out", tmp_path / "model", projector_config={"merged_windows": 8})
+    with pytest.raises(ValueError, match="WindowQFormerConfig has no field 'merged_windows'"):
+        run("run_stage2.py", recipe, tmp_path, monkeypatch)
