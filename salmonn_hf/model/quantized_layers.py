@@ -373,6 +373,7 @@ def quantize_parts(model: nn.Module, quantization: dict[str, dict]):
         if part == "embedding":
             if isinstance(model.get_input_embeddings(), nn.Embedding):
                 quantize_vocabulary(model.language_model, **settings)
+                model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
         elif isinstance(module, nn.Embedding):
             replace_module(model, part, quantized_embedding(module, **settings))
         elif isinstance(module, nn.Linear):

@@ -373,7 +373,7 @@ def test_truncated_files_and_occupied_places_are_refused(parts, tmp_path):
 
 
 def test_a_model_that_the_original_cannot_hold_is_refused(tiny_checkpoint, tmp_path):
-    with pytest.raises(ValueError, match="no place for.*connector.window_positions"):
+    with pytest.raises(ValueError, match="no place for.*projector.window_positions"):
         export_salmonn(tiny_checkpoint, tmp_path / "a.pth")
     assert not any(tmp_path.iterdir())
 

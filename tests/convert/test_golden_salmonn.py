@@ -86,9 +86,8 @@ def test_whisper_output_from_its_own_features(case):
 
 
 def embed_prompt(case, input_ids, audio_embeds):
-    return placeholders.embed_prompt(
-        input_ids, audio_embeds, case.model.get_input_embeddings(), case.model.config.audio_token_id
-    )
+    is_audio = input_ids == case.model.config.audio_token_id
+    return placeholders.embed_prompt(input_ids, is_audio, audio_embeds, case.model.get_input_embeddings())
 
 
 def test_projector_from_whisper_and_stored_sound_frames(case):

@@ -106,7 +106,7 @@ def test_its_config_loses_nothing_but_training_settings(tmp_path):
         assert getattr(projector, field) == old[field], field
     assert projector.output_norm == old["projector_norm"] is True
     of_connector = {"projector" if part == "connector" else part: bits for part, bits in old["quantization"].items()}
-    assert config.quantization == of_connector and config.dtype == torch.bfloat16
+    assert config.quantized_parts == of_connector and config.dtype == torch.bfloat16
 
 
 def test_shards_are_migrated(tmp_path):

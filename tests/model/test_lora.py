@@ -7,6 +7,7 @@ from peft.tuners.lora import LoraLayer
 
 from salmonn_hf import SalmonnForConditionalGeneration
 from salmonn_hf.model.lora import cut_lora_rank
+from salmonn_hf.model.quantizer_salmonn import set_quantized_parts
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
 ENCODER_LORA = {"r": 2, "lora_alpha": 8, "target_modules": ["q_proj", "out_proj", "fc1"]}
@@ -98,7 +99,7 @@ def test_lora_changes_what_the_encoder_hears(adapted_encoder):
 
 
 def test_lora_in_quantised_weights_is_not_merged(adapted_encoder):
-    adapted_encoder.config.quantization = {"audio_tower": {"bits": 8}}
+    set_quantized_parts(adapted_encoder.config, {"audio_tower": {"bits": 8}})
     with pytest.raises(ValueError, match="as audio_tower is"):
         adapted_encoder.merge_lora()
     assert adapted_encoder.config.lora == LORA

@@ -22,6 +22,7 @@ from salmonn_hf.model.quantized_layers import (
     linears,
     quantize_parts,
 )
+from salmonn_hf.model.quantizer_salmonn import quantize_in_place, set_quantized_parts
 
 DEVICES = [
     "cpu",
@@ -38,8 +39,7 @@ QUANTIZATION = {
 def quantized_tiny_model(model_type="llama", quantization=QUANTIZATION, **kwargs):
     config = tiny_config(text_config=tiny_text_config(model_type, tie_word_embeddings=True), **kwargs)
     model = tiny_model(config)
-    quantize_parts(model, quantization)
-    model.config.quantization = quantization
+    quantize_in_place(model, quantization)
     return model
 
 
@@ -228,8 +228,7 @@ def qlora_model(dtype=torch.bfloat16, quantization=QLORA):
     sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_key_value_heads": 4}
     model = tiny_model(tiny_config(text_config=tiny_text_config(tie_word_embeddings=True, **sizes)))
     in_precision(model, dtype)
-    quantize_parts(model, quantization)
-    model.config.quantization = quantization
+    quantize_in_place(model, quantization)
     model.add_lora(LORA)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -332,7 +331,7 @@ def test_a_quantised_projector_is_dequantized_to_be_trained(tmp_path):
     assert isinstance(layer, QuantizedLinear)
     values = layer.dequantize()
     dequantize_linears(model.projector)
-    model.config.quantization = QLORA
+    set_quantized_parts(model.config, QLORA)
     assert not any(isinstance(module, QuantizedLinear) for module in model.projector.modules())
     assert torch.equal(model.projector.proj.weight, values)
     freeze_base_parts(model)
@@ -390,8 +389,7 @@ def test_whispers_tokens_are_quantised_and_reloaded(bits, tmp_path):
     inputs = tiny_processor(config).apply_transcription_request([noise(1.0), noise(0.4)])
     embedding = model.projector.speech_tokens.weight.detach().clone()
     quantization = {"projector.speech_tokens": {"bits": bits} | ({"group_size": 8} if bits == 4 else {})}
-    quantize_parts(model, quantization)
-    model.config.quantization = quantization
+    quantize_in_place(model, quantization)
     step = embedding.abs().max() / (127 if bits == 8 else 7)
     assert (model.projector.speech_tokens.dequantize() - embedding).abs().max() <= step / 2 + 1e-6
     with torch.no_grad():
@@ -414,8 +412,7 @@ def test_untied_head_is_quantised_on_its_own():
 
 def test_a_part_may_be_one_linear(tmp_path):
     model = tiny_model()
-    model.config.quantization = {"projector.proj": {"bits": 8}}
-    quantize_parts(model, model.config.quantization)
+    quantize_in_place(model, {"projector.proj": {"bits": 8}})
     assert isinstance(model.projector.proj, QuantizedLinear)
     assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == 1
     model.save_pretrained(tmp_path)
