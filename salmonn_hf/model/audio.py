@@ -256,9 +256,7 @@ def _to_mono(samples: np.ndarray, name: str) -> np.ndarray:
 def _join(blocks: Iterable[np.ndarray], name: str, from_rate: float, to_rate: int) -> np.ndarray:
     """Resample consecutive blocks of one waveform and put them together."""
     parts = []
-    resampler = (
-        soxr.ResampleStream(from_rate, to_rate, 1, dtype="float32", quality="HQ") if from_rate != to_rate else None
-    )
+    resampler = soxr.ResampleStream(from_rate, to_rate, 1, quality="HQ") if from_rate != to_rate else None
     for block in blocks:
         if not np.isfinite(block).all():
             raise AudioError(f"{name} holds NaN or infinite samples; correct what made it.")

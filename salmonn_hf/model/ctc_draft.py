@@ -1,13 +1,14 @@
-"""Decoding with drafts: the CTC head reads a transcript off the audio embeddings, the language model verifies it.
+"""Decoding with drafts: the CTC head gives a transcript of the audio embeddings, the language model verifies it.
 
 Speculative decoding (Leviathan et al., ICML 2023, https://arxiv.org/abs/2211.17192): one forward pass takes a whole
 draft, and keeps the tokens up to the first that greedy decoding would not have chosen, and that one's replacement. The
-text is that of greedy decoding, in fewer passes, of which the first reads the prompt as well. How a sentence ends can
-hardly be heard, so a pass also tries the other marks in the last one's place, as branches of the draft (as in
+text is that of greedy decoding, in fewer passes, of which the first takes the prompt as well. How a sentence ends is
+hardly audible, so a pass also tries the other marks in the last one's place, as branches of the draft (as in
 SpecInfer, Miao et al., ASPLOS 2024, https://arxiv.org/abs/2305.09781).
 """
 
 import re
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -27,7 +28,7 @@ INTERJECTIONS = set("yes no yeah okay oh ah hey well gee look besides wow".split
 
 
 def words(text: str) -> list[str]:
-    """What is heard of a text: its words, without case and punctuation."""
+    """The words of a text, without case and punctuation."""
     return re.findall(r"[\w']+", text.lower().replace("’", "'"))
 
 
@@ -85,12 +86,12 @@ def continuation(text: str, draft: list[str]) -> str | None:
 
 class CTCDraft:
     """
-    What a pass of the language model verifies, for one prompt: first the draft that the CTC head reads. Where that was
-    wrong, what the language model itself foretold behind that place mends the next one, as in Jacobi decoding
-    (Santilli et al., ACL 2023, https://arxiv.org/abs/2305.10427): see `mend`.
+    What a pass of the language model verifies, for one prompt: first the CTC head's draft. Where that was wrong, it is
+    revised by what the language model itself predicted behind that place, as in Jacobi decoding (Santilli et al., ACL
+    2023, https://arxiv.org/abs/2305.10427): see `revise`.
 
     Args:
-        draft_ids (`list[int]`): the transcript that the head reads, see `best_tokens`.
+        draft_ids (`list[int]`): the CTC head's transcript, see `best_tokens`.
         tokenizer (`PreTrainedTokenizerBase`): the language model's.
         eos_token_id (`int`).
     """
@@ -98,12 +99,12 @@ class CTCDraft:
     def __init__(self, draft_ids: list[int], tokenizer, eos_token_id: int):
         self.tokenizer, self.eos_token_id = tokenizer, eos_token_id
         self.draft = words(tokenizer.decode(draft_ids))
-        self.candidates, self.mended, self.is_first = [], [], True
+        self.candidates, self.revised, self.is_first = [], [], True
 
     def choose_candidates(self, written: list[int]) -> list[int]:
         """The tokens to verify behind those that the language model has written so far; none without a draft."""
         drafted = self.rest_of_draft(written)
-        candidates = self.mended if self.mended and self.is_near(drafted) else drafted
+        candidates = self.revised if self.revised and self.is_near(drafted) else drafted
         self.candidates = candidates[:PASS_TOKENS]
         return self.candidates
 
@@ -112,58 +113,58 @@ class CTCDraft:
         if self.candidates[-1:] != [self.eos_token_id] or len(self.candidates) < 2:
             return []
         end = self.candidates[-2]
-        marks = [ids[0] for ids in map(self.token_ids, END_MARKS) if len(ids) == 1]
-        return [mark for mark in marks if mark != end] if self.is_mark(end) else []
+        marks = [ids[0] for ids in map(self.token_ids, END_MARKS) if len(ids) == 1 and ids[0] != end]
+        return marks if self.is_mark(end) else []
 
     def rest_of_draft(self, written: list[int]) -> list[int]:
-        """What the CTC head hears behind the tokens that the language model has written."""
+        """What the CTC head's draft has behind the tokens that the language model has written."""
         text = self.tokenizer.decode(written, clean_up_tokenization_spaces=False)
         rest = continuation(text, self.draft) if self.draft else None
         return [] if rest is None else self.token_ids(rest) + [self.eos_token_id]
 
     def is_near(self, drafted: list[int]) -> bool:
-        """Whether the mended candidates have most of the words that the CTC head hears there, if it hears any."""
-        heard, said = (words(self.tokenizer.decode(ids)) for ids in (drafted, self.mended))
-        return alignment_costs(said, heard)[-1] <= max(1, len(heard) / 2) or not drafted
+        """Whether the revised candidates have most of the words that the draft has there, if it has any."""
+        expected, revised = (words(self.tokenizer.decode(ids)) for ids in (drafted, self.revised))
+        return alignment_costs(revised, expected)[-1] <= max(1, len(expected) / 2) or not drafted
 
-    def learn(self, foretold: list[int], matches: int):
-        """Mend the rest of the candidates, of which `matches` were right, with what a pass foretold behind each."""
-        self.mended = []
-        if matches < len(self.candidates) and foretold[matches] != self.eos_token_id:
-            self.mended = self.mend(foretold, matches)
+    def update(self, predicted: list[int], matches: int):
+        """Revise the rest of the candidates, of which `matches` were right, by what a pass predicted behind each."""
+        self.revised = []
+        if matches < len(self.candidates) and predicted[matches] != self.eos_token_id:
+            self.revised = self.revise(predicted, matches)
         self.is_first = False
 
-    def mend(self, foretold: list[int], matches: int) -> list[int]:
+    def revise(self, predicted: list[int], matches: int) -> list[int]:
         """
-        The candidates to verify next. `foretold[i]` is what the language model says in the place of candidate `i`:
-        it follows what it has read, so behind a wrong candidate it may be wrong as well, but not for long. A token
+        The candidates to verify next. `predicted[i]` is what the language model says in the place of candidate `i`:
+        it follows the candidates before, so behind a wrong one it may be wrong as well, but not for long. A token
         that stands in the draft a little further on is taken to have left out what lies between; a mark, or a piece
         of a word, to stand before the candidate in whose place it comes; any other token to replace its word.
         """
-        drafted, mended, place, sure = self.candidates, [], matches, True
+        drafted, revised, place, sure = self.candidates, [], matches, True
         again = matches == 0 and not self.is_first  # what replaced the last candidate is no whole word yet
-        while place < len(foretold) and mended[-1:] != [self.eos_token_id]:
-            token, rest = foretold[place], drafted[place:]
+        while place < len(predicted) and revised[-1:] != [self.eos_token_id]:
+            token, rest = predicted[place], drafted[place:]
             found = self.find(token, rest)
             if found is not None:
-                mended += [token, *found[1]]
+                revised += [token, *found[1]]
                 place, sure = place + found[0], True
             elif not rest:
-                mended.append(token)
+                revised.append(token)
                 place += 1
             elif not sure:  # of two wrong tokens in a row the second is rather the draft's
-                mended.append(rest[0])
+                revised.append(rest[0])
                 place, sure = place + 1, True
-            elif self.stands_before(token, rest[0]) or (again and not mended):
-                mended += [token, *self.behind(token, rest[0])]
+            elif self.stands_before(token, rest[0]) or (again and not revised):
+                revised += [token, *self.behind(token, rest[0])]
                 place += 1
             else:
-                mended.append(token)
+                revised.append(token)
                 place, sure = place + (self.word_length(rest) if self.starts_word(token) else 1), False
-        said, mended = mended[0], self.capitalize(mended)[1:]
-        if mended[:1] == [self.eos_token_id] and not self.is_mark(said):
+        said, revised = revised[0], self.capitalize(revised)[1:]
+        if revised[:1] == [self.eos_token_id] and not self.is_mark(said):
             return []  # a transcript ends with a mark, which the CTC head's draft has
-        return mended
+        return revised
 
     def find(self, token: int, drafted: list[int]) -> tuple[int, list[int]] | None:
         """
@@ -175,9 +176,9 @@ class CTCDraft:
         said = self.tokenizer.decode([token])
         for start in range(min(REACH, len(drafted))):
             end = start + self.word_length(drafted[start:])
-            heard = self.tokenizer.decode(drafted[start:end]).strip()
-            if heard.lower().startswith(self.word(token)) and (self.starts_word(token) or start == 0):
-                spelt = self.token_ids(said + heard[len(said.strip()) :])
+            word = self.tokenizer.decode(drafted[start:end]).strip()
+            if word.lower().startswith(self.word(token)) and (self.starts_word(token) or start == 0):
+                spelt = self.token_ids(said + word[len(said.strip()) :])
                 if spelt[0] == token:
                     return end, spelt[1:]
             if self.word(drafted[start]) == self.word(token):
@@ -209,7 +210,7 @@ class CTCDraft:
     def capitalize(self, tokens: list[int]) -> list[int]:
         """Tokens with a capital behind each mark that ends a sentence."""
         spelt = tokens[:1]
-        for before, token in zip(tokens, tokens[1:], strict=False):
+        for before, token in pairwise(tokens):
             if ends_sentence(self.tokenizer.decode([before])) and self.starts_word(token):
                 spelt += self.token_ids(" " + capitalized(self.tokenizer.decode([token]).strip()))
             else:
@@ -266,7 +267,7 @@ def decode_with_drafts(
     Greedy decoding of one prompt with drafts, for `generate(custom_generate=...)`.
 
     Args:
-        input_ids (`torch.LongTensor` of shape `(1, prompt)`), with `inputs_embeds` in `kwargs`, which are read.
+        input_ids (`torch.LongTensor` of shape `(1, prompt)`), with `inputs_embeds` in `kwargs`, which are used.
         draft_ids, draft_tokenizer: see `CTCDraft`.
 
     Returns:
@@ -303,14 +304,14 @@ def decode_with_drafts(
 
         beginnings = [candidates[:i] for i in range(1 + len(candidates))] + [[*candidates[:-2], end] for end in ends]
         scores = process_rows(logits_processor, input_ids, beginnings, logits[0])
-        foretold = scores.argmax(-1).tolist()
-        matches = next((i for i, token in enumerate(candidates) if foretold[i] != token), len(candidates))
-        said, rows = foretold[: matches + 1], list(range(matches + 1))
-        draft.learn(foretold[: 1 + len(candidates)], matches)
+        predicted = scores.argmax(-1).tolist()
+        matches = next((i for i, token in enumerate(candidates) if predicted[i] != token), len(candidates))
+        said, rows = predicted[: matches + 1], list(range(matches + 1))
+        draft.update(predicted[: 1 + len(candidates)], matches)
         if matches == len(candidates) - 2 and said[-1] in ends:
             rows.append(1 + len(candidates) + ends.index(said[-1]))
-            said.append(foretold[rows[-1]])
-            draft.mended = []
+            said.append(predicted[rows[-1]])
+            draft.revised = []
         cache.crop(-(len(candidates) - matches + len(ends)))
         for token, row in zip(said, rows, strict=True):
             input_ids = torch.cat([input_ids, input_ids.new_tensor([[token]])], dim=1)

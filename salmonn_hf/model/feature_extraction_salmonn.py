@@ -72,14 +72,8 @@ class SalmonnFeatureExtractor(WhisperFeatureExtractor):
         lengths = [math.ceil((len(c) + self.tail_seconds * self.sampling_rate) / frame) * frame for c in clips]
         lengths = [self.n_samples if self.pad_to_30_seconds else min(length, self.n_samples) for length in lengths]
         padded = [np.pad(clip, (0, length - len(clip))) for clip, length in zip(clips, lengths, strict=True)]
-        features = super().__call__(
-            padded,
-            sampling_rate=self.sampling_rate,
-            padding="longest",
-            truncation=False,
-            return_attention_mask=True,
-            device=device,
-        )
+        settings = {"padding": "longest", "truncation": False, "return_attention_mask": True, "device": device}
+        features = super().__call__(padded, sampling_rate=self.sampling_rate, **settings)
         data = {"input_features": features["input_features"], "input_features_mask": features["attention_mask"]}
         if self.return_input_values:
             lengths = np.array([max(len(clip), self.sampling_rate) for clip in clips])

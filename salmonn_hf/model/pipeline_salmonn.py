@@ -45,13 +45,8 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
     def __init__(self, model, processor=None, tokenizer=None, feature_extractor=None, **kwargs):
         if processor is None:
             processor = processor_from_parts(model, tokenizer, feature_extractor)
-        super().__init__(
-            model,
-            processor=processor,
-            tokenizer=processor.tokenizer,
-            feature_extractor=processor.feature_extractor,
-            **kwargs,
-        )
+        parts = {"tokenizer": processor.tokenizer, "feature_extractor": processor.feature_extractor}
+        super().__init__(model, processor=processor, **parts, **kwargs)
         self.type = "seq2seq"
 
     def __call__(self, inputs, **kwargs):
@@ -102,11 +97,8 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
             )
         preprocess = {"chunk_length_s": chunk_length_s, "target_length_s": target_length_s}
         forward = {"prompt": prompt, "language": language, **(generate_kwargs or {}), **more_generate_kwargs}
-        postprocess = {"return_timestamps": return_timestamps}
-        return tuple(
-            {key: value for key, value in params.items() if value is not None}
-            for params in (preprocess, forward, postprocess)
-        )
+        steps = (preprocess, forward, {"return_timestamps": return_timestamps})
+        return tuple({key: value for key, value in step.items() if value is not None} for step in steps)
 
     def preprocess(self, inputs, chunk_length_s=None, target_length_s=TARGET_SECONDS) -> Iterator[dict]:
         """The segments of one input, as waveforms; features are made of them batch by batch."""
@@ -148,10 +140,8 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
 
     def postprocess(self, model_outputs, return_timestamps=False) -> dict:
         # One space between words, whatever the segments begin and end with.
-        chunks = [
-            {"text": " ".join(segment["text"].split()), "timestamp": segment["timestamp"]} for segment in model_outputs
-        ]
-        chunks = [chunk for chunk in chunks if chunk["text"]]
+        texts = ((" ".join(segment["text"].split()), segment["timestamp"]) for segment in model_outputs)
+        chunks = [{"text": text, "timestamp": timestamp} for text, timestamp in texts if text]
         result = {"text": " ".join(chunk["text"] for chunk in chunks)}
         if return_timestamps:
             result["chunks"] = chunks
@@ -202,12 +192,9 @@ def processor_from_parts(model, tokenizer, feature_extractor) -> SalmonnProcesso
             f"the checkpoint '{model.name_or_path}', AutoProcessor.from_pretrained on it says why they did not."
         )
     projector_config = model.config.projector_config
-    settings = {
-        "audio_token": tokenizer.convert_ids_to_tokens(model.config.audio_token_id),
-        "window_frames": projector_config.window_frames,
-        "window_stride": projector_config.window_stride,
-        "queries_per_window": projector_config.queries_per_window,
-    }
+    windows = ("window_frames", "window_stride", "queries_per_window")
+    settings = {name: getattr(projector_config, name) for name in windows}
+    settings["audio_token"] = tokenizer.convert_ids_to_tokens(model.config.audio_token_id)
     if model.name_or_path:
         saved, _ = SalmonnProcessor.get_processor_dict(model.name_or_path)
         settings |= saved

@@ -20,7 +20,7 @@ from salmonn_hf.model.projector import SalmonnProjector
 DRAFT = "well i think joey left this morning".split()
 
 
-def test_words_are_what_is_heard():
+def test_words_are_without_case_and_punctuation():
     assert words("Well, Mr. O’Neill -- it's 3!") == ["well", "mr", "o'neill", "it's", "3"]
 
 
@@ -138,7 +138,7 @@ def test_good_drafts_save_passes(errors, monkeypatch):
     options = {"max_new_tokens": 40, "speculation_type": "ctc", "tokenizer": processor.tokenizer}
     output = model.generate(**inputs, **options)
     assert output[0, prompt_length:].tolist() == answer
-    # The draft, which begins with a capital; what was foretold behind that; the draft again, without it. One more for
+    # The draft, which begins with a capital; what was predicted behind that; the draft again, without it. One more for
     # the wrong word.
     assert len(passes) <= 3 + errors < len(answer) / 2
 
@@ -231,7 +231,7 @@ def test_stopping_criteria_are_asked_after_each_token():
         assert torch.equal(drafted, expected)
 
 
-def test_behind_a_wrong_candidate_what_was_foretold_is_verified():
+def test_behind_a_wrong_candidate_what_was_predicted_is_verified():
     """The model puts a comma where the draft has none, and a question mark where it has a full stop."""
     processor = tiny_processor()
     tokenizer = processor.tokenizer
@@ -243,7 +243,7 @@ def test_behind_a_wrong_candidate_what_was_foretold_is_verified():
     assert draft.choose_candidates([]) == ids("Then is it here.") + [tokenizer.eos_token_id]
     assert draft.other_ends() == ids("!?")  # of the marks that are one token
     # Behind "Then" it says a comma; behind " " and "i", which it was given all the same, what follows in the draft.
-    draft.learn(ids("Then,is it here?") + [tokenizer.eos_token_id], 4)
+    draft.update(ids("Then,is it here?") + [tokenizer.eos_token_id], 4)
     candidates = draft.choose_candidates(ids("Then,"))
     assert tokenizer.decode(candidates) == " is it here?" + tokenizer.eos_token
 
@@ -268,11 +268,11 @@ class WordTokenizer:
 
 
 @pytest.mark.parametrize(
-    "drafted, foretold, matches, mended",
+    "drafted, predicted, matches, revised",
     [
         # Words that the language model leaves out, of which the draft has two spellings each.
         (" did you ass ascertain entertain its end?$", " did you ascertain|ail its its end?$$", 2, " its end?$"),
-        # A comma, and what is foretold behind the words.
+        # A comma, and what is predicted behind the words.
         (" because you do you'll bed.$", " because you do, bed!$$", 3, " you'll bed!$"),
         # A mark that ends a sentence, and a hyphen.
         (" hello who are you.$", " hello! are you?$$", 1, " Who are you?$"),
@@ -297,13 +297,13 @@ class WordTokenizer:
         (" an overall.$", " overall it$.$", 0, ""),
     ],
 )
-def test_mended_drafts_by_hand(drafted, foretold, matches, mended):
+def test_revised_drafts_by_hand(drafted, predicted, matches, revised):
     tokenizer = WordTokenizer()
-    ids = {text: tokenizer(text)["input_ids"] for text in (drafted, foretold, mended)}
+    ids = {text: tokenizer(text)["input_ids"] for text in (drafted, predicted, revised)}
     draft = CTCDraft([], tokenizer, tokenizer("$")["input_ids"][0])
     draft.candidates = ids[drafted]
-    assert len(ids[foretold]) == len(ids[drafted]) + 1
-    assert tokenizer.decode(draft.mend(ids[foretold], matches)) == mended.replace("|", "")
+    assert len(ids[predicted]) == len(ids[drafted]) + 1
+    assert tokenizer.decode(draft.revise(ids[predicted], matches)) == revised.replace("|", "")
 
 
 def test_a_second_token_in_the_same_place_stands_before_the_rest():
@@ -311,11 +311,11 @@ def test_a_second_token_in_the_same_place_stands_before_the_rest():
     tokenizer = WordTokenizer()
     draft = CTCDraft([], tokenizer, tokenizer("$")["input_ids"][0])
     draft.candidates = tokenizer(" see cat is here$")["input_ids"]
-    draft.learn(tokenizer(" see the is here.$")["input_ids"], 1)
-    assert tokenizer.decode(draft.mended) == " is here.$"
-    draft.candidates = draft.mended
-    draft.learn(tokenizer(" dog here.$$")["input_ids"], 0)
-    assert tokenizer.decode(draft.mended) == " is here.$"
+    draft.update(tokenizer(" see the is here.$")["input_ids"], 1)
+    assert tokenizer.decode(draft.revised) == " is here.$"
+    draft.candidates = draft.revised
+    draft.update(tokenizer(" dog here.$$")["input_ids"], 0)
+    assert tokenizer.decode(draft.revised) == " is here.$"
 
 
 def test_pipeline_takes_the_option(tmp_path):
