@@ -75,6 +75,20 @@ def part_keys(part: str, state_dict: dict, prefixes: tuple[str, ...] | None = No
     return {f"{part}.{key}": value for key, value in state_dict.items()}
 
 
+def quantized_matrices(model) -> dict[str, QuantizedMatrix]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedMatrix)}
+
+
+def round_matrices(state_dict: dict[str, torch.Tensor], model) -> dict[str, torch.Tensor]:
+    """Tensors in floating point, with the matrices that are quantised in `model` rounded to their nearest values."""
+    for name, matrix in quantized_matrices(model).items():
+        if f"{name}.weight" in state_dict:
+            rounded = QuantizedMatrix(matrix.rows, matrix.columns, matrix.bits, matrix.group_size)
+            rounded.quantize(state_dict[f"{name}.weight"])
+            state_dict |= rounded.state_dict(prefix=f"{name}.")
+    return state_dict
+
+
 def base_state_dict(model, **hub_kwargs) -> dict[str, torch.Tensor]:
     """
     The tensors of `model.config.base_parts`, under the keys of `SalmonnModel`; matrices of `config.quantized_parts`
@@ -89,8 +103,7 @@ def base_state_dict(model, **hub_kwargs) -> dict[str, torch.Tensor]:
         ValueError: if a part's tensors have other shapes than the config says, naming both.
     """
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    matrices = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, QuantizedMatrix)}
-    shapes |= {key: (matrix.rows, matrix.columns) for key, matrix in matrices.items()}
+    shapes |= {f"{name}.weight": (matrix.rows, matrix.columns) for name, matrix in quantized_matrices(model).items()}
     # LoRA moves a Linear's weight to `base_layer`.
     renamed = {key.replace(".base_layer.", "."): key for key in shapes}
     of_projector = {f"projector.{name}": prefixes for name, prefixes in model.projector.base_part_prefixes.items()}
@@ -104,12 +117,8 @@ def base_state_dict(model, **hub_kwargs) -> dict[str, torch.Tensor]:
                     f"Base part '{name}' does not fit: its {key} has shape {tuple(value.shape)}, the checkpoint was "
                     f"made with {shapes[key]}."
                 )
-            if key in matrices:
-                rounded = QuantizedMatrix(*shapes[key], matrices[key].bits, matrices[key].group_size).quantize(value)
-                state_dict |= rounded.state_dict(prefix=key.removesuffix("weight"))
-            else:
-                state_dict[key] = value
-    return state_dict
+            state_dict[key] = value
+    return round_matrices(state_dict, model)
 
 
 def adapter_state_dict(name_or_path: str, model, **hub_kwargs) -> dict[str, torch.Tensor]:

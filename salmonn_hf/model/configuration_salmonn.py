@@ -99,7 +99,8 @@ class SalmonnConfig(PreTrainedConfig):
     @property
     def library_quantization(self) -> dict | None:
         """`language_model` of the quantization_config: another library's format."""
-        return self._quantization.get("language_model")
+        settings = self._quantization
+        return settings.get("language_model") if settings.get("quant_method") == "salmonn" else settings or None
 
     @property
     def _quantization(self) -> dict:

@@ -4,6 +4,7 @@ Architecture: Tang et al., "SALMONN: Towards Generic Hearing Abilities for Large
 (https://arxiv.org/abs/2310.13289), figure 1 and section 3.1. This file reads in the order in which data flows.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,14 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .checkpoint import adapter_state_dict, base_state_dict, check_loaded, check_weight_files, without_base_parts
+from .checkpoint import (
+    adapter_state_dict,
+    base_state_dict,
+    check_loaded,
+    check_weight_files,
+    round_matrices,
+    without_base_parts,
+)
 from .configuration_salmonn import SalmonnConfig
 from .generation_salmonn import SalmonnGenerationMixin
 from .lora import LORA_FIELDS, adapted_parts, add_lora, merge_lora
@@ -24,7 +32,7 @@ from .modeling_beats import BeatsModel
 from .placeholders import check_placeholders, drop_spare_placeholders, embed_prompt
 from .projector import ProjectorOutput
 from .quantized_layers import quantize_parts
-from .quantizer_salmonn import SalmonnQuantizationConfig as SalmonnQuantizationConfig  # registers the quantiser
+from .quantizer_salmonn import SalmonnQuantizationConfig
 from .remote_code import save_code
 from .whisper_projector import WhisperProjector
 from .window_qformer import WindowQFormerProjector
@@ -110,12 +118,13 @@ class SalmonnPreTrainedModel(PreTrainedModel):
         """
         base_kwargs = {name: kwargs[name] for name in BASE_PART_KWARGS if name in kwargs}
         hub_kwargs = base_kwargs | ({"revision": kwargs["revision"]} if "revision" in kwargs else {})
+        if hasattr(settings := getattr(config, "quantization_config", None), "to_dict"):
+            config = copy.deepcopy(config)  # a loaded model has the object, the loader takes a dict
+            config.quantization_config = settings.to_dict()
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
         if not isinstance(config, SalmonnConfig):
             config = SalmonnConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
-        if hasattr(settings := getattr(config, "quantization_config", None), "to_dict"):
-            config.quantization_config = settings.to_dict()  # a loaded model has the object, the loader takes a dict
         check_weight_files(pretrained_model_name_or_path)
         if not config.base_parts:
             with_report = kwargs.pop("output_loading_info", False)
@@ -127,9 +136,16 @@ class SalmonnPreTrainedModel(PreTrainedModel):
 
         with torch.device("meta"):
             skeleton = cls(config)
-            quantize_parts(skeleton, config.quantized_parts)
-        state_dict = base_state_dict(skeleton, **base_kwargs)
-        state_dict |= adapter_state_dict(pretrained_model_name_or_path, skeleton, **hub_kwargs)
+            skeleton.quantize_parts(config.quantized_parts)
+        state_dict = adapter_state_dict(pretrained_model_name_or_path, skeleton, **hub_kwargs)
+        settings = kwargs.get("quantization_config")
+        if isinstance(settings, SalmonnQuantizationConfig) and not (settings.language_model or config.quantized_parts):
+            # Rounded as they are in their files, as base parts will be when what is saved of this model is loaded.
+            config = copy.deepcopy(config)
+            config.quantization_config = kwargs.pop("quantization_config").to_dict()
+            skeleton.quantize_parts(settings.parts)
+            state_dict = round_matrices(state_dict, skeleton)
+        state_dict |= base_state_dict(skeleton, **base_kwargs)
         for used in hub_kwargs:
             kwargs.pop(used)
         model = super().from_pretrained(None, *model_args, config=config, state_dict=state_dict, **kwargs)
@@ -176,6 +192,11 @@ class SalmonnModel(SalmonnPreTrainedModel):
         merge_lora(self)
         self.config.base_parts = None
         return self
+
+    def quantize_parts(self, parts: dict[str, dict]):
+        """Round the weights of parts to few bits, in place, see [`quantize_parts`]; the config is left as it is."""
+        # A method, since a process with the package and a checkpoint's own code has these layers' classes twice.
+        quantize_parts(self, parts)
 
     def train(self, mode: bool = True):
         """As `nn.Module.train`, but an encoder without a trainable weight stays in evaluation mode."""
@@ -320,7 +341,7 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
         """A model of `config` with the weights of its `base_parts`, everything else freshly initialised."""
         with torch.device("meta"):
             skeleton = cls(config)
-            quantize_parts(skeleton, config.quantized_parts)
+            skeleton.quantize_parts(config.quantized_parts)
         base_kwargs = {name: kwargs[name] for name in BASE_PART_KWARGS if name in kwargs}
         state_dict = base_state_dict(skeleton, **base_kwargs)
         return cls.from_pretrained(None, config=config, state_dict=state_dict, **kwargs)
