@@ -35,11 +35,8 @@ def average_checkpoints(names: list[str]) -> SalmonnForConditionalGeneration:
                 f"{name} stands on {model.config.base_parts}, but {names[0]} on {mean.config.base_parts}; only "
                 "checkpoints of one start can be averaged."
             )
-        differing = sorted(
-            key for key in tensors[0].keys() | others.keys()
-            if key not in tensors[0] or key not in others or tensors[0][key].shape != others[key].shape
-        )  # fmt: skip
-        if differing:
+        shapes = ({(key, value.shape) for key, value in each.items()} for each in (tensors[0], others))
+        if differing := sorted({key for key, _ in set.symmetric_difference(*shapes)}):
             raise ValueError(
                 f"{name} and {names[0]} differ in {differing[0]} and {len(differing) - 1} other tensors; only "
                 "checkpoints of one start can be averaged."
