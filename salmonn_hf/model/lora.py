@@ -1,7 +1,5 @@
 """LoRA (Hu et al., ICLR 2022, https://arxiv.org/abs/2106.09685) in parts of a SALMONN, by PEFT."""
 
-from torch import nn
-
 # The parts that can have it, and where the config says how.
 LORA_FIELDS = {"language_model": "lora", "audio_tower": "audio_lora"}
 
@@ -32,32 +30,36 @@ def require_peft():
     return peft
 
 
-def add_lora(model: nn.Module, lora: dict, part: str):
-    """Put a LoRA adapter (`peft.LoraConfig` arguments) into a `part` of a `SalmonnModel`, in place."""
-    peft = require_peft()
-    setattr(model.config, LORA_FIELDS[part], lora)
-    peft.inject_adapter_in_model(peft.LoraConfig(**lora), getattr(model, part))
+class LoraMixin:
+    """LoRA of a `SalmonnModel`."""
 
+    def add_lora(self, lora: dict, part: str = "language_model"):
+        """Put a LoRA adapter (`peft.LoraConfig` arguments) into a part, this or the "audio_tower", in place."""
+        peft = require_peft()
+        setattr(self.config, LORA_FIELDS[part], lora)
+        peft.inject_adapter_in_model(peft.LoraConfig(**lora), getattr(self, part))
 
-def merge_lora(model: nn.Module):
-    """
-    Fold the LoRA adapters of a `SalmonnModel` into the weights beside them, in place, and drop them.
+    def merge_lora(self):
+        """
+        Fold the LoRA adapters into the weights of their parts and drop them: the model is then a full one.
 
-    Raises:
-        ValueError: if these weights are quantised.
-    """
-    adapted = adapted_parts(model.config)
-    if quantized := [part for part in adapted if part in model.config.quantized_parts]:
-        raise ValueError(
-            f"LoRA cannot be merged into 4 or 8 bits, as {quantized[0]} is; merge it into the model before quantising "
-            "that. An adapter checkpoint loads without: config.quantization_config = None, then "
-            "from_pretrained(..., config=config)."
-        )
-    for part in adapted:
-        LoraLayer = require_peft().tuners.lora.LoraLayer
-        for module in list(getattr(model, part).modules()):
-            for name, child in list(module.named_children()):
-                if isinstance(child, LoraLayer):
-                    child.merge(safe_merge=True)
-                    setattr(module, name, child.get_base_layer())
-        setattr(model.config, LORA_FIELDS[part], None)
+        Raises:
+            ValueError: if such a part is quantised.
+        """
+        adapted = adapted_parts(self.config)
+        if quantized := [part for part in adapted if part in self.config.quantized_parts]:
+            raise ValueError(
+                f"LoRA cannot be merged into 4 or 8 bits, as {quantized[0]} is; merge it into the model before "
+                "quantising that. An adapter checkpoint loads without: config.quantization_config = None, then "
+                "from_pretrained(..., config=config)."
+            )
+        for part in adapted:
+            LoraLayer = require_peft().tuners.lora.LoraLayer
+            for module in list(getattr(self, part).modules()):
+                for name, child in list(module.named_children()):
+                    if isinstance(child, LoraLayer):
+                        child.merge(safe_merge=True)
+                        setattr(module, name, child.get_base_layer())
+            setattr(self.config, LORA_FIELDS[part], None)
+        self.config.base_parts = None
+        return self

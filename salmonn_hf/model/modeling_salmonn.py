@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils.generic import merge_with_config_defaults
@@ -19,7 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .checkpoint import adapter_state_dict, base_state_dict, check_loaded, check_weight_files, without_base_parts
 from .configuration_salmonn import SalmonnConfig
 from .generation_salmonn import SalmonnGenerationMixin
-from .lora import LORA_FIELDS, adapted_parts, add_lora, merge_lora
+from .lora import LORA_FIELDS, LoraMixin, adapted_parts
 from .modeling_beats import BeatsModel
 from .placeholders import check_placeholders, drop_spare_placeholders, embed_prompt
 from .projector import ProjectorOutput
@@ -29,9 +29,11 @@ from .remote_code import save_code
 from .whisper_projector import WhisperProjector
 from .window_qformer import WindowQFormerProjector
 
+PASSED_ON = ("past_key_values", "hidden_states", "attentions")  # of the language model's outputs
+
 
 @dataclass
-class SalmonnOutput(ModelOutput):
+class SalmonnOutput(CausalLMOutputWithPast):
     r"""
     loss (`torch.Tensor`, *optional*): next-token loss; the alignment loss where the language model is not run.
     logits (`torch.Tensor` of shape `(batch, kept positions, vocabulary)`).
@@ -40,12 +42,7 @@ class SalmonnOutput(ModelOutput):
     audio_embeds (`torch.Tensor` of shape `(audio tokens of the batch, hidden size)`): what the projector gives.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
     last_hidden_state: torch.Tensor | None = None
-    past_key_values: object | None = None
-    hidden_states: tuple[torch.Tensor] | None = None
-    attentions: tuple[torch.Tensor] | None = None
     audio_embeds: torch.Tensor | None = None
     alignment_loss: torch.Tensor | None = None
 
@@ -137,14 +134,13 @@ class SalmonnPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):
         """As `PreTrainedModel.save_pretrained`, but a model with `config.base_parts` leaves those frozen parts out."""
         state_dict = self.state_dict() if state_dict is None else state_dict
-        super().save_pretrained(
-            save_directory, *args, state_dict=without_base_parts(state_dict, self.config), **kwargs
-        )
+        state_dict = without_base_parts(state_dict, self.config)
+        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
         if kwargs.get("is_main_process", True):
             save_code(save_directory)
 
 
-class SalmonnModel(SalmonnPreTrainedModel):
+class SalmonnModel(SalmonnPreTrainedModel, LoraMixin):
     """Encoders, projector and language model, up to its last hidden state."""
 
     def __init__(self, config: SalmonnConfig):
@@ -157,21 +153,6 @@ class SalmonnModel(SalmonnPreTrainedModel):
         for part in adapted_parts(config):
             self.add_lora(getattr(config, LORA_FIELDS[part]), part)
         self.post_init()
-
-    def add_lora(self, lora: dict, part: str = "language_model"):
-        """Put a LoRA adapter (`peft.LoraConfig` arguments) into a part, this or the "audio_tower", in place."""
-        add_lora(self, lora, part)
-
-    def merge_lora(self):
-        """
-        Fold the LoRA adapters into the weights of their parts and drop them: the model is then a full one.
-
-        Raises:
-            ValueError: if such a part is quantised.
-        """
-        merge_lora(self)
-        self.config.base_parts = None
-        return self
 
     def train(self, mode: bool = True):
         """As `nn.Module.train`, but an encoder without a trainable weight stays in evaluation mode."""
@@ -207,11 +188,8 @@ class SalmonnModel(SalmonnPreTrainedModel):
 
     def encode_speech(self, input_features, input_features_mask):
         layers = self.config.sound_layers
-        encoded = self.audio_tower(
-            input_features.to(self.audio_tower.dtype),
-            attention_mask=input_features_mask,
-            output_hidden_states=layers is not None,
-        )
+        input_features, all_layers = input_features.to(self.audio_tower.dtype), layers is not None
+        encoded = self.audio_tower(input_features, attention_mask=input_features_mask, output_hidden_states=all_layers)
         mask = input_features_mask[:, ::2].bool()
         frames = {"audio_frames": encoded.last_hidden_state, "audio_frames_mask": mask}
         if layers is not None:
@@ -228,23 +206,17 @@ class SalmonnModel(SalmonnPreTrainedModel):
         return {"sound_frames": sound_frames, "sound_frames_mask": positions < lengths[:, None]}
 
     def project_audio(
-        self,
-        input_features: torch.Tensor | None = None,
-        input_features_mask: torch.Tensor | None = None,
-        input_values: torch.Tensor | None = None,
-        input_values_mask: torch.Tensor | None = None,
-        return_ctc: bool = False,
-        **frames,
+        self, input_features=None, input_features_mask=None, input_values=None, input_values_mask=None, **frames
     ) -> ProjectorOutput | None:
         """
-        Clips to audio tokens: through the encoders, or from `frames` that `encode_audio` returned, and through the
-        projector. `None` without clips.
+        Clips, as `encode_audio` takes them, or the `frames` that it returned, to audio tokens, through the projector.
+        `None` without clips.
         """
         if input_features is not None:
             frames = self.encode_audio(input_features, input_features_mask, input_values, input_values_mask)
         if frames.get("audio_frames") is None:
             return None
-        return self.projector(token_embedding=self.get_input_embeddings(), return_ctc=return_ctc, **frames)
+        return self.projector(token_embedding=self.get_input_embeddings(), **frames)
 
     def get_audio_features(self, input_features, input_features_mask, input_values=None, input_values_mask=None):
         r"""
@@ -269,10 +241,8 @@ class SalmonnModel(SalmonnPreTrainedModel):
         if audio is not None and len(audio.embeds) < len(audio.states):
             prompt = drop_spare_placeholders(prompt, audio.num_states, audio.num_tokens)
         embeds = None if audio is None else audio.embeds
-        prompt["inputs_embeds"] = embed_prompt(
-            prompt["input_ids"], prompt.pop("is_audio"), embeds, self.get_input_embeddings()
-        )
-        return prompt
+        is_audio, embedding = prompt.pop("is_audio"), self.get_input_embeddings()
+        return prompt | {"inputs_embeds": embed_prompt(prompt["input_ids"], is_audio, embeds, embedding)}
 
     def forward(
         self,
@@ -291,13 +261,8 @@ class SalmonnModel(SalmonnPreTrainedModel):
             prompt = self.embed_prompt(input_ids, attention_mask, audio=audio)
             inputs_embeds, attention_mask = prompt["inputs_embeds"], prompt["attention_mask"]
         outputs = self.language_model.base_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
-        return SalmonnOutput(
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            audio_embeds=None if audio is None else audio.embeds,
-        )
+        passed_on = {name: getattr(outputs, name) for name in ("last_hidden_state", *PASSED_ON)}
+        return SalmonnOutput(**passed_on, audio_embeds=None if audio is None else audio.embeds)
 
 
 class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
@@ -356,12 +321,8 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
                 the features; they need not be encoded again.
             ctc_labels, caption_labels, num_alignment_labels: see `alignment_loss`, which is then given as well.
         """
-        frames = {
-            "audio_frames": audio_frames,
-            "audio_frames_mask": audio_frames_mask,
-            "sound_frames": sound_frames,
-            "sound_frames_mask": sound_frames_mask,
-        }
+        frames = {"audio_frames": audio_frames, "audio_frames_mask": audio_frames_mask}
+        frames |= {"sound_frames": sound_frames, "sound_frames_mask": sound_frames_mask}
         if input_features is not None:
             frames = self.encode_audio(input_features, input_features_mask, input_values, input_values_mask)
         if input_ids is None and inputs_embeds is None and ctc_labels is not None:
@@ -388,20 +349,12 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
         outputs = self.language_model(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, logits_to_keep=logits_to_keep, **kwargs
         )
-        loss = None
+        loss, vocab_size = None, self.config.text_config.vocab_size
         if labels is not None:
-            loss = self.loss_function(
-                logits=outputs.logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
-            )
-        return SalmonnOutput(
-            loss=loss,
-            logits=outputs.logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            audio_embeds=None if audio is None else audio.embeds,
-            alignment_loss=alignment_loss,
-        )
+            loss = self.loss_function(logits=outputs.logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        passed_on = {name: getattr(outputs, name) for name in ("logits", *PASSED_ON)}
+        embeds = None if audio is None else audio.embeds
+        return SalmonnOutput(loss, **passed_on, audio_embeds=embeds, alignment_loss=alignment_loss)
 
     def alignment_loss(
         self,
@@ -428,15 +381,11 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
             Scalar, nats per label.
         """
         projector, embedding = self.projector, self.get_input_embeddings()
-        if audio is None:
-            states, num_states = projector.window_states(**frames)
-        else:
-            states, num_states = audio.states, audio.num_states
+        states, num_states = projector.window_states(**frames) if audio is None else (audio.states, audio.num_states)
         loss = projector.ctc_loss(states, num_states, ctc_labels, embedding)
         if caption_labels is not None:
-            embeds, _ = projector.embed(
-                states, num_states, embedding, frames.get("sound_frames"), frames.get("sound_frames_mask")
-            )
+            sounds = (frames.get("sound_frames"), frames.get("sound_frames_mask"))
+            embeds, _ = projector.embed(states, num_states, embedding, *sounds)
             loss = loss + projector.caption_loss(embeds, num_states, caption_labels, embedding)
         if num_alignment_labels is None:
             given = [labels for labels in (ctc_labels, caption_labels) if labels is not None]

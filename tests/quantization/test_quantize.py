@@ -17,7 +17,7 @@ from salmonn_hf.model.quantized_layers import (
     QuantizedLinear,
     linears,
     quantize_parts,
-    quantized_linear,
+    quantized_module,
 )
 from salmonn_hf.quantization.gptq import (
     layer_inputs,
@@ -169,7 +169,7 @@ def test_gptq_beats_rounding_on_what_it_was_calibrated_on():
     layer = torch.nn.Linear(64, 128, bias=False)
     weight, x = layer.weight.detach().clone(), torch.cat(inputs, 1)
     expected = x @ weight.T
-    rounded = quantized_linear(layer, 4, 32).dequantize()
+    rounded = quantized_module(layer, 4, 32).dequantize()
     solved = solve(layer, inputs, 4, 32)
     assert torch.equal(solved.dequantize(), layer.weight)  # every value of the solution is one of the grid
     errors = [(x @ w.T - expected).pow(2).mean() for w in (solved.dequantize(), rounded)]
