@@ -1,32 +1,16 @@
 """`TrainingArguments` with the defaults and the settings of [`SalmonnTrainer`]."""
 
 from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 
 import torch
+import yaml
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-SAMPLING = ("group_by_length", "random")
 # What `TrainingArguments` has and this trainer could only ignore.
-REFUSED = {
-    "batch_eval_metrics": "compute_metrics gets all answers at once",
-    "bf16_full_eval": "evaluation runs in the precision of training",
-    "fp16_full_eval": "evaluation runs in the precision of training",
-    "do_predict": "there is no test set in training; the scripts in eval/ measure a checkpoint",
-    "eval_accumulation_steps": "evaluation generates answers and collects no logits",
-    "eval_do_concat_batches": "compute_metrics gets all answers at once",
-    "hub_revision": "a model is pushed to the repository's main branch",
-    "include_for_metrics": "compute_metrics gets answers and references alone",
-    "label_names": "the collator names its labels itself",
-    "label_smoothing_factor": "the losses of the model have none",
-    "length_column_name": "the clips' lengths are their seconds",
-    "liger_kernel_config": "Liger has no kernels for this model",
-    "use_liger_kernel": "Liger has no kernels for this model",
-    "parallelism_config": "clips cannot be split between processes; use DDP, FSDP2 or DeepSpeed",
-    "prediction_loss_only": "evaluation generates answers and computes no loss",
-    "remove_unused_columns": "the collator uses all columns",
-}
+REFUSED = yaml.safe_load(Path(__file__).with_name("refused_arguments.yaml").read_text(encoding="utf-8"))
 
 
 @dataclass
@@ -73,7 +57,7 @@ class SalmonnTrainingArguments(TrainingArguments):
 
     @property
     def frozen_dtype(self) -> torch.dtype:
-        """Precision of what is not trained. Processors without bfloat16 take several times as long in it."""
+        """Precision of what is not trained."""
         return torch.bfloat16 if self.bf16 or self.fp16 else torch.float32
 
     def __post_init__(self):
@@ -101,6 +85,5 @@ class SalmonnTrainingArguments(TrainingArguments):
             name, value = argument.name, getattr(self, argument.name)
             if name in REFUSED and value != default:
                 raise ValueError(f"{name}={value!r} would have no effect: {REFUSED[name]}. Leave it out.")
-        if self.train_sampling_strategy not in SAMPLING:
-            choices = " or ".join(map(repr, SAMPLING))
-            raise ValueError(f"train_sampling_strategy is {self.train_sampling_strategy!r}; choose {choices}.")
+        if (order := self.train_sampling_strategy) not in ("group_by_length", "random"):
+            raise ValueError(f"train_sampling_strategy is {order!r}; choose 'group_by_length' or 'random'.")

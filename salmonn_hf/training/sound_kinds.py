@@ -16,11 +16,7 @@ CLUSTER_ROUNDS = 30
 def add_sound_summary(model, sound_layers: list[int], sound_summary_size: int = 128, sound_kinds: int = 400):
     """
     Build a [`SalmonnSoundSummary`] into the projector of a model of speech alone, which then knows sounds once
-    `fit_sound_summary` has named them. Its sound frames are those of `sound_layers`, see [`SalmonnConfig`].
-
-    Args:
-        sound_summary_size (`int`): hidden size of the summary's MLP.
-        sound_kinds (`int`): kinds of sound that it tells apart.
+    `fit_sound_summary` has named them. For `sound_layers` see [`SalmonnConfig`], for the sizes the projector's config.
 
     Raises:
         ValueError: if the speech encoder has no such layers, the projector knows no summary, or its size is 0.
@@ -43,9 +39,8 @@ def caption_directions(embedding: nn.Module, captions: list[list[list[int]]]) ->
     Where the captions of each clip lie: the mean direction of their tokens, those that many clips have counting less
     (inverse document frequency), `(clips, hidden size)`, of unit length.
     """
-    used, inverse = torch.tensor([t for clip in captions for caption in clip for t in caption]).unique(
-        return_inverse=True
-    )
+    tokens = torch.tensor([token for clip in captions for caption in clip for token in caption])
+    used, inverse = tokens.unique(return_inverse=True)
     clip_of_token = torch.repeat_interleave(torch.tensor([sum(map(len, clip)) for clip in captions]))
     places = torch.stack([clip_of_token, inverse])
     size = (len(captions), len(used))

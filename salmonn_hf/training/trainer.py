@@ -44,8 +44,7 @@ class SalmonnTrainer(Trainer):
     head's transcripts. `compute_metrics` gets these answers as from `Seq2SeqTrainer`, and adds to the metrics.
 
     Args:
-        args, kwargs: as for `Trainer`; its `args` are [`SalmonnTrainingArguments`], its `data_collator` is a
-            [`ClipCollator`].
+        args, kwargs: as for `Trainer`; `args` are [`SalmonnTrainingArguments`], `data_collator` is a [`ClipCollator`].
         skipped ([`SkippedClips`], *optional*): where clips that cannot be decoded are listed.
 
     Raises:
@@ -80,9 +79,8 @@ class SalmonnTrainer(Trainer):
 
         self.throughput = Throughput(self.accelerator)
         self.callback_handler.callbacks.insert(0, self.throughput)  # before those that report its numbers
-        datasets = [getattr(dataset, "clips", dataset) for dataset in (self.train_dataset, self.eval_dataset)]
-        caches = [dataset.cache for dataset in datasets if dataset is not None and dataset.cache is not None]
-        self.add_callback(FlushFeatureCache(*caches))
+        caches = [of_clips(dataset, "cache") for dataset in (self.train_dataset, self.eval_dataset)]
+        self.add_callback(FlushFeatureCache(*(cache for cache in caches if cache is not None)))
         if self.args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
         if isinstance(self.train_dataset, StreamedClips):
@@ -111,8 +109,8 @@ class SalmonnTrainer(Trainer):
             # What compute_metrics gives beside, is found out at the first evaluation.
             best = None if self.compute_metrics is not None else self.args.metric_for_best_model
             evaluation.check_metrics(self.eval_dataset, self.data_collator.alignment_only, best)
-        masked_frames = getattr(getattr(self.train_dataset, "clips", self.train_dataset), "masked_frames", 0)
-        if trains_encoder(self.model) and (masked_frames or self.args.frame_noise):
+        changes_frames = of_clips(self.train_dataset, "masked_frames") or self.args.frame_noise
+        if trains_encoder(self.model) and changes_frames:
             raise ValueError(
                 "masked_frames and frame_noise change what a frozen speech encoder gave; with LoRA inside the encoder "
                 "leave them out, and set time_masks, frequency_masks or snr_db instead."
@@ -157,11 +155,9 @@ class SalmonnTrainer(Trainer):
             count = sum((labels != -100).sum() for labels in targets).to(device)
             if self.args.world_size > 1 and self.args.average_tokens_across_devices:
                 count = self.accelerator.gather(count).sum()
-            count = count.clamp(min=1)
             for batch in batches:
-                batch["num_alignment_labels"] = count
-            if num_items is None:
-                num_items = count
+                batch["num_alignment_labels"] = count.clamp(min=1)
+            num_items = count if num_items is None else num_items
         return batches, num_items if num_items is None else num_items.clamp(min=1)
 
     # Losses
@@ -196,19 +192,17 @@ class SalmonnTrainer(Trainer):
         if trains_encoder(model):  # with gradients, so in its own forward pass
             return batch | pad_features(clips, model.audio_tower.device)
         dataset = self.train_dataset if self.train_dataset is not None else self.eval_dataset
-        cache = getattr(getattr(dataset, "clips", dataset), "cache", None)
-        frames = encode_clips(model, clips, cache)
+        frames = encode_clips(model, clips, of_clips(dataset, "cache"))
         # What names a sound takes means and deviations of its frames, which noise would change as no audio does.
         of_windows = model.config.sound_layers is not None and not model.config.projector_config.names_sounds
-        augmented = ["audio_frames"] + ["sound_frames"] * of_windows
         for clip, encoded in zip(clips, frames, strict=True):
-            for name in augmented:
+            for name in ["audio_frames"] + ["sound_frames"] * of_windows:
+                clean = encoded[name]
                 if "masked_frames" in clip:
-                    masked = clip["masked_frames"][:, None].to(encoded[name].device)
-                    encoded[name] = torch.where(masked, encoded[name].mean(0), encoded[name])
+                    clean = torch.where(clip["masked_frames"][:, None].to(clean.device), clean.mean(0), clean)
                 if self.args.frame_noise:
-                    clean = encoded[name]
-                    encoded[name] = clean + self.args.frame_noise * clean.std() * torch.randn_like(clean)
+                    clean = clean + self.args.frame_noise * clean.std() * torch.randn_like(clean)
+                encoded[name] = clean
         return batch | pad_clips(frames)
 
     # Checkpoints
@@ -262,15 +256,19 @@ class SalmonnTrainer(Trainer):
                 # DeepSpeed gathers a layer on all processes at once: one without a batch repeats another's.
                 places = batches[min(number, len(batches) - 1)]
                 batch = [segments[place] for place in places]
-                found = evaluation.answer_segments(
-                    model, collator, dataset, batch, autocast, synced_gpus=self.is_deepspeed_enabled
-                )
+                synced = {"synced_gpus": self.is_deepspeed_enabled}
+                found = evaluation.answer_segments(model, collator, dataset, batch, autocast, **synced)
                 if number < len(batches):
                     texts += zip(places, found, strict=True)
         model.train(was_training)
         if processes > 1:
             texts = gather_object(texts)
         return evaluation.join_segments(segments, dict(texts), clips)
+
+
+def of_clips(dataset, attribute: str):
+    """Of a [`ClipDataset`], or the one behind a stream; `None` where there is none."""
+    return getattr(getattr(dataset, "clips", dataset), attribute, None)
 
 
 def expect_no_base_parts(model, keys):
