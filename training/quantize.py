@@ -52,9 +52,7 @@ class QuantizeArguments:
     )
     train_files: list[str] = HfArg(default_factory=list, help="Parquet files to calibrate on.")
     text_column: str = HfArg(default="text", help="Column that holds the transcript.")
-    sources: list[str] = HfArg(
-        default_factory=list, help="More to calibrate on, as in a training recipe, of any task."
-    )
+    sources: list[str] = HfArg(default_factory=list, help="More to calibrate on, as in a training recipe.")
     calibration_clips: int = HfArg(default=64, help="Clips, drawn at random, of each source by its weight.")
     merge_lora: bool = HfArg(default=True, help="Fold LoRA in first; otherwise it stays, unquantised.")
     seed: int = 0
@@ -125,12 +123,8 @@ def in_library_format(model, args: QuantizeArguments, directory: str):
     elif args.method == "int8":
         settings = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=others)
     else:
-        settings = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_skip_modules=others,
-        )
+        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+        settings = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=others, **nf4)
     model.projector.drop_unused_tokens()
     model.config.base_parts = None
     model.to(torch.bfloat16).save_pretrained(directory)

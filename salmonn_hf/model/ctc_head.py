@@ -52,10 +52,7 @@ class SalmonnCTCHead(nn.Module):
         return log_probs.unflatten(0, audio_embeds.shape[:-1])
 
     def best(self, audio_embeds: torch.Tensor, embedding: nn.Module) -> torch.Tensor:
-        """
-        Index of the output nearest to each audio embedding, 0 for the blank. The tokens' directions are cached, in
-        the precision of the embeddings.
-        """
+        """Index of the output nearest to each audio embedding, 0: the blank. The tokens' directions are cached."""
         if self.cached_directions is None or self.cached_directions[1].device != audio_embeds.device:
             center, rows = token_directions(embedding, self.token_ids)
             blank = nn.functional.normalize(self.blank.float()[None], dim=-1)

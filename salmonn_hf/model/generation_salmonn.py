@@ -34,10 +34,8 @@ class SalmonnGenerationMixin(GenerationMixin):
         del prompt["labels"]
         if asked["speculation_type"] == "ctc":
             if not self.projector.has_ctc_head or kwargs.get("tokenizer") is None:
-                raise ValueError(
-                    'speculation_type="ctc" needs a model with a CTC head (ctc_vocab_size in its projector_config), '
-                    "and tokenizer=processor.tokenizer beside it."
-                )
+                needs = "a model with a CTC head (ctc_vocab_size of its projector), and tokenizer=processor.tokenizer"
+                raise ValueError(f'speculation_type="ctc" needs {needs}.')
             # Drafts change the time alone. They are left out for several prompts, beams or samples, and where
             # another cache is asked for: from one of a fixed size no wrong draft can be taken back.
             one_path = len(input_ids) == 1 and asked["num_beams"] in (1, None) and not asked["do_sample"]

@@ -17,11 +17,8 @@ def encoder_lora(rank: int) -> dict:
 
 def require_peft():
     """
-    The module `peft`. Not an import at the top, since a checkpoint without LoRA needs no PEFT; and within `try`, since
-    transformers takes any other import, wherever it stands, for a requirement of the checkpoints that carry this file.
-
-    Raises:
-        ImportError: if it is not installed.
+    The module `peft`, which a checkpoint without LoRA does not need. transformers takes any import that is not within
+    `try`, wherever it stands, for a requirement of the checkpoints that carry this file.
     """
     try:
         import peft

@@ -1,7 +1,6 @@
-"""SALMONN: audio → encoders → projector → language model → text.
-
-Architecture: Tang et al., "SALMONN: Towards Generic Hearing Abilities for Large Language Models", ICLR 2024
-(https://arxiv.org/abs/2310.13289), figure 1 and section 3.1. This file reads in the order in which data flows.
+"""
+SALMONN: audio → encoders → projector → language model → text, in the order in which data flows. Tang et al., "SALMONN:
+Towards Generic Hearing Abilities for Large Language Models", ICLR 2024 (https://arxiv.org/abs/2310.13289), 3.1.
 """
 
 from dataclasses import dataclass
@@ -69,9 +68,7 @@ class SalmonnWhisperEncoder(WhisperEncoder):
         hidden_states = nn.functional.gelu(self.conv2(hidden_states)).transpose(1, 2)
         hidden_states = hidden_states + self.embed_positions.weight[: hidden_states.shape[1]]
 
-        attention_mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask[:, ::2]
-        )
+        attention_mask = create_bidirectional_mask(self.config, hidden_states, attention_mask[:, ::2])
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask, **kwargs)
         return BaseModelOutput(last_hidden_state=self.layer_norm(hidden_states))
@@ -112,9 +109,8 @@ class SalmonnPreTrainedModel(PreTrainedModel):
         check_weight_files(pretrained_model_name_or_path)
         if not config.base_parts:
             with_report = kwargs.pop("output_loading_info", False)
-            model, report = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
-            )
+            kwargs |= {"config": config, "output_loading_info": True}
+            model, report = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
             check_loaded(pretrained_model_name_or_path, report)
             return (model, report) if with_report else model
 
@@ -123,8 +119,7 @@ class SalmonnPreTrainedModel(PreTrainedModel):
             quantize_parts(skeleton, config.quantized_parts)
         state_dict = base_state_dict(skeleton)
         state_dict |= adapter_state_dict(pretrained_model_name_or_path, skeleton, **hub_kwargs)
-        for used in hub_kwargs:
-            kwargs.pop(used)
+        kwargs = {name: value for name, value in kwargs.items() if name not in hub_kwargs}
         model = super().from_pretrained(None, *model_args, config=config, state_dict=state_dict, **kwargs)
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         if model.can_generate():
@@ -346,9 +341,8 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
             logits_to_keep = torch.arange(-logits_to_keep, 0, device=inputs_embeds.device)
         if position_ids is not None:
             kwargs["position_ids"] = position_ids
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, logits_to_keep=logits_to_keep, **kwargs
-        )
+        prompt = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+        outputs = self.language_model(**prompt, logits_to_keep=logits_to_keep, **kwargs)
         loss, vocab_size = None, self.config.text_config.vocab_size
         if labels is not None:
             loss = self.loss_function(logits=outputs.logits, labels=labels, vocab_size=vocab_size, **kwargs)

@@ -1,9 +1,7 @@
-"""Weights of 4 and 8 bits: Linear and Embedding modules that keep them, and their place in SALMONN.
-
-Symmetric, weight-only. 8 bits: one scale per row. 4 bits: two values per byte, one scale per group of a row's columns.
-Products in bfloat16 run on torch's own kernels, 4 bits on a CPU and on CUDA, 8 on a CPU; elsewhere the weights are
-widened first. The weights are buffers, which no optimiser sees; gradients pass through them to what comes before, at
-any time.
+"""
+Linear and Embedding modules with weights of 4 and 8 bits, symmetric. 8 bits: one scale per row. 4 bits: two values per
+byte, one scale per group of a row's columns. Products in bfloat16 run on torch's own kernels, 4 bits on a CPU and on
+CUDA, 8 on a CPU; elsewhere weights are dequantised first. They are buffers, through which gradients pass at any time.
 """
 
 from functools import cache
@@ -99,16 +97,14 @@ class QuantizedMatrix(nn.Module):
     def quantize(self, matrix: torch.Tensor, scales: torch.Tensor | None = None):
         """Take the nearest values to `matrix` (rows, columns); `scales` by default its extremes over 127, or 7.5."""
         groups = matrix.float().reshape(*self.scales.shape, -1)
-        if scales is None:
-            # 4 bits reach from -8 to 7: half a step beyond 7 is no further off than between two values.
+        if scales is None:  # 4 bits reach from -8 to 7; half a step beyond 7 is no further off than between two values
             scales = groups.abs().amax(-1).clamp(min=1e-8) / (127 if self.bits == 8 else 7.5)
         self.scales = scales.reshape(self.scales.shape).to(matrix.dtype).contiguous()
         values = torch.round(groups / self.scales[..., None].float())
         if self.bits == 8:
             self.weight = values.clamp(-127, 127).to(torch.int8).view(self.rows, self.columns)
         else:
-            values = (values.clamp(-8, 7) + 8).to(torch.uint8).view(self.rows, self.columns)
-            self.weight = two_per_byte(values)
+            self.weight = two_per_byte((values.clamp(-8, 7) + 8).to(torch.uint8).view(self.rows, self.columns))
         self.packed_scales = None
         return self
 
@@ -214,10 +210,7 @@ class QuantizedMatrix(nn.Module):
 
 
 class DequantizedProduct(torch.autograd.Function):
-    """
-    x Wᵀ for a `QuantizedMatrix` W. The backward pass widens the weights anew: those of all layers, kept from the
-    forward pass, would take the memory that few bits save.
-    """
+    """x Wᵀ for a `QuantizedMatrix` W. The backward pass dequantises anew: a copy would take what few bits save."""
 
     @staticmethod
     def forward(ctx, x, matrix):
@@ -278,14 +271,8 @@ def linears(part: nn.Module) -> dict[str, nn.Linear]:
     """
     head = part.get_output_embeddings() if isinstance(part, PreTrainedModel) else None
     excluded = tuple(f"{name}." for name in getattr(part, "modules_to_not_quantize", ()))
-    return {
-        name: module
-        for name, module in part.named_modules()
-        if isinstance(module, nn.Linear)
-        and ".lora_" not in name
-        and module is not head
-        and not f"{name}.".startswith(excluded)
-    }
+    found = ((name, m) for name, m in part.named_modules() if isinstance(m, nn.Linear) and m is not head)
+    return {name: m for name, m in found if ".lora_" not in name and not f"{name}.".startswith(excluded)}
 
 
 def replace_module(root: nn.Module, name: str, module: nn.Module):

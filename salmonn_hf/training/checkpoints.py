@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -18,10 +19,8 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
     """The newest complete checkpoint in a directory: one of which the last file, the trainer's state, can be read."""
     found = []
     for state in Path(output_dir).glob("checkpoint-*/trainer_state.json"):
-        try:
+        with suppress(ValueError, KeyError):
             found.append((json.loads(state.read_text())["global_step"], str(state.parent)))
-        except (ValueError, KeyError):
-            continue
     return max(found, default=(0, None))[1]
 
 

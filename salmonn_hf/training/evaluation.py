@@ -34,8 +34,7 @@ from ..model.segmentation import is_silent, split_at_pauses
 
 logger = logging.getLogger(__name__)
 
-ANSWER_TOKENS = 96  # of an answer that is no transcript
-SAMPLES_PRINTED = 3  # of each metric
+ANSWER_TOKENS, SAMPLES_PRINTED = 96, 3  # of an answer that is no transcript; of each metric
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,6 @@ def metric_of(task: str, alignment_only: bool) -> str | None:
 
 def check_metrics(dataset: ClipDataset, alignment_only: bool, metric_for_best_model: str | None):
     """
-    What would otherwise be found out at the first evaluation only.
-
     Raises:
         ValueError: if the evaluation set does not give `metric_for_best_model`.
         CaptionMetricsError: if it has captions, and what scores them, Java among it, is not installed.

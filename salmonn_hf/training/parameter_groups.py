@@ -15,13 +15,8 @@ def parameter_kind(name: str, projector) -> str:
 
 def parameter_groups(model, args, learning_rate: float, weight_decay: float) -> list[dict]:
     """
-    The trained parameters of `model`, as `torch.optim` takes them.
-
-    Args:
-        model ([`SalmonnForConditionalGeneration`]): behind `freeze_base_parts`.
-        args ([`SalmonnTrainingArguments`]): the rates of single kinds.
-        learning_rate (`float`): of all other kinds.
-        weight_decay (`float`): none is on norms, biases and learned vectors.
+    The trained parameters of `model`, behind `freeze_base_parts`, as `torch.optim` takes them. `args` have the rates
+    of single kinds, `learning_rate` is that of all others; norms, biases and learned vectors have no weight decay.
     """
     lora = args.lora_learning_rate or learning_rate
     rates = {

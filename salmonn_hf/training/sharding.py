@@ -13,10 +13,7 @@ SCALAR = "projector.ctc_head.log_scale"
 
 
 def shard_on_cpus(accelerator: Accelerator, plugin_args: dict | None = None):
-    """
-    Where FSDP is asked for on CPUs, switch it on: accelerate, which shards on GPUs and their like alone, would train
-    with DDP and say nothing.
-    """
+    """Where FSDP is asked for on CPUs, switch it on: accelerate would train with DDP there and say nothing."""
     state = accelerator.state
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if asked and state.distributed_type == DistributedType.MULTI_CPU:
@@ -31,8 +28,7 @@ def choose_what_is_sharded(accelerator: Accelerator, model):
 
     Encoders and token embeddings, which are frozen, are not: each process encodes other clips, and not those that
     the cache holds, so they cannot wait for one another there; and the CTC head reads rows of the embeddings.
-    Parameters are gathered in their own precision, as autocast wants them on one process too: what is trained is
-    float32, the rest bfloat16.
+    Parameters are gathered in their own precision, as autocast wants them.
 
     Raises:
         ValueError: if the plugin is of FSDP 1, or would load weights on the first process alone; if an encoder is

@@ -54,16 +54,9 @@ def projector_fields(text: str, config_class: type) -> dict:
 
 class TrainingStage:
     """
-    A script's arguments and data. The seed is set, so that what a script makes next is the same in each run.
-
-    Args:
-        model_arguments (`type`): the script's own dataclass, beside those of data, augmentation and training.
-
-    Attributes:
-        model_args, data_args, augmentation, training_args: the parsed arguments.
-        train_tables, eval_tables: see `DataArguments.load`.
-        checkpoint (`str` or `None`): from which the run goes on: `resume_from_checkpoint`, else the last one in
-            `output_dir`.
+    A script's arguments, those of the dataclass `model_arguments` and of data, augmentation and training, and its
+    data, see `DataArguments.load`. `checkpoint` is where the run goes on from: `resume_from_checkpoint`, else the last
+    one in `output_dir`. The seed is set, so that what a script makes next is the same in each run.
     """
 
     def __init__(self, model_arguments: type):
