@@ -38,13 +38,11 @@ class ModelArguments(SpeechEncoderArguments):
 
 
 def make_processor(args: ModelArguments, config: SalmonnConfig, tokenizer) -> SalmonnProcessor:
-    extractor = SalmonnFeatureExtractor(
-        feature_size=config.audio_config.num_mel_bins,
-        pad_to_30_seconds=config.projector_config.pad_to_30_seconds,
-        return_input_values=args.sound_tower is not None,
-    )
+    projector, mel_bins = config.projector_config, config.audio_config.num_mel_bins
+    features = {"pad_to_30_seconds": projector.pad_to_30_seconds, "return_input_values": args.sound_tower is not None}
+    extractor = SalmonnFeatureExtractor(mel_bins, **features)
     windows = ("window_frames", "window_stride", "queries_per_window")
-    settings = {name: getattr(config.projector_config, name) for name in windows}
+    settings = {name: getattr(projector, name) for name in windows}
     return SalmonnProcessor(extractor, tokenizer, audio_token=args.audio_token, **settings)
 
 

@@ -88,9 +88,7 @@ class WhisperProjectorConfig(ProjectorConfig):
                 f"{self.merged_windows} must be at least 1."
             )
         if self.num_layers > (layers := audio_config.decoder_layers):
-            raise ValueError(
-                f"projector_config.num_layers is {self.num_layers}; the speech model's decoder has {layers}."
-            )
+            raise ValueError(f"num_layers is {self.num_layers}, but the speech model's decoder has {layers} layers.")
         if bool(self.sound_summary_size) != bool(sound_hidden_size):
             raise ValueError(
                 f"projector_config.sound_summary_size is {self.sound_summary_size} and sound frames have "

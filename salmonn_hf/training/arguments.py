@@ -28,21 +28,13 @@ class SalmonnTrainingArguments(TrainingArguments):
     hub_strategy: str = HfArg(
         default="end", help="What --push_to_hub pushes: the final model; 'every_save': each checkpoint too."
     )
-    train_sampling_strategy: str = HfArg(
-        default="group_by_length", help="Or 'random': clips of any length in a batch."
-    )
+    train_sampling_strategy: str = HfArg(default="group_by_length", help="Or 'random': any lengths in a batch.")
     early_stopping_patience: int | None = HfArg(
         default=None, help="Stop after so many evaluations without a better metric_for_best_model."
     )
-    frame_noise: float = HfArg(
-        default=0.0, help="Noise on the speech encoder's frames, as a share of their deviation."
-    )
-    ctc_loss_weight: float = HfArg(
-        default=0.1, help="Weight of the CTC loss beside that of the answers; 0: no CTC loss."
-    )
-    lora_learning_rate: float | None = HfArg(
-        default=None, help="Of LoRA in the language model; default: learning_rate."
-    )
+    frame_noise: float = HfArg(default=0.0, help="Noise on the encoder's frames, as a share of their deviation.")
+    ctc_loss_weight: float = HfArg(default=0.1, help="Weight of the CTC loss beside that of the answers; 0: none.")
+    lora_learning_rate: float | None = HfArg(default=None, help="Of the LLM's LoRA; default: learning_rate.")
     audio_lora_learning_rate: float | None = HfArg(
         default=None, help="Of LoRA in the speech encoder; default: that of LoRA in the language model."
     )

@@ -14,8 +14,7 @@ class DistillingTrainer(SalmonnTrainer):
     """
     [`SalmonnTrainer`] whose model learns captions and answers from their text as ever, but transcripts from the
     next-token distributions of `teacher`, a [`SalmonnForConditionalGeneration`] with the same encoder and tokenizer,
-    which is given the same frames. So any speech will do for transcripts, synthetic speech and speech that the teacher
-    transcribes badly included.
+    which is given the same frames. So any speech will do for transcripts, even what the teacher transcribes badly.
     """
 
     def __init__(self, *args, teacher: nn.Module, **kwargs):

@@ -29,12 +29,8 @@ class CheckpointArguments:
 @dataclass(kw_only=True)
 class SpeechEncoderArguments:
     audio_lora_r: int | None = HfArg(default=None, help="Rank of new LoRA in all layers of the speech encoder.")
-    sound_layers: list[int] | None = HfArg(
-        default=None, help="The speech encoder's layers whose mean are the sound frames."
-    )
-    projector_config: str = HfArg(
-        default="{}", help="Fields of the projector's config, in a recipe a mapping; else JSON."
-    )
+    sound_layers: list[int] | None = HfArg(default=None, help="Layers of the speech encoder that give sound frames.")
+    projector_config: str = HfArg(default="{}", help="Fields of the projector's config: a mapping, or JSON.")
 
 
 def projector_fields(text: str, config_class: type) -> dict:

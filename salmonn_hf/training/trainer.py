@@ -17,19 +17,11 @@ from ..data.mixture_sampler import MixtureSampler
 from ..data.skipped_clips import SkippedClips
 from ..data.streamed_clips import StreamedClips
 from ..model.checkpoint import is_base_key
-from . import evaluation
+from . import evaluation, sharding
 from .arguments import SalmonnTrainingArguments
 from .callbacks import EpochOfSampler, FlushFeatureCache, Throughput
 from .checkpoints import save_checkpoint
 from .parameter_groups import optimizer_of
-from .sharding import (
-    NameAsUnsharded,
-    choose_what_is_sharded,
-    gather_as_unsharded,
-    hide_unsharded_parts,
-    shard_on_cpus,
-    unsharded_parameters,
-)
 from .streamed_run import SkipTrainedClips, StreamedRun
 
 logger = logging.getLogger(__name__)
@@ -40,8 +32,8 @@ class SalmonnTrainer(Trainer):
     `Trainer` with the mixture of sources, frozen encoders that run once per clip, learning rates by kind of parameter,
     checkpoints that are complete or not there, and evaluation by greedy answers to the evaluation set, some of which
     are printed: `eval_wer` of transcripts, `eval_cider` (CIDEr-D) of captions and `eval_accuracy` of short answers,
-    whichever tasks it has (see `tasks.training_metric`). Where only the alignment is trained, `eval_wer` of the CTC
-    head's transcripts. `compute_metrics` gets these answers as from `Seq2SeqTrainer`, and adds to the metrics.
+    whichever tasks it has. Where only the alignment is trained, `eval_wer` of the CTC head's transcripts.
+    `compute_metrics` gets these answers as from `Seq2SeqTrainer`, and adds to the metrics.
 
     Args:
         args, kwargs: as for `Trainer`; `args` are [`SalmonnTrainingArguments`], `data_collator` is a [`ClipCollator`].
@@ -66,15 +58,15 @@ class SalmonnTrainer(Trainer):
             for module in self.model.modules():
                 if isinstance(module, LoraLayer):
                     module.cast_input_dtype_enabled = False
-        shard_on_cpus(self.accelerator, self.args.fsdp_plugin_args)
+        sharding.shard_on_cpus(self.accelerator, self.args.fsdp_plugin_args)
         self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
         if self.is_fsdp_enabled:
-            choose_what_is_sharded(self.accelerator, self.model)
-            self.add_callback(NameAsUnsharded)
+            sharding.choose_what_is_sharded(self.accelerator, self.model)
+            self.add_callback(sharding.NameAsUnsharded)
         if self.is_deepspeed_enabled:
-            hide_unsharded_parts(self.accelerator, self.model)
+            sharding.hide_unsharded_parts(self.accelerator, self.model)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            gather_as_unsharded(self.accelerator, self.model)
+            sharding.gather_as_unsharded(self.accelerator, self.model)
         self.optimizer_cls_and_kwargs = optimizer_of(self)
 
         self.throughput = Throughput(self.accelerator)
@@ -248,7 +240,7 @@ class SalmonnTrainer(Trainer):
         dtypes = {parameter.dtype for parameter in model.parameters()} | {model.audio_tower.dtype}
         autocast = self.accelerator.autocast if len(dtypes) > 1 else contextlib.nullcontext
         texts = []
-        with unsharded_parameters(self.accelerator, self.model):
+        with sharding.unsharded_parameters(self.accelerator, self.model):
             for turn in range(0, len(batches), processes):
                 number = turn + self.args.process_index
                 if number >= len(batches) and not self.is_deepspeed_enabled:
