@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.hf_argparser import HfArg
 
 from salmonn_hf import SalmonnConfig, SalmonnFeatureExtractor, SalmonnForConditionalGeneration, SalmonnProcessor
@@ -24,7 +24,7 @@ from salmonn_hf.model.checkpoint import config_from_base_parts
 from salmonn_hf.model.lora import encoder_lora
 from salmonn_hf.training.freezing import freeze_base_parts
 from salmonn_hf.training.initialization import standardise_frames, start_projector, start_sound_summary
-from salmonn_hf.training.stage import SpeechEncoderArguments, TrainingStage, projector_fields
+from salmonn_hf.training.stage import SpeechEncoderArguments, TrainingStage
 
 
 @dataclass(kw_only=True)
@@ -66,9 +66,8 @@ def main():
     tokenizer, speech_tokenizer = map(AutoTokenizer.from_pretrained, (language_model, whisper))
     if args.chat_template:
         tokenizer.chat_template = Path(args.chat_template).read_text()
-    model_type = json.loads(args.projector_config).get("model_type", "salmonn_window_qformer")
-    fields = projector_fields(args.projector_config, CONFIG_MAPPING[model_type])
-    projector_config = AutoConfig.for_model(**{"model_type": model_type} | fields)
+    fields = {"model_type": "salmonn_window_qformer"} | json.loads(args.projector_config)
+    projector_config = AutoConfig.for_model(**fields)
     texts = (text for table in stage.train_tables for text in table.transcripts())
     token_ids = ctc_vocabulary(texts, ctc_tokenizer(tokenizer, projector_config.ctc_merges))
     ctc_tokens = projector_config.choose_ctc_tokens(token_ids, tokenizer, speech_tokenizer)

@@ -10,6 +10,7 @@ Start from a stage 1 checkpoint, or from any SALMONN checkpoint to fine-tune it 
 (`model_name_or_path`). The same command goes on from the last checkpoint in `output_dir`.
 """
 
+import json
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,7 @@ from salmonn_hf.training.freezing import freeze_base_parts
 from salmonn_hf.training.initialization import start_sound_summary
 from salmonn_hf.training.lora_rank import cut_lora_rank
 from salmonn_hf.training.sound_kinds import add_sound_summary
-from salmonn_hf.training.stage import CheckpointArguments, SpeechEncoderArguments, TrainingStage, projector_fields
+from salmonn_hf.training.stage import CheckpointArguments, SpeechEncoderArguments, TrainingStage
 
 
 @dataclass(kw_only=True)
@@ -102,9 +103,10 @@ def main():
 
     processor = SalmonnProcessor.from_pretrained(args.model_name_or_path)
     config = SalmonnConfig.from_pretrained(args.model_name_or_path)
-    projector = projector_fields(args.projector_config, type(config.projector_config))
+    projector = json.loads(args.projector_config)
     new_to_sounds = args.sound_layers is not None and config.sound_layers is None
-    of_sounds = {name: projector.pop(name) for name in list(projector) if new_to_sounds and name.startswith("sound_")}
+    sizes = {"sound_summary_size", "sound_kinds"} & projector.keys() if new_to_sounds else ()
+    of_sounds = {name: projector.pop(name) for name in sizes}
     model = load_model(args, projector, training_args.frozen_dtype)
     add_lora(model, args)
     if new_to_sounds:

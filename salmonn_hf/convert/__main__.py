@@ -24,30 +24,19 @@ def parse_arguments(arguments=None):
     commands = parser.add_subparsers(dest="command", required=True)
 
     beats = commands.add_parser("beats", help="an original BEATs .pt file to a checkpoint directory")
-    beats.add_argument("source")
-    beats.add_argument("out")
-
     salmonn = commands.add_parser("salmonn", help="an original SALMONN .pth file to an adapter checkpoint directory")
-    salmonn.add_argument("source")
-    salmonn.add_argument("out")
     salmonn.add_argument("--whisper", required=True, help="directory or hub name of the Whisper it was trained with")
     salmonn.add_argument("--llm", required=True, help="directory or hub name of its language model")
     salmonn.add_argument("--beats", help="its original BEATs .pt file, if it has one")
-    salmonn.add_argument(
-        "--qformer-heads",
-        type=int,
-        help="attention heads of the Q-Former; default: 12 where it is BERT base, else 4",
-    )
+    heads = "attention heads of the Q-Former; default: 12 where it is BERT base, else 4"
+    salmonn.add_argument("--qformer-heads", type=int, help=heads)
     salmonn.add_argument("--audio-token", help="token that stands for one audio embedding, which text never uses")
     salmonn.add_argument("--audio-token-id", type=int, help="its id, for a language model without a tokenizer")
-
     export = commands.add_parser("export", help="a checkpoint directory to a file in the original's layout")
-    export.add_argument("directory")
-    export.add_argument("out")
-
     migrate = commands.add_parser("migrate", help="a checkpoint directory of salmonn_hf 0.1.0 to one that loads today")
-    migrate.add_argument("source")
-    migrate.add_argument("out")
+    for command in (beats, salmonn, export, migrate):
+        command.add_argument("directory" if command is export else "source")
+        command.add_argument("out")
     return parser.parse_args(arguments)
 
 

@@ -1,8 +1,7 @@
 """Checkpoints of the original BEATs (github.com/microsoft/unilm, beats) to transformers' layout, and back."""
 
-import os
+import json
 import re
-import tempfile
 from pathlib import Path
 
 import torch
@@ -12,63 +11,19 @@ from transformers import AutoConfig
 from ..model.configuration_beats import BeatsConfig
 from ..model.feature_extraction_beats import BeatsFeatureExtractor
 from ..model.modeling_beats import BeatsForAudioClassification, BeatsModel
-from .original_checkpoint import load_original_checkpoint, save_original_checkpoint
+from .original_checkpoint import (
+    check_is_free,
+    check_tensors,
+    load_original_checkpoint,
+    save_original_checkpoint,
+    written_whole,
+)
 
-# Each entry of the original's `cfg`, its name in BeatsConfig, and its value where a checkpoint does not say.
-SETTINGS = {
-    "input_patch_size": ("patch_size", None),
-    "embed_dim": ("embed_dim", 512),
-    "conv_bias": ("conv_bias", False),
-    "encoder_layers": ("num_hidden_layers", 12),
-    "encoder_embed_dim": ("hidden_size", 768),
-    "encoder_ffn_embed_dim": ("intermediate_size", 3072),
-    "encoder_attention_heads": ("num_attention_heads", 12),
-    "activation_fn": ("hidden_act", "gelu"),
-    "layer_wise_gradient_decay_ratio": ("gradient_decay", 1.0),
-    "layer_norm_first": ("pre_norm", False),
-    "deep_norm": ("deep_norm", False),
-    "dropout": ("hidden_dropout", 0.1),
-    "attention_dropout": ("attention_dropout", 0.1),
-    "activation_dropout": ("activation_dropout", 0.0),
-    "encoder_layerdrop": ("layerdrop", 0.0),
-    "dropout_input": ("feat_proj_dropout", 0.0),
-    "conv_pos": ("num_conv_pos_embeddings", 128),
-    "conv_pos_groups": ("num_conv_pos_embedding_groups", 16),
-    "relative_position_embedding": ("relative_position_bias", False),
-    "num_buckets": ("num_buckets", 320),
-    "max_distance": ("max_distance", 1280),
-    "gru_rel_pos": ("gated_position_bias", False),
-    "predictor_dropout": ("classifier_dropout", 0.1),
-    "predictor_class": ("num_labels", 527),
-}
-# The original's "glu" halves what it projects to; no published model has it.
-ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_accurate": "gelu_pytorch_tanh",
-    "relu": "relu",
-    "tanh": "tanh",
-    "linear": "linear",
-}
-# Pieces of tensor names, the original's and ours.
-NAMES = [
-    ("encoder.pos_conv.0.weight_g", "positional_conv_embedding.conv.parametrizations.weight.original0"),
-    ("encoder.pos_conv.0.weight_v", "positional_conv_embedding.conv.parametrizations.weight.original1"),
-    ("encoder.pos_conv.0.bias", "positional_conv_embedding.conv.bias"),
-    ("encoder.layers.0.self_attn.relative_attention_bias.weight", "relative_position_bias.bias.weight"),
-    ("encoder.layer_norm.", "layer_norm."),
-    ("layer_norm.", "patch_embedding.layer_norm."),
-    ("patch_embedding.", "patch_embedding.patch."),
-    ("post_extract_proj.", "patch_embedding.projection."),
-    ("predictor.", "classifier."),
-]
-LAYER_NAMES = [
-    ("self_attn.grep_linear.", "attention.gate."),
-    ("self_attn.grep_a", "attention.gate_scale"),
-    ("self_attn.", "attention."),
-    ("self_attn_layer_norm.", "attention_layer_norm."),
-    ("final_layer_norm.", "final_layer_norm."),
-    ("fc", "feed_forward.fc"),
-]
+# "settings": entries of the original's `cfg`, their names in BeatsConfig, and their values where `cfg` lacks them.
+# "activations": the original's "glu" halves what it projects to; no published model has it.
+# "tensors", "layer_tensors": beginnings of names, the original's and ours.
+NAMES = json.loads(Path(__file__).with_name("beats_names.json").read_text())
+SETTINGS, ACTIVATIONS = NAMES["settings"], NAMES["activations"]
 LAYER, OUR_LAYER = "encoder.layers.", "layers."
 SHARED_BIAS = re.compile(r"encoder\.layers\.(\d+)\.self_attn\.relative_attention_bias\.weight")
 SHARED_BIAS_KEY = "encoder.layers.{}.self_attn.relative_attention_bias.weight"
@@ -76,18 +31,15 @@ SHARED_BIAS_KEY = "encoder.layers.{}.self_attn.relative_attention_bias.weight"
 
 def renamed(key: str, names: list[tuple[str, str]]) -> str | None:
     """`key` with the first prefix of `names` that it has replaced; `None` if it has none of them."""
-    for prefix, replacement in names:
-        if key.startswith(prefix):
-            return replacement + key.removeprefix(prefix)
-    return None
+    return next((new + key.removeprefix(prefix) for prefix, new in names if key.startswith(prefix)), None)
 
 
 def from_original_key(key: str) -> str | None:
     """The name of an original BEATs tensor in `BeatsModel` (the classifier's is its own); `None` if it has none."""
-    name = renamed(key, NAMES)
+    name = renamed(key, NAMES["tensors"].items())
     if name is None and key.startswith(LAYER):
         index, _, rest = key.removeprefix(LAYER).partition(".")
-        name = renamed(rest, LAYER_NAMES)
+        name = renamed(rest, NAMES["layer_tensors"].items())
         name = None if name is None else f"{OUR_LAYER}{index}.{name}"
     return name
 
@@ -97,8 +49,8 @@ def to_original_key(key: str) -> str:
     key = key.removeprefix("beats.")
     if key.startswith(OUR_LAYER):
         index, _, rest = key.removeprefix(OUR_LAYER).partition(".")
-        return f"{LAYER}{index}.{renamed(rest, [(ours, theirs) for theirs, ours in LAYER_NAMES])}"
-    return renamed(key, [(ours, theirs) for theirs, ours in NAMES])
+        return f"{LAYER}{index}.{renamed(rest, [(ours, theirs) for theirs, ours in NAMES['layer_tensors'].items()])}"
+    return renamed(key, [(ours, theirs) for theirs, ours in NAMES["tensors"].items()])
 
 
 def config_from_original(cfg: dict, label_dict: dict | None = None) -> BeatsConfig:
@@ -113,11 +65,10 @@ def config_from_original(cfg: dict, label_dict: dict | None = None) -> BeatsConf
     settings = {name: cfg.get(key, default) for key, (name, default) in SETTINGS.items()}
     if settings["patch_size"] is None:
         raise ValueError("cfg has no input_patch_size (16 in the published models).")
-    if settings["hidden_act"] not in list(ACTIVATIONS):
-        raise ValueError(
-            f"cfg['activation_fn'] is {settings['hidden_act']!r}; supported are {', '.join(ACTIVATIONS)}."
-        )
-    settings["hidden_act"] = ACTIVATIONS[settings["hidden_act"]]
+    activation = settings["hidden_act"]
+    if activation not in list(ACTIVATIONS):
+        raise ValueError(f"cfg['activation_fn'] is {activation!r}; supported are {', '.join(ACTIVATIONS)}.")
+    settings["hidden_act"] = ACTIVATIONS[activation]
     finetuned = cfg.get("finetuned_model", False)
     num_labels = settings.pop("num_labels")
     if not finetuned and "predictor_class" not in cfg:
@@ -211,16 +162,7 @@ def read_with_report(path: str | Path) -> tuple[BeatsConfig, dict[str, torch.Ten
             tensors[name if name.startswith("classifier.") else prefix + name] = tensor
     with torch.device("meta"):
         expected = model_class(config)(config).state_dict()
-    missing = [to_original_key(key) for key in expected if key not in tensors]
-    left_over += [to_original_key(key) for key in tensors if key not in expected]
-    if missing or left_over:
-        raise ValueError(f"{path} does not fit its cfg: missing tensors {missing[:5]}, left over {left_over[:5]}.")
-    for key, tensor in tensors.items():
-        if tensor.shape != expected[key].shape:
-            raise ValueError(
-                f"{path} does not fit its cfg: {to_original_key(key)} has shape {tuple(tensor.shape)}, the cfg asks "
-                f"for {tuple(expected[key].shape)}."
-            )
+    check_tensors(tensors, expected, to_original_key, path, "its cfg", left_over)
     return config, {key: tensors[key] for key in expected}, report
 
 
@@ -240,18 +182,14 @@ def convert_beats(source: str | Path, out: str | Path) -> str:
         OSError, ValueError: as `read_beats_checkpoint`; also if `out` is not empty. Nothing is left half-written.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty; name a new directory, or remove it first.")
+    check_is_free(out)
     config, tensors, report = read_with_report(source)
     with torch.device("meta"):
         model = model_class(config)(config)
     model.load_state_dict(tensors, assign=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
-        directory = Path(temporary) / out.name
+    with written_whole(out) as directory:
         model.save_pretrained(directory)
         BeatsFeatureExtractor().save_pretrained(directory)
-        os.replace(directory, out)
     parameters = sum(tensor.numel() for tensor in tensors.values())
     labels = f", {config.num_labels} labels" if is_finetuned(config) else ""
     return "\n".join([f"{source} -> {out}: {len(tensors)} tensors, {parameters:,} parameters{labels}", *report])

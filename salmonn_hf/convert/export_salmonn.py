@@ -29,13 +29,12 @@ def export_salmonn(directory: str | Path, out: str | Path) -> str:
     if out.exists():
         raise ValueError(f"{out} exists; name a new file, or remove it first.")
     config = SalmonnConfig.from_pretrained(directory)
-    report, tensors, foreign = [f"{directory} -> {out}"], {}, []
+    tensors, foreign, reported = {}, [], set()
     left_out = {
         "projector.ctc_head": "a training aid that the original does not have",
         "sound_tower": "the original reads BEATs from a file of its own",
         "language_model": "the original reads its language model from a directory of its own",
     }
-    reported = set()
     for key, tensor in read_weights(directory).items():
         part = next((name for name in left_out if key.startswith(f"{name}.")), None)
         if part is not None and ".lora_" not in key:
@@ -45,14 +44,12 @@ def export_salmonn(directory: str | Path, out: str | Path) -> str:
         else:
             tensors[original] = tensor
     if foreign:
-        raise ValueError(
-            f"The original SALMONN has no place for {foreign}: {directory} cannot be written in its layout."
-        )
+        raise ValueError(f"The original has no place for {foreign}: {directory} cannot be written in its layout.")
     if not config.lora and "language_model" not in (config.base_parts or {}):
         raise ValueError(
             f"{directory} holds a language model of its own (LoRA merged?); export the adapter checkpoint."
         )
-    report += [f"left out, {left_out[part]}: {part}" for part in sorted(reported)]
+    report = [f"{directory} -> {out}", *(f"left out, {left_out[part]}: {part}" for part in sorted(reported))]
     projector = config.projector_config
     if not projector.pad_to_30_seconds:
         report.append("the original will pad every clip to 30 s and drop its last window; this model does not")
@@ -65,12 +62,7 @@ def export_salmonn(directory: str | Path, out: str | Path) -> str:
         "qformer_heads": projector.qformer_config.num_attention_heads,
         "lora": config.lora is not None,
     }
-    if config.lora:
-        settings |= {
-            "lora_rank": config.lora["r"],
-            "lora_alpha": config.lora["lora_alpha"],
-            "lora_dropout": config.lora["lora_dropout"],
-        }
+    if lora := config.lora:
+        settings |= {"lora_rank": lora["r"], "lora_alpha": lora["lora_alpha"], "lora_dropout": lora["lora_dropout"]}
     save_original_checkpoint({"model": tensors, "config": {"model": settings}, "epoch": 0}, out)
-    report.append(f"written: {len(tensors)} tensors")
-    return "\n".join(report)
+    return "\n".join([*report, f"written: {len(tensors)} tensors"])

@@ -1,71 +1,42 @@
 """Checkpoints of salmonn_hf 0.1.0, adapter, merged or quantised, to the layout of today."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import PreTrainedConfig
 
 from ..model.configuration_salmonn import SalmonnConfig
+from ..model.configuration_whisper_projector import WhisperProjectorConfig
+from ..model.configuration_window_qformer import WindowQFormerConfig
 from ..model.quantizer_salmonn import SalmonnQuantizationConfig
 from ..model.remote_code import save_code
+from .original_checkpoint import check_is_free
 
-# Fields of the old config that are the window Q-Former's now, under their names there.
-QFORMER_FIELDS = {
-    "qformer_config": "qformer_config",
-    "window_frames": "window_frames",
-    "window_stride": "window_stride",
-    "queries_per_window": "queries_per_window",
-    "pad_to_30_seconds": "pad_to_30_seconds",
-    "window_position_embeddings": "window_position_embeddings",
-    "frame_mlp_size": "frame_mlp_size",
-    "projector_norm": "output_norm",
-    "ctc_vocab_size": "ctc_vocab_size",
-    "ctc_merges": "ctc_merges",
-}
-# And those of the projector made of Whisper's decoder layers.
-WHISPER_FIELDS = {
-    "speech_decoder_layers": "num_layers",
-    "window_frames": "window_frames",
-    "window_context": "window_context",
-    "window_reach": "window_reach",
-    "merged_windows": "merged_windows",
-    "frame_mlp_size": "frame_mlp_size",
-    "ctc_vocab_size": "ctc_vocab_size",
-    "ctc_trained_size": "ctc_trained_size",
-    "ctc_merges": "ctc_merges",
-    "sound_summary_size": "sound_summary_size",
-    "sound_kinds": "sound_kinds",
-    "sound_name_size": "sound_name_size",
-}
-MODULES = {
-    "connector.": "projector.",
-    "audio_norm.": "projector.audio_norm.",
-    "sound_norm.": "projector.sound_norm.",
-    "sound_summary.": "projector.sound_summary.",
-    "speech_tokens.": "projector.speech_tokens.",
-    "ctc_head.": "projector.ctc_head.",
-}
+# Fields of the old config that are the projector's now, under another name there.
+RENAMED_FIELDS = {"projector_norm": "output_norm", "speech_decoder_layers": "num_layers"}
+# Modules that are the projector's now, beside what was called the connector.
+MODULES = ("audio_norm.", "sound_norm.", "sound_summary.", "speech_tokens.", "ctc_head.")
 
 
 def migrate_key(key: str) -> str:
     """The name today of a tensor of an old checkpoint."""
-    for old, new in MODULES.items():
-        if key.startswith(old):
-            return new + key.removeprefix(old)
-    return key
+    return f"projector.{key}" if key.startswith(MODULES) else re.sub(r"^connector\.", "projector.", key)
 
 
 def migrate_config(old: dict) -> dict:
     """The `config.json` of an old checkpoint as fields of today's [`SalmonnConfig`]."""
     config = {name: value for name, value in old.items() if name in SalmonnConfig.__dataclass_fields__}
+    projector_class = WhisperProjectorConfig if old.get("speech_decoder_layers") else WindowQFormerConfig
+    fields = {RENAMED_FIELDS.get(name, name): value for name, value in old.items()}
+    own_fields = projector_class.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
+    projector = {name: value for name, value in fields.items() if name in own_fields}
+    projector["model_type"] = projector_class.model_type
     if old.get("speech_decoder_layers"):
-        fields, projector = WHISPER_FIELDS, {"model_type": "salmonn_whisper_projector"}
         projector["dropout"] = old["qformer_config"].get("hidden_dropout_prob", 0.1)
-    else:
-        fields, projector = QFORMER_FIELDS, {"model_type": "salmonn_window_qformer"}
-    projector |= {new: old[name] for name, new in fields.items() if name in old}
     projector["dtype"] = old.get("dtype")
     config["projector_config"] = projector
     if base_parts := old.get("base_parts"):
@@ -97,8 +68,7 @@ def migrate(source: str | Path, out: str | Path) -> str:
     old = json.loads((source / "config.json").read_text())
     if old.get("model_type") != "salmonn" or "qformer_config" not in old:
         raise ValueError(f"{source} is no SALMONN checkpoint of salmonn_hf 0.1.0; others need no migration.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty; name a new directory, or remove it first.")
+    check_is_free(out)
     config = SalmonnConfig(**migrate_config(old))
     out.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):

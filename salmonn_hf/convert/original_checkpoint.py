@@ -4,6 +4,8 @@ import os
 import pickle
 import re
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -51,8 +53,39 @@ def load_original_checkpoint(path: str | Path) -> dict:
 
 def save_original_checkpoint(checkpoint: dict, path: str | Path):
     """Write a checkpoint as the original implementations read it, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-        torch.save(checkpoint, Path(temporary) / path.name)
-        os.replace(Path(temporary) / path.name, path)
+    with written_whole(Path(path)) as partial:
+        torch.save(checkpoint, partial)
+
+
+@contextmanager
+def written_whole(out: Path) -> Iterator[Path]:
+    """A path to write a file or directory to, which is moved to `out` in the end, and removed after an error."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
+        yield Path(temporary) / out.name
+        os.replace(Path(temporary) / out.name, out)
+
+
+def check_is_free(out: Path):
+    """Raise ValueError if `out` is anything but an empty directory, or none yet."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not empty; name a new directory, or remove it first.")
+
+
+def check_tensors(
+    tensors: dict, expected: dict, original_name: Callable[[str], str], source: str | Path, fits: str, left_over=()
+):
+    """
+    Raise ValueError, by the original's names, unless `tensors` have the names and shapes of `expected`, and nothing of
+    the original is `left_over`.
+    """
+    missing = [original_name(key) for key in expected if key not in tensors]
+    left_over = [*left_over, *(original_name(key) for key in tensors if key not in expected)]
+    if missing or left_over:
+        raise ValueError(f"{source} does not fit {fits}: missing tensors {missing[:5]}, left over {left_over[:5]}.")
+    for key, tensor in tensors.items():
+        if tensor.shape != expected[key].shape:
+            raise ValueError(
+                f"{source} does not fit {fits}: {original_name(key)} has shape {tuple(tensor.shape)}, but its place "
+                f"in the model has {tuple(expected[key].shape)}."
+            )

@@ -7,10 +7,7 @@ trained ones.
 """
 
 import json
-import os
 import re
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -24,7 +21,7 @@ from ..model.modeling_salmonn import SalmonnForConditionalGeneration
 from ..model.processing_salmonn import CONTENT_PRELUDE, SalmonnProcessor
 from .beats import encoder_tensors, read_beats_checkpoint
 from .beats import from_original_key as from_original_beats_key
-from .original_checkpoint import load_original_checkpoint
+from .original_checkpoint import check_is_free, check_tensors, load_original_checkpoint, written_whole
 from .salmonn_keys import from_original_key, to_original_key
 
 # What the original leaves to its code: `WindowQformer` on BERT base, and the defaults of `SALMONN.__init__`.
@@ -84,8 +81,7 @@ def convert_salmonn(
             Nothing is left half-written.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty; name a new directory, or remove it first.")
+    check_is_free(out)
     checkpoint = load_original_checkpoint(source)
     if not isinstance(checkpoint.get("model"), dict):
         raise ValueError(
@@ -114,13 +110,13 @@ def convert_salmonn(
         raise ValueError(f"The language model {llm} is a '{text_config.model_type}' model, not a causal one.")
 
     sound_config, sound_tensors = None, {}
-    if ("projector.sound_norm.weight" in tensors) != (beats is not None):
+    if beats is None and "projector.sound_norm.weight" in tensors:
         raise ValueError(
-            f"{source} was trained without BEATs (it has no ln_audio); leave the BEATs file out."
-            if beats is not None
-            else f"{source} was trained with BEATs (it has ln_audio); name the BEATs .pt file as well (--beats)."
+            f"{source} was trained with BEATs (it has ln_audio); name the BEATs .pt file as well (--beats)."
         )
     if beats is not None:
+        if "projector.sound_norm.weight" not in tensors:
+            raise ValueError(f"{source} was trained without BEATs (it has no ln_audio); leave the BEATs file out.")
         sound_config, sound_tensors = read_beats_checkpoint(beats)
         sound_config.architectures, sound_tensors = ["BeatsModel"], encoder_tensors(sound_tensors)  # no classifier
         sound_tensors |= trained_beats(frozen["sound_tower"], beats, report)
@@ -136,16 +132,9 @@ def convert_salmonn(
     elif audio_token_id is None:
         audio_token_id = highest_free_id(text_config)
 
-    config = salmonn_config(
-        tensors,
-        settings,
-        audio_config,
-        sound_config,
-        text_config,
-        qformer_heads,
-        report,
-        audio_token_id=audio_token_id,
-    )
+    parts = {"audio_config": audio_config, "sound_config": sound_config, "text_config": text_config}
+    config = salmonn_config(tensors, settings, parts, qformer_heads, report)
+    config.audio_token_id = audio_token_id
     config.base_parts = {
         part: str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else name
         for part, name in base.items()
@@ -156,7 +145,8 @@ def convert_salmonn(
     tensors |= {f"sound_tower.{key}": tensor.float().contiguous() for key, tensor in sound_tensors.items()}
     tensors |= trained_whisper(frozen["audio_tower"], config, directories["audio_tower"], report)
     check_language_model(frozen["language_model"], model, directories["language_model"], report)
-    check_tensors(tensors, model.state_dict(), config, source)
+    expected = {key: tensor for key, tensor in model.state_dict().items() if not is_base_key(key, config)}
+    check_tensors(tensors, expected, lambda key: to_original_key(key, text_config), source, f"{whisper} and {llm}")
 
     feature_extractor = SalmonnFeatureExtractor(
         feature_size=audio_config.num_mel_bins,
@@ -173,16 +163,9 @@ def convert_salmonn(
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     report.append(f"the audio token is id {audio_token_id}" + (f", {audio_token!r}" if tokenizer is not None else ""))
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".partial-{out.name}-"))
-    try:
-        model.save_pretrained(work, state_dict=tensors)
-        front_end.save_pretrained(work)
-        work.chmod(0o755)
-        os.replace(work, out)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+    with written_whole(out) as directory:
+        model.save_pretrained(directory, state_dict=tensors)
+        front_end.save_pretrained(directory)
 
     projector, qformer, lora = config.projector_config, config.projector_config.qformer_config, config.lora
     report.append(
@@ -200,7 +183,7 @@ def convert_salmonn(
     return "\n".join(report)
 
 
-def salmonn_config(tensors, settings, audio_config, sound_config, text_config, qformer_heads, report, **kwargs):
+def salmonn_config(tensors: dict, settings: dict, parts: dict, qformer_heads: int | None, report: list[str]):
     """The `SalmonnConfig` of an original checkpoint's tensors (under our names) and `config["model"]` settings."""
 
     def shape(key):
@@ -208,14 +191,14 @@ def salmonn_config(tensors, settings, audio_config, sound_config, text_config, q
             raise ValueError(f"The checkpoint lacks the tensor {to_original_key(key, text_config)}.")
         return tensors[key].shape
 
+    audio_config, sound_config, text_config = parts.values()
     widths = [
         ("projector.audio_norm.weight", "Whisper's d_model", audio_config.d_model),
         ("projector.proj.weight", "the language model's hidden size", text_config.hidden_size),
+        ("projector.sound_norm.weight", "BEATs' width", sound_config and sound_config.hidden_size),
     ]
-    if sound_config is not None:
-        widths.append(("projector.sound_norm.weight", "BEATs' width", sound_config.hidden_size))
     for key, part, width in widths:
-        if shape(key)[0] != width:
+        if width is not None and shape(key)[0] != width:
             raise ValueError(
                 f"{to_original_key(key, text_config)} is made for a width of {shape(key)[0]}, but {part} is {width}; "
                 "name the part that the checkpoint was trained with."
@@ -244,13 +227,10 @@ def salmonn_config(tensors, settings, audio_config, sound_config, text_config, q
             "lora_dropout": settings.get("lora_dropout", DEFAULT_LORA_DROPOUT),
             "target_modules": sorted({key.split(".lora_A.")[0].split(".")[-1] for key in lora_a}),
         }
-    for part in (audio_config, sound_config, text_config):
-        if part is not None:
-            part.dtype = torch.float32  # as the original stores and trains its adapter
+    for part in filter(None, parts.values()):
+        part.dtype = torch.float32  # as the original stores and trains its adapter
     frames_per_second = ENCODER_FRAMES / ENCODER_SECONDS
     return SalmonnConfig(
-        audio_config=audio_config,
-        sound_config=sound_config,
         projector_config={
             "qformer_config": {
                 "hidden_size": hidden_size,
@@ -266,26 +246,10 @@ def salmonn_config(tensors, settings, audio_config, sound_config, text_config, q
             "pad_to_30_seconds": True,
             "dtype": "float32",
         },
-        text_config=text_config,
         lora=lora,
         dtype="float32",
-        **kwargs,
+        **parts,
     )
-
-
-def check_tensors(tensors: dict, expected: dict, config: SalmonnConfig, source: str | Path):
-    """Raise ValueError, by the original's names, unless these are the tensors of an adapter checkpoint of `config`."""
-    expected = {key: tensor.shape for key, tensor in expected.items() if not is_base_key(key, config)}
-    missing = [to_original_key(key, config.text_config) for key in expected if key not in tensors]
-    left_over = [to_original_key(key, config.text_config) for key in tensors if key not in expected]
-    if missing or left_over:
-        raise ValueError(f"{source} is not a whole SALMONN checkpoint: missing {missing}, left over {left_over}.")
-    for key, shape in expected.items():
-        if tensors[key].shape != shape:
-            raise ValueError(
-                f"{to_original_key(key, config.text_config)} has shape {tuple(tensors[key].shape)}, but its place in "
-                f"the model has {tuple(shape)}; name the parts that {source} was trained with."
-            )
 
 
 def is_same(carried: torch.Tensor, base: torch.Tensor) -> bool:
@@ -351,9 +315,8 @@ def check_language_model(carried: dict, model, directory: Path, report: list[str
 
 def highest_free_id(text_config) -> int:
     """The highest token id that neither begins, ends nor pads a text."""
-    used = set()
-    for ids in (text_config.bos_token_id, text_config.eos_token_id, text_config.pad_token_id):
-        used |= set(ids if isinstance(ids, list) else [ids])
+    ends = (text_config.bos_token_id, text_config.eos_token_id, text_config.pad_token_id)
+    used = {used for ids in ends for used in (ids if isinstance(ids, list) else [ids])}
     return max(set(range(text_config.vocab_size)) - used)
 
 
@@ -367,10 +330,8 @@ def choose_audio_token(tokenizer, audio_token: str | None, audio_token_id: int |
         if whole and token not in (tokenizer.bos_token, tokenizer.eos_token):
             return token, token_id
     lacking = f"no {audio_token!r}" if audio_token is not None else f"none of {', '.join(AUDIO_TOKENS)}"
-    raise ValueError(
-        f"{llm}'s tokenizer has {lacking} "
-        "as one special token; name one of its own that text never uses (--audio-token)."
-    )
+    remedy = "name one of its own that text never uses (--audio-token)"
+    raise ValueError(f"{llm}'s tokenizer has {lacking} as one special token; {remedy}.")
 
 
 def end_token(tokenizer, settings: dict) -> str:

@@ -69,13 +69,14 @@ def part_keys(part: str, state_dict: dict, prefixes: tuple[str, ...] | None = No
     return {f"{part}.{key}": value for key, value in state_dict.items()}
 
 
-def base_state_dict(model) -> dict[str, torch.Tensor]:
+def base_state_dict(model, **hub_kwargs) -> dict[str, torch.Tensor]:
     """
     The tensors of `model.config.base_parts`, under the keys of `SalmonnModel`; matrices of `config.quantized_parts`
     rounded to their nearest values, the same whenever they are loaded.
 
     Args:
         model (`SalmonnModel`): of the same config, on the meta device: the shapes that the tensors must have.
+        hub_kwargs: `token`, `cache_dir` and `local_files_only`, as for [`resolve_base_part`].
 
     Raises:
         OSError: if a part cannot be had.
@@ -89,7 +90,7 @@ def base_state_dict(model) -> dict[str, torch.Tensor]:
     of_projector = {f"projector.{name}": prefixes for name, prefixes in model.projector.base_part_prefixes.items()}
     state_dict = {}
     for part, name in model.config.base_parts.items():
-        weights = read_weights(resolve_base_part(name))
+        weights = read_weights(resolve_base_part(name, **hub_kwargs))
         for key, value in part_keys(part, weights, of_projector.get(part)).items():
             key = renamed.get(key, key)
             if key in shapes and shapes[key] != tuple(value.shape):

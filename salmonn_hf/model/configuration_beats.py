@@ -41,6 +41,7 @@ class BeatsConfig(PreTrainedConfig):
     """
 
     model_type = "beats"
+    feat_extract_activation = "gelu"  # of the convolution that embeds positions, under the name that WavLM's has
 
     patch_size: int = 16
     embed_dim: int = 512

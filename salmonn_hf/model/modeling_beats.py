@@ -14,6 +14,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.wavlm.modeling_wavlm import WavLMPositionalConvEmbedding
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -28,36 +29,14 @@ class BeatsPatchEmbedding(nn.Module):
         super().__init__()
         self.patch = nn.Conv2d(1, config.embed_dim, config.patch_size, config.patch_size, bias=config.conv_bias)
         self.layer_norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
-        if config.embed_dim == config.hidden_size:
-            self.projection = nn.Identity()
-        else:
-            self.projection = nn.Linear(config.embed_dim, config.hidden_size)
+        same = config.embed_dim == config.hidden_size
+        self.projection = nn.Identity() if same else nn.Linear(config.embed_dim, config.hidden_size)
         self.dropout = nn.Dropout(config.feat_proj_dropout)
 
     def forward(self, fbank: torch.Tensor) -> torch.Tensor:
         """`(batch, frames, mel bins)` to `(batch, tokens, hidden size)`: by time, and within a time by frequency."""
         patches = self.patch(fbank[:, None].to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)
         return self.dropout(self.projection(self.layer_norm(patches)))
-
-
-class BeatsPositionalConvEmbedding(nn.Module):
-    """Positions as wav2vec 2.0 embeds them (https://arxiv.org/abs/2006.11477, section 2): by a grouped convolution."""
-
-    def __init__(self, config: BeatsConfig):
-        super().__init__()
-        kernel_size = config.num_conv_pos_embeddings
-        conv = nn.Conv1d(
-            config.hidden_size,
-            config.hidden_size,
-            kernel_size,
-            padding=kernel_size // 2,
-            groups=config.num_conv_pos_embedding_groups,
-        )
-        self.conv = nn.utils.parametrizations.weight_norm(conv, dim=2)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        positions = self.conv(hidden_states.transpose(1, 2))[..., : hidden_states.shape[1]]
-        return nn.functional.gelu(positions).transpose(1, 2)
 
 
 class BeatsRelativePositionBias(nn.Module):
@@ -129,9 +108,8 @@ class BeatsAttention(nn.Module):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (linear(hidden_states).view(heads).transpose(1, 2) for linear in projections)
         if position_bias is not None and self.config.gated_position_bias:
             position_bias = self.gated(position_bias, query)
 
@@ -191,9 +169,8 @@ class BeatsLayer(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         if self.pre_norm:
             normed = self.attention_layer_norm(hidden_states)
-            hidden_states = hidden_states + self.dropout(
-                self.attention(normed, attention_mask, position_bias, **kwargs)[0]
-            )
+            attended = self.attention(normed, attention_mask, position_bias, **kwargs)[0]
+            hidden_states = hidden_states + self.dropout(attended)
             return hidden_states + self.dropout(self.feed_forward(self.final_layer_norm(hidden_states)))
 
         attended = self.dropout(self.attention(hidden_states, attention_mask, position_bias, **kwargs)[0])
@@ -202,17 +179,12 @@ class BeatsLayer(GradientCheckpointingLayer):
         return self.final_layer_norm(self.residual_scale * hidden_states + transformed)
 
 
-class ScaleGradient(torch.autograd.Function):
+def scale_gradient(hidden_states: torch.Tensor, scale: float) -> torch.Tensor:
     """The identity, whose gradient is scaled."""
-
-    @staticmethod
-    def forward(ctx, hidden_states, scale):
-        ctx.scale = scale
-        return hidden_states.view_as(hidden_states)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * ctx.scale, None
+    hidden_states = hidden_states.view_as(hidden_states)
+    if hidden_states.requires_grad:
+        hidden_states.register_hook(lambda gradient: gradient * scale)
+    return hidden_states
 
 
 class BeatsPreTrainedModel(PreTrainedModel):
@@ -253,7 +225,7 @@ class BeatsModel(BeatsPreTrainedModel):
     def __init__(self, config: BeatsConfig):
         super().__init__(config)
         self.patch_embedding = BeatsPatchEmbedding(config)
-        self.positional_conv_embedding = BeatsPositionalConvEmbedding(config)
+        self.positional_conv_embedding = WavLMPositionalConvEmbedding(config)
         self.relative_position_bias = BeatsRelativePositionBias(config) if config.relative_position_bias else None
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
@@ -294,11 +266,8 @@ class BeatsModel(BeatsPreTrainedModel):
                 f"The longest clip has {samples} samples; BEATs needs {shortest} ({shortest / 16:.0f} ms at 16 kHz) "
                 "for one patch. Give longer audio, or append silence."
             )
-        if (
-            input_values.device.type == "cpu"
-            and not torch.compiler.is_compiling()
-            and not input_values.isfinite().all()
-        ):
+        checked = input_values.device.type == "cpu" and not torch.compiler.is_compiling()
+        if checked and not input_values.isfinite().all():
             raise ValueError("input_values hold NaN or infinite samples; leave the damaged clip out, or repair it.")
         hidden_states = self.patch_embedding(self.fbank(input_values))
         padding = None
@@ -308,21 +277,18 @@ class BeatsModel(BeatsPreTrainedModel):
             padding = ~own[..., None]
             # Masked, not multiplied: padding may hold anything, and the convolution must see silence there.
             hidden_states = hidden_states.masked_fill(padding, 0.0)
-            attention_mask = create_bidirectional_mask(
-                config=self.config, inputs_embeds=hidden_states, attention_mask=own
-            )
+            attention_mask = create_bidirectional_mask(self.config, hidden_states, own)
 
         hidden_states = hidden_states + self.positional_conv_embedding(hidden_states)
         if not self.config.pre_norm:
             hidden_states = self.layer_norm(hidden_states)
         hidden_states = self.dropout(hidden_states)
 
-        position_bias = None
-        if self.relative_position_bias is not None:
-            position_bias = self.relative_position_bias(hidden_states.shape[1])
+        relative = self.relative_position_bias
+        position_bias = None if relative is None else relative(hidden_states.shape[1])
         for layer in self.layers:
             if self.training and self.config.gradient_decay != 1:
-                hidden_states = ScaleGradient.apply(hidden_states, self.config.gradient_decay)
+                hidden_states = scale_gradient(hidden_states, self.config.gradient_decay)
             if not (self.training and torch.rand([]) < self.config.layerdrop):
                 hidden_states = layer(hidden_states, attention_mask, position_bias, **kwargs)
 
@@ -373,12 +339,8 @@ class BeatsForAudioClassification(BeatsPreTrainedModel):
             lengths = self._get_feat_extract_output_lengths(attention_mask.sum(-1)).clamp(min=1)
             pooled = hidden_states.sum(1) / lengths[:, None]
         logits = self.classifier(pooled.to(hidden_states.dtype))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels, logits, self.config, **kwargs)
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
+        return SequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 
 __all__ = ["BeatsForAudioClassification", "BeatsModel", "BeatsPreTrainedModel"]

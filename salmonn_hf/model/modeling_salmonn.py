@@ -29,6 +29,8 @@ from .whisper_projector import WhisperProjector
 from .window_qformer import WindowQFormerProjector
 
 PASSED_ON = ("past_key_values", "hidden_states", "attentions")  # of the language model's outputs
+# Of `from_pretrained`, what also says how base parts are fetched; a revision is the checkpoint's own.
+BASE_PART_KWARGS = ("cache_dir", "token", "local_files_only")
 
 
 @dataclass
@@ -99,7 +101,8 @@ class SalmonnPreTrainedModel(PreTrainedModel):
                 what was tried, or names the file.
             ValueError: if the files lack tensors, naming them.
         """
-        hub_kwargs = {k: kwargs[k] for k in ("cache_dir", "revision", "token", "local_files_only") if k in kwargs}
+        base_kwargs = {name: kwargs[name] for name in BASE_PART_KWARGS if name in kwargs}
+        hub_kwargs = base_kwargs | ({"revision": kwargs["revision"]} if "revision" in kwargs else {})
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
         if not isinstance(config, SalmonnConfig):
@@ -117,7 +120,7 @@ class SalmonnPreTrainedModel(PreTrainedModel):
         with torch.device("meta"):
             skeleton = cls(config)
             quantize_parts(skeleton, config.quantized_parts)
-        state_dict = base_state_dict(skeleton)
+        state_dict = base_state_dict(skeleton, **base_kwargs)
         state_dict |= adapter_state_dict(pretrained_model_name_or_path, skeleton, **hub_kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in hub_kwargs}
         model = super().from_pretrained(None, *model_args, config=config, state_dict=state_dict, **kwargs)
@@ -277,7 +280,9 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
         with torch.device("meta"):
             skeleton = cls(config)
             quantize_parts(skeleton, config.quantized_parts)
-        return cls.from_pretrained(None, config=config, state_dict=base_state_dict(skeleton), **kwargs)
+        base_kwargs = {name: kwargs[name] for name in BASE_PART_KWARGS if name in kwargs}
+        state_dict = base_state_dict(skeleton, **base_kwargs)
+        return cls.from_pretrained(None, config=config, state_dict=state_dict, **kwargs)
 
     def forward(
         self,

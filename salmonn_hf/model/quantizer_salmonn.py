@@ -111,7 +111,7 @@ def quantize_in_place(model: nn.Module, parts: dict[str, dict]):
 
 
 def set_quantized_parts(config, parts: dict[str, dict]):
-    """Note in a config which parts of its model are quantised, see [`SalmonnQuantizationConfig`]; none: that none is."""
+    """Note in a config which parts of its model are quantised, or that none is; see [`SalmonnQuantizationConfig`]."""
     if parts:
         settings = SalmonnQuantizationConfig(parts, config.library_quantization)
         config.quantization_config = settings.to_dict()  # as from_pretrained expects it in a config

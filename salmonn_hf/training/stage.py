@@ -1,7 +1,5 @@
 """What the scripts of all stages do: read the recipe, open the data, train, save, evaluate."""
 
-import difflib
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,21 +29,6 @@ class SpeechEncoderArguments:
     audio_lora_r: int | None = HfArg(default=None, help="Rank of new LoRA in all layers of the speech encoder.")
     sound_layers: list[int] | None = HfArg(default=None, help="Layers of the speech encoder that give sound frames.")
     projector_config: str = HfArg(default="{}", help="Fields of the projector's config: a mapping, or JSON.")
-
-
-def projector_fields(text: str, config_class: type) -> dict:
-    """
-    The fields of a projector's config that a recipe names.
-
-    Raises:
-        ValueError: for a field that `config_class` does not have, with the nearest one.
-    """
-    fields, known = json.loads(text), config_class.__dataclass_fields__.keys()
-    for name in fields.keys() - known - {"model_type"}:
-        nearest = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"{config_class.__name__} has no field {name!r} (projector_config in the recipe).{hint}")
-    return fields
 
 
 class TrainingStage:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from salmonn_hf.base_parts.ggml import GGML_MAGIC, RENAMES, bpe_merges, convert_whisper_ggml, read_ggml_whisper
+from salmonn_hf.base_parts.ggml import GGML_MAGIC, NAMES, bpe_merges, convert_whisper_ggml, read_ggml_whisper
 
 
-def write_ggml(path, model, multilingual, ftype=1):
+def write_ggml(path, model, multilingual, ftype=1, left_out="proj_out.weight"):
     """Write a WhisperForConditionalGeneration as a ggml file, with a made-up vocabulary of byte pairs."""
     from transformers import WhisperFeatureExtractor
 
@@ -26,7 +26,7 @@ def write_ggml(path, model, multilingual, ftype=1):
         file.write(struct.pack("<i", len(vocabulary)))
         file.writelines(struct.pack("<i", len(token)) + token for token in vocabulary)
         for name, tensor in model.state_dict().items():
-            if name == "proj_out.weight":
+            if name in ("proj_out.weight", left_out):
                 continue
             name = openai_name(name).encode()
             bias_or_norm = tensor.ndim == 1
@@ -41,7 +41,7 @@ def openai_name(name):
     name = name.removeprefix("model.")
     if name.startswith(("encoder.layer_norm", "decoder.layer_norm")):
         return name.replace("encoder.layer_norm", "encoder.ln_post").replace("decoder.layer_norm", "decoder.ln")
-    for openai, ours in RENAMES:
+    for openai, ours in NAMES["tensors"].items():
         if ours not in ("encoder.layer_norm.", "decoder.layer_norm."):
             name = name.replace(ours, openai)
     return name
@@ -106,3 +106,6 @@ def test_unusable_ggml_files_are_refused(tmp_path):
     write_ggml(path, tiny_whisper(51864), multilingual=False, ftype=2)
     with pytest.raises(ValueError, match="has ggml type 2"):
         read_ggml_whisper(path)
+    write_ggml(path, tiny_whisper(51864), multilingual=False, left_out="model.decoder.layers.1.fc1.bias")
+    with pytest.raises(ValueError, match=r"(?s)not a whole Whisper model.*decoder.layers.1.fc1.bias"):
+        convert_whisper_ggml(path, tmp_path / "out")

@@ -11,7 +11,7 @@ from salmonn_hf.base_parts.gguf import convert_llama_gguf
 CHAT_TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
 
 
-def write_gguf(path, model, architecture="llama"):
+def write_gguf(path, model, architecture="llama", left_out=()):
     from gguf import GGUFWriter
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import quantize
@@ -44,7 +44,7 @@ def write_gguf(path, model, architecture="llama"):
         weight, pieces = tensor.numpy(), name.split(".")
         if name in ("model.embed_tokens.weight", "model.norm.weight"):
             gguf_name = {"embed_tokens": "token_embd", "norm": "output_norm"}[pieces[1]] + ".weight"
-        elif name == "lm_head.weight":
+        elif name == "lm_head.weight" or name in left_out:
             continue
         else:
             gguf_name = f"blk.{pieces[2]}.{parts[pieces[-2]]}.weight"
@@ -106,3 +106,7 @@ def test_unusable_gguf_files_are_refused(tmp_path, tiny_llama):
     pytest.importorskip("gguf")
     with pytest.raises(ValueError, match="'falcon' model, not 'llama'"):
         convert_llama_gguf(write_gguf(tmp_path / "model.gguf", tiny_llama, "falcon"), tmp_path / "out")
+    lacking = "model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(ValueError, match=f"not a whole Llama model: missing .*{lacking}"):
+        convert_llama_gguf(write_gguf(tmp_path / "model.gguf", tiny_llama, left_out=[lacking]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

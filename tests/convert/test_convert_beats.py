@@ -158,7 +158,7 @@ def with_another_bias(checkpoint):
         (without_tensor, r"missing tensors \['encoder.layers.1.fc1.bias'\]"),
         (with_a_tensor_more, r"left over \['decoder.weight'\]"),
         (with_a_layer_more, r"left over \['encoder.layers.2.fc1.bias'\]"),
-        (with_another_shape, r"layer_norm.weight has shape \(9,\), the cfg asks for \(8,\)"),
+        (with_another_shape, r"layer_norm.weight has shape \(9,\), but its place in the model has \(8,\)"),
         (with_another_bias, "differs from layer 0's"),
         (lambda c: c.pop("cfg"), "no dict 'cfg'"),
         (lambda c: c.pop("model"), "no dict 'model'"),

@@ -60,7 +60,7 @@ def test_command_writes_a_checkpoint_that_the_pipeline_loads(trained, merge_lora
         "--group_size", "32", "--merge_lora", merge_lora,
     )  # fmt: skip
     model = AutoModel.from_pretrained(output)
-    assert model.config.quantization["language_model"] == {"bits": 4, "group_size": 32}
+    assert model.config.quantized_parts["language_model"] == {"bits": 4, "group_size": 32}
     assert all(isinstance(linear, QuantizedLinear) for linear in linears(model.language_model).values())
     assert (model.config.lora is None) == (merge_lora == "true")
     assert isinstance(pipeline("automatic-speech-recognition", model=str(output))(noise(0.5))["text"], str)
@@ -200,7 +200,7 @@ def test_gptq_checkpoint_holds_nothing_of_the_calibration(trained, tmp_path, mon
         monkeypatch, "--model_name_or_path", trained / "model", "--output_dir", output, "--group_size", "32",
         "--train_files", trained / "train.parquet", "--calibration_clips", "4",
     )  # fmt: skip
-    assert AutoModel.from_pretrained(output).config.quantization["language_model"]["bits"] == 4
+    assert AutoModel.from_pretrained(output).config.quantized_parts["language_model"]["bits"] == 4
     for file in output.iterdir():
         content = file.read_bytes()
         for secret in (SENTENCE, str(trained), str(tmp_path)):
