@@ -39,10 +39,8 @@ def read_weights(directory: Path) -> dict[str, torch.Tensor]:
 
 def check_weight_files(directory: str | Path):
     """
-    Whether each safetensors file of a directory can be opened and has the length that its header says.
-
     Raises:
-        OSError: for a file that was cut off, naming it.
+        OSError: for a safetensors file of a directory that was cut off, naming it.
     """
     for path in sorted(Path(directory).glob("*.safetensors")):
         try:
@@ -54,16 +52,12 @@ def check_weight_files(directory: str | Path):
 
 def check_loaded(name_or_path: str, report: dict):
     """
-    Refuse a full checkpoint that `from_pretrained` would complete with random weights.
-
     Raises:
-        ValueError: naming the tensors that the files lack.
+        ValueError: naming what the files of a full checkpoint lack, which `from_pretrained` would fill at random.
     """
     if missing := sorted(report["missing_keys"]):
-        raise ValueError(
-            f"{name_or_path} lacks {missing[0]} and {len(missing) - 1} other tensors of its config. Fetch or save it "
-            "again."
-        )
+        lacking = f"{missing[0]} and {len(missing) - 1} other tensors of its config"
+        raise ValueError(f"{name_or_path} lacks {lacking}. Fetch or save it again.")
 
 
 def part_keys(part: str, state_dict: dict, prefixes: tuple[str, ...] | None = None) -> dict[str, torch.Tensor]:
@@ -142,11 +136,7 @@ def adapter_state_dict(name_or_path: str, model, **hub_kwargs) -> dict[str, torc
 
 
 def config_from_base_parts(
-    audio_tower: str,
-    language_model: str,
-    projector_config: dict | None = None,
-    sound_tower: str | None = None,
-    **kwargs,
+    audio_tower: str, language_model: str, projector_config=None, sound_tower: str | None = None, **kwargs
 ):
     """
     A `SalmonnConfig` around its base parts, e.g. `config_from_base_parts("openai/whisper-base.en",
@@ -161,13 +151,8 @@ def config_from_base_parts(
     if sound_tower is not None:
         sound_config = AutoConfig.from_pretrained(resolve_base_part(sound_tower))
         base_parts["sound_tower"] = sound_tower
-    config = SalmonnConfig(
-        audio_config=audio_config,
-        sound_config=sound_config,
-        text_config=text_config,
-        projector_config=projector_config,
-        **kwargs,
-    )
+    parts = {"audio_config": audio_config, "sound_config": sound_config, "text_config": text_config}
+    config = SalmonnConfig(**parts, projector_config=projector_config, **kwargs)
     base_parts |= {f"projector.{name}": audio_tower for name in config.projector_config.base_parts}
     config.base_parts = base_parts
     return config
