@@ -22,6 +22,7 @@ from .model.modeling_beats import BeatsForAudioClassification, BeatsModel
 from .model.modeling_salmonn import SalmonnForConditionalGeneration, SalmonnModel
 from .model.pipeline_salmonn import register_pipeline
 from .model.processing_salmonn import SalmonnProcessor
+from .model.quantizer_salmonn import SalmonnQuantizationConfig
 
 __version__ = "0.2.0"
 
@@ -52,5 +53,6 @@ __all__ = [
     "SalmonnForConditionalGeneration",
     "SalmonnModel",
     "SalmonnProcessor",
+    "SalmonnQuantizationConfig",
     "load_audio",
 ]

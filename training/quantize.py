@@ -11,80 +11,59 @@ The output is a full checkpoint with its processor and code. It loads by `AutoMo
 (`nf4`, `int8`, `torchao-int8`), with that library alone. It holds nothing of the calibration data.
 """
 
-import copy
 import json
 import logging
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import BitsAndBytesConfig, TorchAoConfig
+from transformers.hf_argparser import HfArg
 
 from salmonn_hf import SalmonnConfig, SalmonnForConditionalGeneration, SalmonnProcessor
 from salmonn_hf.data.sources import Source
 from salmonn_hf.hub.model_card import make_card, write_card
 from salmonn_hf.hub.push import push_to_hub
 from salmonn_hf.model.quantizer_salmonn import SalmonnQuantizationConfig, quantize_in_place
-from salmonn_hf.quantization.calibration import draw_clips, prompts_with_answers
+from salmonn_hf.quantization.calibration import draw_clips, prompt_with_answer
 from salmonn_hf.quantization.gptq import quantize_layers, quantize_tied_vocabulary
-from salmonn_hf.quantization.scale_tuning import tune_scales
 from salmonn_hf.training.recipe import parse_recipe
 
 # The language model in another library's format, by transformers' own quantisers.
 LIBRARIES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao-int8": "torchao"}
-TUNING_BATCH = 16
 
 
 @dataclass
 class QuantizeArguments:
-    model_name_or_path: str = field(metadata={"help": "Trained SALMONN checkpoint: directory or hub name."})
-    output_dir: str = field(metadata={"help": "Where the quantised checkpoint goes."})
-    language_model_bits: int = field(default=4, metadata={"help": "4, 8, or 0 to leave a part as it is."})
-    embedding_bits: int = field(default=8, metadata={"help": "Of token embeddings and language-model head."})
-    encoder_bits: int = field(default=8, metadata={"help": "Of the encoders' layers."})
-    projector_bits: int = field(default=8, metadata={"help": "Of the projector's layers and token embeddings."})
-    group_size: int = field(default=64, metadata={"help": "Columns that share a scale in 4 bits."})
-    method: str = field(
+    model_name_or_path: str = HfArg(help="Trained SALMONN checkpoint: directory or hub name.")
+    output_dir: str = HfArg(help="Where the quantised checkpoint goes.")
+    language_model_bits: int = HfArg(default=4, help="4, 8, or 0 to leave a part as it is.")
+    embedding_bits: int = HfArg(default=8, help="Of token embeddings and language-model head.")
+    encoder_bits: int = HfArg(default=8, help="Of the encoders' layers.")
+    projector_bits: int = HfArg(default=8, help="Of the projector's layers and token embeddings.")
+    group_size: int = HfArg(default=64, help="Columns that share a scale in 4 bits.")
+    method: str = HfArg(
         default="gptq",
-        metadata={
-            "help": "'gptq' or 'nearest', for 4 bits; 8 are always 'nearest'. Or bitsandbytes' 'nf4' or 'int8' or "
-            "'torchao-int8' for the language model's layers, whatever language_model_bits."
-        },
+        help="'gptq' or 'nearest', for 4 bits; 8 are always 'nearest'. Or bitsandbytes' 'nf4' or 'int8' or "
+        "'torchao-int8' for the language model's layers, whatever language_model_bits.",
     )
-    train_files: list[str] = field(default_factory=list, metadata={"help": "Parquet files to calibrate on."})
-    text_column: str = field(default="text", metadata={"help": "Column that holds the transcript."})
-    sources: list[str] = field(
-        default_factory=list, metadata={"help": "More to calibrate on, as in a training recipe, of any task."}
-    )
-    calibration: str = field(default="audio", metadata={"help": "'text': prompts without audio, for comparison."})
-    calibration_clips: int = field(
-        default=64, metadata={"help": "Clips, drawn at random, of each source by its weight."}
-    )
-    tuning_clips: int = field(
-        default=0,
-        metadata={"help": "Of these, tune the language model's scales to what the unquantised one answers; 0: none."},
-    )
-    tuning_learning_rate: float = field(default=2e-3, metadata={"help": "Of the scales' relative changes."})
-    bf16: bool = field(default=False, metadata={"help": "Tune in bfloat16, where the processor has it."})
-    merge_lora: bool = field(default=True, metadata={"help": "Fold LoRA in first; otherwise it stays, unquantised."})
-    seed: int = field(default=0)
-    hub_model_id: str | None = field(default=None, metadata={"help": "Push the result there, e.g. user/name."})
+    train_files: list[str] = HfArg(default_factory=list, help="Parquet files to calibrate on.")
+    text_column: str = HfArg(default="text", help="Column that holds the transcript.")
+    sources: list[str] = HfArg(default_factory=list, help="More to calibrate on, as in a training recipe.")
+    calibration_clips: int = HfArg(default=64, help="Clips, drawn at random, of each source by its weight.")
+    merge_lora: bool = HfArg(default=True, help="Fold LoRA in first; otherwise it stays, unquantised.")
+    seed: int = 0
+    hub_model_id: str | None = HfArg(default=None, help="Push the result there, e.g. user/name.")
 
     def __post_init__(self):
         if self.method not in ("gptq", "nearest", *LIBRARIES):
             names = ", ".join(map(repr, LIBRARIES))
             raise ValueError(f"method is {self.method!r}; choose 'gptq' or 'nearest', or of {names}.")
-        if self.calibration not in ("audio", "text"):
-            raise ValueError(f"calibration is {self.calibration!r}; choose 'audio' or 'text'.")
         if self.method == "gptq" and not self.calibration_sources():
             raise ValueError("GPTQ needs train_files or sources to calibrate on; or choose method 'nearest'.")
-        if self.tuning_clips and (self.method in LIBRARIES or not self.calibration_sources()):
-            raise ValueError(
-                "tuning_clips needs method 'gptq' or 'nearest' and train_files or sources; or leave it at 0."
-            )
 
     def calibration_sources(self) -> list[Source]:
         files = [Source(path=file, columns={"text": self.text_column}) for file in self.train_files]
@@ -107,43 +86,27 @@ class QuantizeArguments:
 def calibration_batches(args: QuantizeArguments, processor) -> list[dict]:
     """One input of the model per clip: GPTQ would count padding."""
     examples = draw_clips(args.calibration_sources(), args.calibration_clips, args.seed)
-    return [prompts_with_answers(processor, [example], args.calibration == "audio") for example in examples]
-
-
-def tuning_batches(args: QuantizeArguments, processor) -> list[dict]:
-    """Inputs of the model for `TUNING_BATCH` clips each, clips of all training files among each other."""
-    examples = draw_clips(args.calibration_sources(), args.tuning_clips, args.seed + 1)
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(args.seed)).tolist()
-    batches = [order[start : start + TUNING_BATCH] for start in range(0, len(order), TUNING_BATCH)]
-    return [prompts_with_answers(processor, [examples[place] for place in batch]) for batch in batches]
+    return [prompt_with_answer(processor, example) for example in examples]
 
 
 def quantize(model, processor, args: QuantizeArguments):
     """Quantise `model`, in float32, in place; parts that come later are calibrated on those before them."""
     parts = args.parts(model.config)
-    teacher = copy.deepcopy(model) if args.tuning_clips else None
     if "projector" in parts:
         model.projector.drop_unused_tokens()
     batches = calibration_batches(args, processor) if args.method == "gptq" else []
-    decoder = model.language_model.base_model
     layers = {
         "audio_tower": model.audio_tower.layers,
         "projector": getattr(model.projector, "layers", None),  # of a Q-Former none, which GPTQ's loop could go along
-        "language_model": getattr(decoder, "layers", None),
+        "language_model": getattr(model.language_model.base_model, "layers", None),
     }
     for part, settings in parts.items():
-        is_calibrated = part in ("language_model", "embedding") or args.calibration == "audio"
-        if batches and is_calibrated and settings["bits"] == 4:
+        if batches and settings["bits"] == 4:
             if layers.get(part) is not None:
                 quantize_layers(model, layers[part], batches, **settings)
             elif part == "embedding" and model.config.text_config.tie_word_embeddings:
                 quantize_tied_vocabulary(model, batches, settings["group_size"])
         quantize_in_place(model, {part: settings})  # what GPTQ has not done
-    if teacher is not None:
-        batches = tuning_batches(args, processor)
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
-            nats = tune_scales(model, teacher, batches, args.tuning_learning_rate)
-        logging.info("scales tuned: %.4f nats from the unquantised model", nats)
     model.config.base_parts = None
 
 
@@ -160,12 +123,8 @@ def in_library_format(model, args: QuantizeArguments, directory: str):
     elif args.method == "int8":
         settings = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=others)
     else:
-        settings = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_skip_modules=others,
-        )
+        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+        settings = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=others, **nf4)
     model.projector.drop_unused_tokens()
     model.config.base_parts = None
     model.to(torch.bfloat16).save_pretrained(directory)

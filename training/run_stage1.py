@@ -9,11 +9,12 @@ The same command goes on from the last checkpoint in `output_dir`.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
+from transformers.hf_argparser import HfArg
 
 from salmonn_hf import SalmonnConfig, SalmonnFeatureExtractor, SalmonnForConditionalGeneration, SalmonnProcessor
 from salmonn_hf.data.collator import ClipCollator
@@ -23,32 +24,25 @@ from salmonn_hf.model.checkpoint import config_from_base_parts
 from salmonn_hf.model.lora import encoder_lora
 from salmonn_hf.training.freezing import freeze_base_parts
 from salmonn_hf.training.initialization import standardise_frames, start_projector, start_sound_summary
-from salmonn_hf.training.stage import SpeechEncoderArguments, TrainingStage, projector_fields
+from salmonn_hf.training.stage import SpeechEncoderArguments, TrainingStage
 
 
 @dataclass(kw_only=True)
 class ModelArguments(SpeechEncoderArguments):
-    audio_tower: str = field(metadata={"help": "Whisper encoder: hub name or directory."})
-    language_model: str = field(metadata={"help": "Causal language model: hub name or directory."})
-    sound_tower: str | None = field(default=None, metadata={"help": "Sound encoder: directory of a converted BEATs."})
-    encoder_dtype: str | None = field(
-        default=None,
-        metadata={"help": "Of the frozen encoders; default: bfloat16, or float32 with bf16 off."},
-    )
-    audio_token: str = field(default="<|audio|>", metadata={"help": "Token of its vocabulary that text never uses."})
-    chat_template: str | None = field(
-        default=None, metadata={"help": "Jinja file; default: the language model's own."}
-    )
+    audio_tower: str = HfArg(help="Whisper encoder: hub name or directory.")
+    language_model: str = HfArg(help="Causal language model: hub name or directory.")
+    sound_tower: str | None = HfArg(default=None, help="Sound encoder: directory of a converted BEATs.")
+    encoder_dtype: str | None = HfArg(default=None, help="Of the frozen encoders; default: bfloat16 with bf16 on.")
+    audio_token: str = HfArg(default="<|audio|>", help="Token of its vocabulary that text never uses.")
+    chat_template: str | None = HfArg(default=None, help="Jinja file; default: the language model's own.")
 
 
 def make_processor(args: ModelArguments, config: SalmonnConfig, tokenizer) -> SalmonnProcessor:
+    projector, mel_bins = config.projector_config, config.audio_config.num_mel_bins
+    features = {"pad_to_30_seconds": projector.pad_to_30_seconds, "return_input_values": args.sound_tower is not None}
+    extractor = SalmonnFeatureExtractor(mel_bins, **features)
     windows = ("window_frames", "window_stride", "queries_per_window")
-    extractor = SalmonnFeatureExtractor(
-        feature_size=config.audio_config.num_mel_bins,
-        pad_to_30_seconds=config.projector_config.pad_to_30_seconds,
-        return_input_values=args.sound_tower is not None,
-    )
-    settings = {name: getattr(config.projector_config, name) for name in windows}
+    settings = {name: getattr(projector, name) for name in windows}
     return SalmonnProcessor(extractor, tokenizer, audio_token=args.audio_token, **settings)
 
 
@@ -72,21 +66,15 @@ def main():
     tokenizer, speech_tokenizer = map(AutoTokenizer.from_pretrained, (language_model, whisper))
     if args.chat_template:
         tokenizer.chat_template = Path(args.chat_template).read_text()
-    model_type = json.loads(args.projector_config).get("model_type", "salmonn_window_qformer")
-    fields = projector_fields(args.projector_config, CONFIG_MAPPING[model_type])
-    projector_config = AutoConfig.for_model(**{"model_type": model_type} | fields)
+    fields = {"model_type": "salmonn_window_qformer"} | json.loads(args.projector_config)
+    projector_config = AutoConfig.for_model(**fields)
     texts = (text for table in stage.train_tables for text in table.transcripts())
     token_ids = ctc_vocabulary(texts, ctc_tokenizer(tokenizer, projector_config.ctc_merges))
     ctc_tokens = projector_config.choose_ctc_tokens(token_ids, tokenizer, speech_tokenizer)
 
-    config = config_from_base_parts(
-        args.audio_tower,
-        args.language_model,
-        projector_config,
-        args.sound_tower,
-        sound_layers=args.sound_layers,
-        audio_token_id=tokenizer.convert_tokens_to_ids(args.audio_token),
-    )
+    parts = (args.audio_tower, args.language_model, projector_config, args.sound_tower)
+    audio_token_id = tokenizer.convert_tokens_to_ids(args.audio_token)
+    config = config_from_base_parts(*parts, sound_layers=args.sound_layers, audio_token_id=audio_token_id)
     processor = make_processor(args, config, tokenizer)
     model = make_model(args, config, ctc_tokens, stage.training_args.frozen_dtype)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -95,13 +83,8 @@ def main():
 
     datasets = train_dataset, _ = stage.datasets(model, processor)
     names_sounds = config.projector_config.names_sounds
-    collator = ClipCollator(
-        processor,
-        ctc_tokens["token_ids"],
-        projector_config.ctc_merges,
-        alignment_only=True,
-        caption_bags=not names_sounds,
-    )
+    vocabulary = ctc_tokens["token_ids"], projector_config.ctc_merges
+    collator = ClipCollator(processor, *vocabulary, alignment_only=True, caption_bags=not names_sounds)
     if stage.checkpoint is None:
         standardise_frames(model, train_dataset)
         start_projector(model, train_dataset, speech_tokenizer, whisper)

@@ -10,46 +10,44 @@ Start from a stage 1 checkpoint, or from any SALMONN checkpoint to fine-tune it 
 (`model_name_or_path`). The same command goes on from the last checkpoint in `output_dir`.
 """
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import dataclass
 
 import torch
+from transformers.hf_argparser import HfArg
 
 from salmonn_hf import SalmonnConfig, SalmonnForConditionalGeneration, SalmonnProcessor
 from salmonn_hf.data.collator import ClipCollator
-from salmonn_hf.model.lora import cut_lora_rank, encoder_lora
+from salmonn_hf.model.lora import encoder_lora
 from salmonn_hf.model.quantizer_salmonn import quantize_in_place, set_quantized_parts
 from salmonn_hf.training.distillation import DistillingTrainer
 from salmonn_hf.training.freezing import freeze_base_parts
 from salmonn_hf.training.initialization import start_sound_summary
+from salmonn_hf.training.lora_rank import cut_lora_rank
 from salmonn_hf.training.sound_kinds import add_sound_summary
-from salmonn_hf.training.stage import CheckpointArguments, SpeechEncoderArguments, TrainingStage, projector_fields
+from salmonn_hf.training.stage import CheckpointArguments, SpeechEncoderArguments, TrainingStage
 
 
 @dataclass(kw_only=True)
 class ModelArguments(CheckpointArguments, SpeechEncoderArguments):
-    lora_r: int | None = field(
-        default=None, metadata={"help": "Rank of a new LoRA adapter (8 by default); a larger one is cut to it."}
+    lora_r: int | None = HfArg(default=None, help="Rank of new LoRA (8 by default); a larger one is cut to it.")
+    lora_alpha: int = 32
+    lora_dropout: float = 0.1
+    lora_target_modules: list[str] = HfArg(default_factory=lambda: ["q_proj", "v_proj"])
+    freeze_encoder_lora: bool = HfArg(
+        default=False, help="Leave LoRA in the speech encoder as it is: its features are then cached."
     )
-    lora_alpha: int = field(default=32)
-    lora_dropout: float = field(default=0.1)
-    lora_target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
-    freeze_encoder_lora: bool = field(
-        default=False, metadata={"help": "Leave LoRA in the speech encoder as it is: its features are then cached."}
+    language_model_bits: int = HfArg(
+        default=0, help="QLoRA: keep the frozen language model in 4 or 8 bits; 0: as the checkpoint has it."
     )
-    language_model_bits: int = field(
-        default=0,
-        metadata={"help": "QLoRA: keep the frozen language model in 4 or 8 bits; 0: as the checkpoint has it."},
+    group_size: int = HfArg(default=64, help="Columns that share a scale in 4 bits.")
+    attn_implementation: str | None = HfArg(
+        default=None, help="Of the language model; on a CPU 'eager' trains short clips fastest."
     )
-    group_size: int = field(default=64, metadata={"help": "Columns that share a scale in 4 bits."})
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Of the language model; on a CPU 'eager' trains short clips fastest."}
-    )
-    teacher_name_or_path: str | None = field(
+    teacher_name_or_path: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Learn transcripts from this checkpoint's next-token distributions, in place of their text, so "
-            "that other tasks spoil nothing; everything from the frames to the words then stays frozen."
-        },
+        help="Learn transcripts from this checkpoint's next-token distributions, in place of their text, so that "
+        "other tasks spoil nothing; everything from the frames to the words then stays frozen.",
     )
 
 
@@ -78,11 +76,9 @@ def load_model(args: ModelArguments, projector: dict, dtype: torch.dtype) -> Sal
         dtype = torch.bfloat16
     if rounded and "language_model" in (config.base_parts or {}):
         set_quantized_parts(config, stored | rounded)  # rounded while it is loaded
+    attention = {"text_config": args.attn_implementation}
     model = SalmonnForConditionalGeneration.from_pretrained(
-        args.model_name_or_path,
-        config=config,
-        dtype=dtype,
-        attn_implementation={"text_config": args.attn_implementation},
+        args.model_name_or_path, config=config, dtype=dtype, attn_implementation=attention
     )
     if rounded:
         quantize_in_place(model, rounded)  # what is quantised already stays
@@ -92,14 +88,9 @@ def load_model(args: ModelArguments, projector: dict, dtype: torch.dtype) -> Sal
 def add_lora(model, args: ModelArguments):
     """A new adapter in the language model, or the checkpoint's own, cut to `lora_r`; and one in the speech encoder."""
     if model.config.lora is None:
-        model.add_lora(
-            {
-                "r": 8 if args.lora_r is None else args.lora_r,
-                "lora_alpha": args.lora_alpha,
-                "lora_dropout": args.lora_dropout,
-                "target_modules": args.lora_target_modules,
-            }
-        )
+        lora = {"r": 8 if args.lora_r is None else args.lora_r, "lora_alpha": args.lora_alpha}
+        lora |= {"lora_dropout": args.lora_dropout, "target_modules": args.lora_target_modules}
+        model.add_lora(lora)
     elif args.lora_r is not None and args.lora_r < model.config.lora["r"]:
         cut_lora_rank(model, args.lora_r)
     if args.audio_lora_r is not None and model.config.audio_lora is None:
@@ -112,9 +103,10 @@ def main():
 
     processor = SalmonnProcessor.from_pretrained(args.model_name_or_path)
     config = SalmonnConfig.from_pretrained(args.model_name_or_path)
-    projector = projector_fields(args.projector_config, type(config.projector_config))
+    projector = json.loads(args.projector_config)
     new_to_sounds = args.sound_layers is not None and config.sound_layers is None
-    of_sounds = {name: projector.pop(name) for name in list(projector) if new_to_sounds and name.startswith("sound_")}
+    sizes = {"sound_summary_size", "sound_kinds"} & projector.keys() if new_to_sounds else ()
+    of_sounds = {name: projector.pop(name) for name in sizes}
     model = load_model(args, projector, training_args.frozen_dtype)
     add_lora(model, args)
     if new_to_sounds:
@@ -124,22 +116,18 @@ def main():
 
     datasets = train_dataset, _ = stage.datasets(model, processor)
     use_ctc = model.projector.has_ctc_head and training_args.ctc_loss_weight > 0 and not distils
-    collator = ClipCollator(
-        processor,
-        model.projector.ctc_head.token_ids.tolist() if use_ctc else [],
-        model.config.projector_config.ctc_merges,
-        clips=getattr(train_dataset, "clips", None),
-        caption_bags=not model.config.projector_config.names_sounds,
-    )
+    token_ids = model.projector.ctc_head.token_ids.tolist() if use_ctc else []
+    merges, bags = model.config.projector_config.ctc_merges, not model.config.projector_config.names_sounds
+    clips = getattr(train_dataset, "clips", None)
+    collator = ClipCollator(processor, token_ids, merges, clips=clips, caption_bags=bags)
     if new_to_sounds and stage.checkpoint is None:
         start_sound_summary(model, train_dataset, collator, training_args.seed)
+    distillation = {}
     if distils:
-        teacher = SalmonnForConditionalGeneration.from_pretrained(
-            args.teacher_name_or_path, dtype=training_args.frozen_dtype
-        )
-        stage.train(model, processor, collator, datasets, DistillingTrainer, teacher=teacher)
-    else:
-        stage.train(model, processor, collator, datasets)
+        dtype = training_args.frozen_dtype
+        teacher = SalmonnForConditionalGeneration.from_pretrained(args.teacher_name_or_path, dtype=dtype)
+        distillation = {"trainer_class": DistillingTrainer, "teacher": teacher}
+    stage.train(model, processor, collator, datasets, **distillation)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ factor at inference:
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from peft.helpers import rescale_adapter_scale
+from transformers.hf_argparser import HfArg
 
 from salmonn_hf import SalmonnForConditionalGeneration, SalmonnProcessor
 from salmonn_hf.data.augmentation import Augmentation
@@ -41,9 +42,9 @@ from salmonn_hf.training.stage import CheckpointArguments, TrainingStage
 
 @dataclass(kw_only=True)
 class ModelArguments(CheckpointArguments):
-    lora_scale: float = field(default=0.5, metadata={"help": "Factor on LoRA while the answers are generated."})
-    stories: int = field(default=12, metadata={"help": "Clips to generate an answer for."})
-    max_new_tokens: int = field(default=256, metadata={"help": "Of an answer."})
+    lora_scale: float = HfArg(default=0.5, help="Factor on LoRA while the answers are generated.")
+    stories: int = HfArg(default=12, help="Clips to generate an answer for.")
+    max_new_tokens: int = HfArg(default=256, help="Of an answer.")
 
 
 @torch.no_grad()
@@ -62,10 +63,8 @@ def tell_stories(model, processor, clips: ClipDataset, args: ModelArguments, see
         if text:
             row, _, seconds = clips.row(index)
             audio = {"bytes": flac_bytes(read_clip(row)), "path": example["path"]}
-            question = row.get("question") or ""
-            rows.append(
-                {"audio": audio, "text": text, "task": example["task"], "question": question, "seconds": seconds}
-            )
+            story = {"audio": audio, "text": text, "task": example["task"], "seconds": seconds}
+            rows.append(story | {"question": row.get("question") or ""})
     return rows
 
 

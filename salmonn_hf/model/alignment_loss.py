@@ -20,22 +20,17 @@ def ctc_loss(log_probs: torch.Tensor, lengths: torch.LongTensor, labels: torch.L
         Scalar, nats, summed over all labels.
     """
     label_lengths = (labels != -100).sum(-1)
-    losses = nn.functional.ctc_loss(
-        log_probs,
-        labels.clamp(min=0) + 1,
-        lengths,
-        label_lengths,
-        reduction="none",
-        zero_infinity=True,  # a transcript longer than its audio has states has no path
-    )
+    targets = labels.clamp(min=0) + 1
+    # A transcript longer than its audio has states has no path.
+    settings = {"reduction": "none", "zero_infinity": True}
+    losses = nn.functional.ctc_loss(log_probs, targets, lengths, label_lengths, **settings)
     return losses[label_lengths > 0].sum()
 
 
 def caption_loss(clips: torch.Tensor, labels: torch.LongTensor, token_directions: torch.Tensor) -> torch.Tensor:
     r"""
-    What CTC is for speech, for clips that no transcript spells out: one vector of a clip is to lie where the tokens of
-    its caption lie. Each of them is predicted from the cosines of that vector with the language model's token
-    embeddings, as a bag of words, their order being of no account.
+    What CTC is for speech, for clips without a transcript: the tokens of a clip's caption, as a bag of words, are each
+    predicted from the cosines of one vector of the clip with the language model's token embeddings.
 
     Args:
         clips (`torch.Tensor` of shape `(clips, hidden size)`): less the mean of all token embeddings.

@@ -39,10 +39,8 @@ def read_weights(directory: Path) -> dict[str, torch.Tensor]:
 
 def check_weight_files(directory: str | Path):
     """
-    Whether each safetensors file of a directory can be opened and has the length that its header says.
-
     Raises:
-        OSError: for a file that was cut off, naming it.
+        OSError: for a safetensors file of a directory that was cut off, naming it.
     """
     for path in sorted(Path(directory).glob("*.safetensors")):
         try:
@@ -54,16 +52,12 @@ def check_weight_files(directory: str | Path):
 
 def check_loaded(name_or_path: str, report: dict):
     """
-    Refuse a full checkpoint that `from_pretrained` would complete with random weights.
-
     Raises:
-        ValueError: naming the tensors that the files lack.
+        ValueError: naming what the files of a full checkpoint lack, which `from_pretrained` would fill at random.
     """
     if missing := sorted(report["missing_keys"]):
-        raise ValueError(
-            f"{name_or_path} lacks {missing[0]} and {len(missing) - 1} other tensors of its config. Fetch or save it "
-            "again."
-        )
+        lacking = f"{missing[0]} and {len(missing) - 1} other tensors of its config"
+        raise ValueError(f"{name_or_path} lacks {lacking}. Fetch or save it again.")
 
 
 def part_keys(part: str, state_dict: dict, prefixes: tuple[str, ...] | None = None) -> dict[str, torch.Tensor]:
@@ -75,27 +69,41 @@ def part_keys(part: str, state_dict: dict, prefixes: tuple[str, ...] | None = No
     return {f"{part}.{key}": value for key, value in state_dict.items()}
 
 
-def base_state_dict(model) -> dict[str, torch.Tensor]:
+def quantized_matrices(model) -> dict[str, QuantizedMatrix]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedMatrix)}
+
+
+def round_matrices(state_dict: dict[str, torch.Tensor], model) -> dict[str, torch.Tensor]:
+    """Tensors in floating point, with the matrices that are quantised in `model` rounded to their nearest values."""
+    for name, matrix in quantized_matrices(model).items():
+        if f"{name}.weight" in state_dict:
+            rounded = QuantizedMatrix(matrix.rows, matrix.columns, matrix.bits, matrix.group_size)
+            rounded.quantize(state_dict[f"{name}.weight"])
+            state_dict |= rounded.state_dict(prefix=f"{name}.")
+    return state_dict
+
+
+def base_state_dict(model, **hub_kwargs) -> dict[str, torch.Tensor]:
     """
     The tensors of `model.config.base_parts`, under the keys of `SalmonnModel`; matrices of `config.quantized_parts`
     rounded to their nearest values, the same whenever they are loaded.
 
     Args:
         model (`SalmonnModel`): of the same config, on the meta device: the shapes that the tensors must have.
+        hub_kwargs: `token`, `cache_dir` and `local_files_only`, as for [`resolve_base_part`].
 
     Raises:
         OSError: if a part cannot be had.
         ValueError: if a part's tensors have other shapes than the config says, naming both.
     """
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    matrices = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, QuantizedMatrix)}
-    shapes |= {key: (matrix.rows, matrix.columns) for key, matrix in matrices.items()}
+    shapes |= {f"{name}.weight": (matrix.rows, matrix.columns) for name, matrix in quantized_matrices(model).items()}
     # LoRA moves a Linear's weight to `base_layer`.
     renamed = {key.replace(".base_layer.", "."): key for key in shapes}
     of_projector = {f"projector.{name}": prefixes for name, prefixes in model.projector.base_part_prefixes.items()}
     state_dict = {}
     for part, name in model.config.base_parts.items():
-        weights = read_weights(resolve_base_part(name))
+        weights = read_weights(resolve_base_part(name, **hub_kwargs))
         for key, value in part_keys(part, weights, of_projector.get(part)).items():
             key = renamed.get(key, key)
             if key in shapes and shapes[key] != tuple(value.shape):
@@ -103,12 +111,8 @@ def base_state_dict(model) -> dict[str, torch.Tensor]:
                     f"Base part '{name}' does not fit: its {key} has shape {tuple(value.shape)}, the checkpoint was "
                     f"made with {shapes[key]}."
                 )
-            if key in matrices:
-                rounded = QuantizedMatrix(*shapes[key], matrices[key].bits, matrices[key].group_size).quantize(value)
-                state_dict |= rounded.state_dict(prefix=key.removesuffix("weight"))
-            else:
-                state_dict[key] = value
-    return state_dict
+            state_dict[key] = value
+    return round_matrices(state_dict, model)
 
 
 def adapter_state_dict(name_or_path: str, model, **hub_kwargs) -> dict[str, torch.Tensor]:
@@ -132,11 +136,7 @@ def adapter_state_dict(name_or_path: str, model, **hub_kwargs) -> dict[str, torc
 
 
 def config_from_base_parts(
-    audio_tower: str,
-    language_model: str,
-    projector_config: dict | None = None,
-    sound_tower: str | None = None,
-    **kwargs,
+    audio_tower: str, language_model: str, projector_config=None, sound_tower: str | None = None, **kwargs
 ):
     """
     A `SalmonnConfig` around its base parts, e.g. `config_from_base_parts("openai/whisper-base.en",
@@ -151,13 +151,8 @@ def config_from_base_parts(
     if sound_tower is not None:
         sound_config = AutoConfig.from_pretrained(resolve_base_part(sound_tower))
         base_parts["sound_tower"] = sound_tower
-    config = SalmonnConfig(
-        audio_config=audio_config,
-        sound_config=sound_config,
-        text_config=text_config,
-        projector_config=projector_config,
-        **kwargs,
-    )
+    parts = {"audio_config": audio_config, "sound_config": sound_config, "text_config": text_config}
+    config = SalmonnConfig(**parts, projector_config=projector_config, **kwargs)
     base_parts |= {f"projector.{name}": audio_tower for name in config.projector_config.base_parts}
     config.base_parts = base_parts
     return config

@@ -1,9 +1,14 @@
 """What the configurations of all projectors have in common."""
 
+import difflib
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .windows import num_windows
+
+# What transformers, beside the fields and properties of every config, passes to one or writes into its config.json.
+TRANSFORMERS_FIELDS = {"attn_implementation", "experts_implementation", "auto_map", "quantization_config"}
 
 
 @strict
@@ -21,6 +26,9 @@ class ProjectorConfig(PreTrainedConfig):
         ctc_vocab_size (`int`): tokens of the CTC head; 0 for no head.
         ctc_merges (`int`, *optional*): the head's tokens are those of the language model's tokenizer stopped after so
             many byte-pair merges; `None` for all.
+
+    Raises:
+        ValueError: for a field that the projector does not have, naming the nearest one.
     """
 
     base_parts = ()  # frozen modules that come from the speech model's checkpoint
@@ -32,6 +40,18 @@ class ProjectorConfig(PreTrainedConfig):
     frame_mlp_size: int = 0
     ctc_vocab_size: int = 0
     ctc_merges: int | None = None
+
+    def __post_init__(self, **kwargs):
+        """`kwargs` are not among the fields; transformers would set any as an attribute that nothing reads."""
+        fields = [name for name in self.__dataclass_fields__ if name not in PreTrainedConfig.__dataclass_fields__]
+        for name in kwargs:
+            if not (name.startswith("_") or name in TRANSFORMERS_FIELDS or hasattr(PreTrainedConfig, name)):
+                nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0)[0]
+                raise ValueError(
+                    f"{type(self).__name__} has no field {name!r}; the nearest is {nearest!r}. It has: "
+                    f"{', '.join(fields)}."
+                )
+        super().__post_init__(**kwargs)
 
     @property
     def description(self) -> str:

@@ -9,16 +9,9 @@ from .configuration_whisper_projector import WhisperProjectorConfig
 from .configuration_window_qformer import WindowQFormerConfig
 
 # Where a checkpoint keeps its code, see `remote_code.save_code`.
-CUSTOM_PIPELINES = {
-    "automatic-speech-recognition": {
-        "impl": "pipeline_salmonn.SalmonnAutomaticSpeechRecognitionPipeline",
-        "pt": ["AutoModel"],
-    }
-}
-AUTO_MODELS = {
-    name: "modeling_salmonn.SalmonnForConditionalGeneration"
-    for name in ("AutoModel", "AutoModelForSpeechSeq2Seq", "AutoModelForMultimodalLM")
-}
+PIPELINE = {"impl": "pipeline_salmonn.SalmonnAutomaticSpeechRecognitionPipeline", "pt": ["AutoModel"]}
+AUTO_CLASSES = ("AutoModel", "AutoModelForSpeechSeq2Seq", "AutoModelForMultimodalLM")
+AUTO_MODELS = dict.fromkeys(AUTO_CLASSES, "modeling_salmonn.SalmonnForConditionalGeneration")
 
 
 @strict
@@ -70,18 +63,14 @@ class SalmonnConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if "qformer_config" in kwargs:
-            raise ValueError(
-                "This checkpoint was written by salmonn_hf 0.1.0; bring it up to date with `python -m "
-                "salmonn_hf.convert migrate OLD NEW`."
-            )
+            command = "python -m salmonn_hf.convert migrate OLD NEW"
+            raise ValueError(f"This checkpoint was written by salmonn_hf 0.1.0; bring it up to date with `{command}`.")
         if not __name__.startswith("transformers_modules"):
             # Where the package is imported, its own pipeline is registered; the checkpoint's would ask for trust.
             kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
-        if self.audio_config.model_type != "whisper":
-            raise ValueError(
-                f"audio_config is of type '{self.audio_config.model_type}'; the speech encoder must be a Whisper one."
-            )
+        if (kind := self.audio_config.model_type) != "whisper":
+            raise ValueError(f"audio_config is of type '{kind}'; the speech encoder must be a Whisper one.")
         if self.sound_layers is not None:
             self.check_sound_layers()
         self.projector_config.fit_to(self.audio_config, self.sound_hidden_size, self.text_config)
@@ -99,7 +88,8 @@ class SalmonnConfig(PreTrainedConfig):
     @property
     def library_quantization(self) -> dict | None:
         """`language_model` of the quantization_config: another library's format."""
-        return self._quantization.get("language_model")
+        settings = self._quantization
+        return settings.get("language_model") if settings.get("quant_method") == "salmonn" else settings or None
 
     @property
     def _quantization(self) -> dict:
@@ -118,13 +108,12 @@ class SalmonnConfig(PreTrainedConfig):
             raise ValueError("sound_layers take the place of a sound encoder; leave out these or sound_config.")
         layers = self.audio_config.encoder_layers
         if not self.sound_layers or not all(1 <= layer <= layers for layer in self.sound_layers):
-            raise ValueError(
-                f"sound_layers {self.sound_layers} must be numbers of the speech encoder's layers, from 1 to {layers}."
-            )
+            wanted = f"numbers of the speech encoder's layers, from 1 to {layers}"
+            raise ValueError(f"sound_layers {self.sound_layers} must be {wanted}.")
 
     def to_dict(self):
         """With what a process without the package needs to find the checkpoint's own code (`trust_remote_code`)."""
-        settings = super().to_dict() | {"custom_pipelines": CUSTOM_PIPELINES}
+        settings = super().to_dict() | {"custom_pipelines": {"automatic-speech-recognition": PIPELINE}}
         if settings.get("auto_map"):
             settings["auto_map"] = settings["auto_map"] | AUTO_MODELS
         return settings

@@ -80,20 +80,15 @@ class WhisperProjectorConfig(ProjectorConfig):
         """As in [`ProjectorConfig`]; the sizes of Whisper's decoder are filled in as well."""
         super().fit_to(audio_config, sound_hidden_size, text_config)
         if not self.frame_mlp_size or not self.ctc_vocab_size:
-            raise ValueError(
-                "A projector of Whisper's decoder layers needs frame_mlp_size and ctc_vocab_size; they are "
-                f"{self.frame_mlp_size} and {self.ctc_vocab_size}."
-            )
+            sizes = f"{self.frame_mlp_size} and {self.ctc_vocab_size}"
+            raise ValueError(f"Whisper's decoder layers need frame_mlp_size and ctc_vocab_size; they are {sizes}.")
         if min(self.window_frames, self.num_layers, self.merged_windows) < 1:
             raise ValueError(
                 f"window_frames {self.window_frames}, num_layers {self.num_layers} and merged_windows "
                 f"{self.merged_windows} must be at least 1."
             )
-        if self.num_layers > audio_config.decoder_layers:
-            raise ValueError(
-                f"projector_config.num_layers is {self.num_layers}, but the speech model's decoder has "
-                f"{audio_config.decoder_layers} layers."
-            )
+        if self.num_layers > (layers := audio_config.decoder_layers):
+            raise ValueError(f"num_layers is {self.num_layers}, but the speech model's decoder has {layers} layers.")
         if bool(self.sound_summary_size) != bool(sound_hidden_size):
             raise ValueError(
                 f"projector_config.sound_summary_size is {self.sound_summary_size} and sound frames have "

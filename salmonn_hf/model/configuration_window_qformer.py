@@ -35,9 +35,7 @@ class WindowQFormerConfig(ProjectorConfig):
     """
 
     model_type = "salmonn_window_qformer"
-    sub_configs_defaults = {
-        "qformer_config": SubConfigSpec(config_class=Blip2QFormerConfig, init_kwargs=QFORMER_DEFAULTS),
-    }
+    sub_configs_defaults = {"qformer_config": SubConfigSpec(Blip2QFormerConfig, init_kwargs=QFORMER_DEFAULTS)}
 
     qformer_config: dict | PreTrainedConfig | None = None
     window_stride: int = 17
@@ -50,10 +48,10 @@ class WindowQFormerConfig(ProjectorConfig):
         if isinstance(self.qformer_config, dict):
             self.qformer_config = QFORMER_DEFAULTS | self.qformer_config
         super().__post_init__(**kwargs)
-        if self.qformer_config.hidden_size % self.qformer_config.num_attention_heads:
+        size, heads = self.qformer_config.hidden_size, self.qformer_config.num_attention_heads
+        if size % heads:
             raise ValueError(
-                f"qformer_config.hidden_size {self.qformer_config.hidden_size} is not a multiple of its "
-                f"num_attention_heads {self.qformer_config.num_attention_heads}."
+                f"qformer_config.hidden_size {size} is not a multiple of its num_attention_heads {heads}."
             )
         if self.window_frames < 1 or self.queries_per_window < 1 or not 1 <= self.window_stride <= self.window_frames:
             raise ValueError(

@@ -10,8 +10,7 @@ from .quantized_layers import embedding_rows
 class SalmonnCTCHead(nn.Module):
     """
     CTC (Graves et al., 2006) over the language model's own, frozen, token embeddings: an audio embedding scores a
-    token by the cosine between the two. Trained with it, audio embeddings come to lie where the words that they carry
-    lie.
+    token by the cosine between the two, and so comes to lie where its word lies.
     """
 
     def __init__(self, config: ProjectorConfig):
@@ -31,10 +30,6 @@ class SalmonnCTCHead(nn.Module):
         nn.init.normal_(self.blank)
         nn.init.constant_(self.log_scale, 3.0)  # cosines times e³ = 20
 
-    def directions(self, embedding: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `token_directions`; of the head's tokens."""
-        return token_directions(embedding, self.token_ids)
-
     def forward(
         self, audio_embeds: torch.Tensor, embedding: nn.Module, classes: torch.LongTensor | None = None
     ) -> torch.Tensor:
@@ -47,23 +42,19 @@ class SalmonnCTCHead(nn.Module):
         Returns:
             float32 log-probabilities of shape `(..., 1 + classes)`: the blank, then the tokens.
         """
-        center, rows = self.directions(embedding)
+        center, rows = token_directions(embedding, self.token_ids)
         rows = rows if classes is None else rows[classes]
         blank = nn.functional.normalize(self.blank.float()[None], dim=-1)
         directions = nn.functional.normalize(audio_embeds.float() - center, dim=-1)
-        # As a plain matrix product: with more axes torch would copy the rows for each of them.
-        directions = directions.flatten(0, -2)
+        directions = directions.flatten(0, -2)  # as a plain product: of more axes torch would copy the rows for each
         cosines = torch.cat([nn.functional.linear(directions, w) for w in (blank, rows)], dim=-1)
         log_probs = (cosines * self.log_scale.exp()).float().log_softmax(-1)
         return log_probs.unflatten(0, audio_embeds.shape[:-1])
 
     def best(self, audio_embeds: torch.Tensor, embedding: nn.Module) -> torch.Tensor:
-        """
-        Index of the output nearest to each audio embedding, 0 for the blank. The tokens' directions are cached, in
-        the precision of the embeddings.
-        """
+        """Index of the output nearest to each audio embedding, 0: the blank. The tokens' directions are cached."""
         if self.cached_directions is None or self.cached_directions[1].device != audio_embeds.device:
-            center, rows = self.directions(embedding)
+            center, rows = token_directions(embedding, self.token_ids)
             blank = nn.functional.normalize(self.blank.float()[None], dim=-1)
             self.cached_directions = center, torch.cat([blank, rows]).to(audio_embeds.dtype)
         center, rows = self.cached_directions

@@ -7,16 +7,7 @@ from transformers import GenerationMixin
 
 from .ctc_draft import decode_with_drafts
 
-AUDIO_INPUTS = (
-    "input_features",
-    "input_features_mask",
-    "input_values",
-    "input_values_mask",
-    "audio_frames",
-    "audio_frames_mask",
-    "sound_frames",
-    "sound_frames_mask",
-)
+CLIPS = ("input_features", "input_values", "audio_frames", "sound_frames")
 DECODING = ("speculation_type", "num_beams", "do_sample", "cache_implementation")
 
 
@@ -31,7 +22,7 @@ class SalmonnGenerationMixin(GenerationMixin):
         Raises:
             ValueError: if drafts are asked for without a CTC head or a tokenizer.
         """
-        audio_inputs = {name: kwargs.pop(name, None) for name in AUDIO_INPUTS}
+        audio_inputs = {name: kwargs.pop(name, None) for clip in CLIPS for name in (clip, f"{clip}_mask")}
         input_ids = kwargs.pop("input_ids", inputs)
         if input_ids is None or kwargs.get("inputs_embeds") is not None:
             return super().generate(inputs, *args, **kwargs)
@@ -43,20 +34,15 @@ class SalmonnGenerationMixin(GenerationMixin):
         del prompt["labels"]
         if asked["speculation_type"] == "ctc":
             if not self.projector.has_ctc_head or kwargs.get("tokenizer") is None:
-                raise ValueError(
-                    'speculation_type="ctc" needs a model with a CTC head (ctc_vocab_size in its projector_config), '
-                    "and tokenizer=processor.tokenizer beside it."
-                )
+                needs = "a model with a CTC head (ctc_vocab_size of its projector), and tokenizer=processor.tokenizer"
+                raise ValueError(f'speculation_type="ctc" needs {needs}.')
             # Drafts change the time alone. They are left out for several prompts, beams or samples, and where
             # another cache is asked for: from one of a fixed size no wrong draft can be taken back.
             one_path = len(input_ids) == 1 and asked["num_beams"] in (1, None) and not asked["do_sample"]
             if one_path and asked["cache_implementation"] is None:
-                draft_ids = []
-                if audio is not None:
-                    draft_ids = self.projector.ctc_draft(audio.states, self.get_input_embeddings())
-                kwargs["custom_generate"] = partial(
-                    decode_with_drafts, draft_ids=draft_ids, draft_tokenizer=kwargs["tokenizer"]
-                )
+                embedding = self.get_input_embeddings()
+                draft = {"draft_ids": [] if audio is None else self.projector.ctc_draft(audio.states, embedding)}
+                kwargs["custom_generate"] = partial(decode_with_drafts, draft_tokenizer=kwargs["tokenizer"], **draft)
         output = super().generate(None, *args, **prompt, **kwargs)
         # Where windows are merged, the language model's prompt is shorter than the one given.
         sequences = output if isinstance(output, torch.Tensor) else output.sequences

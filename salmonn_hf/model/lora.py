@@ -1,8 +1,5 @@
 """LoRA (Hu et al., ICLR 2022, https://arxiv.org/abs/2106.09685) in parts of a SALMONN, by PEFT."""
 
-import torch
-from torch import nn
-
 # The parts that can have it, and where the config says how.
 LORA_FIELDS = {"language_model": "lora", "audio_tower": "audio_lora"}
 
@@ -20,11 +17,8 @@ def encoder_lora(rank: int) -> dict:
 
 def require_peft():
     """
-    The module `peft`. Not an import at the top, since a checkpoint without LoRA needs no PEFT; and within `try`, since
-    transformers takes any other import, wherever it stands, for a requirement of the checkpoints that carry this file.
-
-    Raises:
-        ImportError: if it is not installed.
+    The module `peft`, which a checkpoint without LoRA does not need. transformers takes any import that is not within
+    `try`, wherever it stands, for a requirement of the checkpoints that carry this file.
     """
     try:
         import peft
@@ -33,63 +27,36 @@ def require_peft():
     return peft
 
 
-def add_lora(model: nn.Module, lora: dict, part: str):
-    """Put a LoRA adapter (`peft.LoraConfig` arguments) into a `part` of a `SalmonnModel`, in place."""
-    peft = require_peft()
-    setattr(model.config, LORA_FIELDS[part], lora)
-    peft.inject_adapter_in_model(peft.LoraConfig(**lora), getattr(model, part))
+class LoraMixin:
+    """LoRA of a `SalmonnModel`."""
 
+    def add_lora(self, lora: dict, part: str = "language_model"):
+        """Put a LoRA adapter (`peft.LoraConfig` arguments) into a part, this or the "audio_tower", in place."""
+        peft = require_peft()
+        setattr(self.config, LORA_FIELDS[part], lora)
+        peft.inject_adapter_in_model(peft.LoraConfig(**lora), getattr(self, part))
 
-def merge_lora(model: nn.Module):
-    """
-    Fold the LoRA adapters of a `SalmonnModel` into the weights beside them, in place, and drop them.
+    def merge_lora(self):
+        """
+        Fold the LoRA adapters into the weights of their parts and drop them: the model is then a full one.
 
-    Raises:
-        ValueError: if these weights are quantised.
-    """
-    adapted = adapted_parts(model.config)
-    if quantized := [part for part in adapted if part in model.config.quantized_parts]:
-        raise ValueError(
-            f"LoRA cannot be merged into 4 or 8 bits, as {quantized[0]} is; merge it into the model before quantising "
-            "that. An adapter checkpoint loads without: config.quantization_config = None, then "
-            "from_pretrained(..., config=config)."
-        )
-    for part in adapted:
-        LoraLayer = require_peft().tuners.lora.LoraLayer
-        for module in list(getattr(model, part).modules()):
-            for name, child in list(module.named_children()):
-                if isinstance(child, LoraLayer):
-                    child.merge(safe_merge=True)
-                    setattr(module, name, child.get_base_layer())
-        setattr(model.config, LORA_FIELDS[part], None)
-
-
-@torch.no_grad()
-def cut_lora_rank(model: nn.Module, rank: int):
-    """
-    Cut LoRA in the language model of a [`SalmonnModel`], in place, to `rank`, so that a checkpoint keeps to a size: of
-    each layer's product B A the largest singular values are kept, which is its best approximation of that rank (Eckart
-    and Young, 1936). What multiplies it, alpha over rank, stays.
-
-    Raises:
-        ValueError: if `rank` is more than the adapter's, or less than 1.
-    """
-    lora = model.config.lora
-    if not 1 <= rank <= lora["r"]:
-        raise ValueError(f"The checkpoint's LoRA has rank {lora['r']}; it can be cut to 1 at least, not to {rank}.")
-    for layer in model.language_model.modules():
-        if isinstance(layer, require_peft().tuners.lora.LoraLayer):
-            for name in layer.lora_A:
-                down, up = layer.lora_A[name].weight.float(), layer.lora_B[name].weight.float()
-                # Both factors are thin: the product's singular values are those of a matrix of rank by rank.
-                (up_basis, up_rest), (down_basis, down_rest) = torch.linalg.qr(up), torch.linalg.qr(down.T)
-                left, values, right = torch.linalg.svd(up_rest @ down_rest.T)
-                root = values[:rank].sqrt()
-                cut = {"lora_A": root[:, None] * (right[:rank] @ down_basis.T)}
-                cut["lora_B"] = (up_basis @ left[:, :rank]) * root
-                for part, weight in cut.items():
-                    linear = nn.Linear(*weight.T.shape, bias=False, device="meta")
-                    linear.weight = nn.Parameter(weight.to(layer.lora_A[name].weight.dtype))
-                    getattr(layer, part)[name] = linear
-                layer.r[name] = rank
-    model.config.lora = lora | {"r": rank, "lora_alpha": lora["lora_alpha"] * rank / lora["r"]}
+        Raises:
+            ValueError: if such a part is quantised.
+        """
+        adapted = adapted_parts(self.config)
+        if quantized := [part for part in adapted if part in self.config.quantized_parts]:
+            raise ValueError(
+                f"LoRA cannot be merged into 4 or 8 bits, as {quantized[0]} is; merge it into the model before "
+                "quantising that. An adapter checkpoint loads without: config.quantization_config = None, then "
+                "from_pretrained(..., config=config)."
+            )
+        for part in adapted:
+            LoraLayer = require_peft().tuners.lora.LoraLayer
+            for module in list(getattr(self, part).modules()):
+                for name, child in list(module.named_children()):
+                    if isinstance(child, LoraLayer):
+                        child.merge(safe_merge=True)
+                        setattr(module, name, child.get_base_layer())
+            setattr(self.config, LORA_FIELDS[part], None)
+        self.config.base_parts = None
+        return self

@@ -1,37 +1,48 @@
-"""SALMONN: audio → encoders → projector → language model → text.
-
-Architecture: Tang et al., "SALMONN: Towards Generic Hearing Abilities for Large Language Models", ICLR 2024
-(https://arxiv.org/abs/2310.13289), figure 1 and section 3.1. This file reads in the order in which data flows.
+"""
+SALMONN: audio → encoders → projector → language model → text, in the order in which data flows. Tang et al., "SALMONN:
+Towards Generic Hearing Abilities for Large Language Models", ICLR 2024 (https://arxiv.org/abs/2310.13289), 3.1.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .checkpoint import adapter_state_dict, base_state_dict, check_loaded, check_weight_files, without_base_parts
+from .checkpoint import (
+    adapter_state_dict,
+    base_state_dict,
+    check_loaded,
+    check_weight_files,
+    round_matrices,
+    without_base_parts,
+)
 from .configuration_salmonn import SalmonnConfig
 from .generation_salmonn import SalmonnGenerationMixin
-from .lora import LORA_FIELDS, adapted_parts, add_lora, merge_lora
+from .lora import LORA_FIELDS, LoraMixin, adapted_parts
 from .modeling_beats import BeatsModel
 from .placeholders import check_placeholders, drop_spare_placeholders, embed_prompt
 from .projector import ProjectorOutput
 from .quantized_layers import quantize_parts
-from .quantizer_salmonn import SalmonnQuantizationConfig as SalmonnQuantizationConfig  # registers the quantiser
+from .quantizer_salmonn import SalmonnQuantizationConfig
 from .remote_code import save_code
 from .whisper_projector import WhisperProjector
 from .window_qformer import WindowQFormerProjector
 
+PASSED_ON = ("past_key_values", "hidden_states", "attentions")  # of the language model's outputs
+# Of `from_pretrained`, what also says how base parts are fetched; a revision is the checkpoint's own.
+BASE_PART_KWARGS = ("cache_dir", "token", "local_files_only")
+
 
 @dataclass
-class SalmonnOutput(ModelOutput):
+class SalmonnOutput(CausalLMOutputWithPast):
     r"""
     loss (`torch.Tensor`, *optional*): next-token loss; the alignment loss where the language model is not run.
     logits (`torch.Tensor` of shape `(batch, kept positions, vocabulary)`).
@@ -40,12 +51,7 @@ class SalmonnOutput(ModelOutput):
     audio_embeds (`torch.Tensor` of shape `(audio tokens of the batch, hidden size)`): what the projector gives.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
     last_hidden_state: torch.Tensor | None = None
-    past_key_values: object | None = None
-    hidden_states: tuple[torch.Tensor] | None = None
-    attentions: tuple[torch.Tensor] | None = None
     audio_embeds: torch.Tensor | None = None
     alignment_loss: torch.Tensor | None = None
 
@@ -72,9 +78,7 @@ class SalmonnWhisperEncoder(WhisperEncoder):
         hidden_states = nn.functional.gelu(self.conv2(hidden_states)).transpose(1, 2)
         hidden_states = hidden_states + self.embed_positions.weight[: hidden_states.shape[1]]
 
-        attention_mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask[:, ::2]
-        )
+        attention_mask = create_bidirectional_mask(self.config, hidden_states, attention_mask[:, ::2])
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask, **kwargs)
         return BaseModelOutput(last_hidden_state=self.layer_norm(hidden_states))
@@ -105,29 +109,36 @@ class SalmonnPreTrainedModel(PreTrainedModel):
                 what was tried, or names the file.
             ValueError: if the files lack tensors, naming them.
         """
-        hub_kwargs = {k: kwargs[k] for k in ("cache_dir", "revision", "token", "local_files_only") if k in kwargs}
+        base_kwargs = {name: kwargs[name] for name in BASE_PART_KWARGS if name in kwargs}
+        hub_kwargs = base_kwargs | ({"revision": kwargs["revision"]} if "revision" in kwargs else {})
+        if hasattr(settings := getattr(config, "quantization_config", None), "to_dict"):
+            config = copy.deepcopy(config)  # a loaded model has the object, the loader takes a dict
+            config.quantization_config = settings.to_dict()
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
         if not isinstance(config, SalmonnConfig):
             config = SalmonnConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
-        if hasattr(settings := getattr(config, "quantization_config", None), "to_dict"):
-            config.quantization_config = settings.to_dict()  # a loaded model has the object, the loader takes a dict
         check_weight_files(pretrained_model_name_or_path)
         if not config.base_parts:
             with_report = kwargs.pop("output_loading_info", False)
-            model, report = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
-            )
+            kwargs |= {"config": config, "output_loading_info": True}
+            model, report = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
             check_loaded(pretrained_model_name_or_path, report)
             return (model, report) if with_report else model
 
         with torch.device("meta"):
             skeleton = cls(config)
-            quantize_parts(skeleton, config.quantized_parts)
-        state_dict = base_state_dict(skeleton)
-        state_dict |= adapter_state_dict(pretrained_model_name_or_path, skeleton, **hub_kwargs)
-        for used in hub_kwargs:
-            kwargs.pop(used)
+            skeleton.quantize_parts(config.quantized_parts)
+        state_dict = adapter_state_dict(pretrained_model_name_or_path, skeleton, **hub_kwargs)
+        settings = kwargs.get("quantization_config")
+        if isinstance(settings, SalmonnQuantizationConfig) and not (settings.language_model or config.quantized_parts):
+            # Rounded as they are in their files, as base parts will be when what is saved of this model is loaded.
+            config = copy.deepcopy(config)
+            config.quantization_config = kwargs.pop("quantization_config").to_dict()
+            skeleton.quantize_parts(settings.parts)
+            state_dict = round_matrices(state_dict, skeleton)
+        state_dict |= base_state_dict(skeleton, **base_kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in hub_kwargs}
         model = super().from_pretrained(None, *model_args, config=config, state_dict=state_dict, **kwargs)
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         if model.can_generate():
@@ -137,14 +148,13 @@ class SalmonnPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):
         """As `PreTrainedModel.save_pretrained`, but a model with `config.base_parts` leaves those frozen parts out."""
         state_dict = self.state_dict() if state_dict is None else state_dict
-        super().save_pretrained(
-            save_directory, *args, state_dict=without_base_parts(state_dict, self.config), **kwargs
-        )
+        state_dict = without_base_parts(state_dict, self.config)
+        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
         if kwargs.get("is_main_process", True):
             save_code(save_directory)
 
 
-class SalmonnModel(SalmonnPreTrainedModel):
+class SalmonnModel(SalmonnPreTrainedModel, LoraMixin):
     """Encoders, projector and language model, up to its last hidden state."""
 
     def __init__(self, config: SalmonnConfig):
@@ -158,20 +168,10 @@ class SalmonnModel(SalmonnPreTrainedModel):
             self.add_lora(getattr(config, LORA_FIELDS[part]), part)
         self.post_init()
 
-    def add_lora(self, lora: dict, part: str = "language_model"):
-        """Put a LoRA adapter (`peft.LoraConfig` arguments) into a part, this or the "audio_tower", in place."""
-        add_lora(self, lora, part)
-
-    def merge_lora(self):
-        """
-        Fold the LoRA adapters into the weights of their parts and drop them: the model is then a full one.
-
-        Raises:
-            ValueError: if such a part is quantised.
-        """
-        merge_lora(self)
-        self.config.base_parts = None
-        return self
+    def quantize_parts(self, parts: dict[str, dict]):
+        """Round the weights of parts to few bits, in place, see [`quantize_parts`]; the config is left as it is."""
+        # A method, since a process with the package and a checkpoint's own code has these layers' classes twice.
+        quantize_parts(self, parts)
 
     def train(self, mode: bool = True):
         """As `nn.Module.train`, but an encoder without a trainable weight stays in evaluation mode."""
@@ -207,11 +207,8 @@ class SalmonnModel(SalmonnPreTrainedModel):
 
     def encode_speech(self, input_features, input_features_mask):
         layers = self.config.sound_layers
-        encoded = self.audio_tower(
-            input_features.to(self.audio_tower.dtype),
-            attention_mask=input_features_mask,
-            output_hidden_states=layers is not None,
-        )
+        input_features, all_layers = input_features.to(self.audio_tower.dtype), layers is not None
+        encoded = self.audio_tower(input_features, attention_mask=input_features_mask, output_hidden_states=all_layers)
         mask = input_features_mask[:, ::2].bool()
         frames = {"audio_frames": encoded.last_hidden_state, "audio_frames_mask": mask}
         if layers is not None:
@@ -228,23 +225,17 @@ class SalmonnModel(SalmonnPreTrainedModel):
         return {"sound_frames": sound_frames, "sound_frames_mask": positions < lengths[:, None]}
 
     def project_audio(
-        self,
-        input_features: torch.Tensor | None = None,
-        input_features_mask: torch.Tensor | None = None,
-        input_values: torch.Tensor | None = None,
-        input_values_mask: torch.Tensor | None = None,
-        return_ctc: bool = False,
-        **frames,
+        self, input_features=None, input_features_mask=None, input_values=None, input_values_mask=None, **frames
     ) -> ProjectorOutput | None:
         """
-        Clips to audio tokens: through the encoders, or from `frames` that `encode_audio` returned, and through the
-        projector. `None` without clips.
+        Clips, as `encode_audio` takes them, or the `frames` that it returned, to audio tokens, through the projector.
+        `None` without clips.
         """
         if input_features is not None:
             frames = self.encode_audio(input_features, input_features_mask, input_values, input_values_mask)
         if frames.get("audio_frames") is None:
             return None
-        return self.projector(token_embedding=self.get_input_embeddings(), return_ctc=return_ctc, **frames)
+        return self.projector(token_embedding=self.get_input_embeddings(), **frames)
 
     def get_audio_features(self, input_features, input_features_mask, input_values=None, input_values_mask=None):
         r"""
@@ -269,10 +260,8 @@ class SalmonnModel(SalmonnPreTrainedModel):
         if audio is not None and len(audio.embeds) < len(audio.states):
             prompt = drop_spare_placeholders(prompt, audio.num_states, audio.num_tokens)
         embeds = None if audio is None else audio.embeds
-        prompt["inputs_embeds"] = embed_prompt(
-            prompt["input_ids"], prompt.pop("is_audio"), embeds, self.get_input_embeddings()
-        )
-        return prompt
+        is_audio, embedding = prompt.pop("is_audio"), self.get_input_embeddings()
+        return prompt | {"inputs_embeds": embed_prompt(prompt["input_ids"], is_audio, embeds, embedding)}
 
     def forward(
         self,
@@ -291,13 +280,8 @@ class SalmonnModel(SalmonnPreTrainedModel):
             prompt = self.embed_prompt(input_ids, attention_mask, audio=audio)
             inputs_embeds, attention_mask = prompt["inputs_embeds"], prompt["attention_mask"]
         outputs = self.language_model.base_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
-        return SalmonnOutput(
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            audio_embeds=None if audio is None else audio.embeds,
-        )
+        passed_on = {name: getattr(outputs, name) for name in ("last_hidden_state", *PASSED_ON)}
+        return SalmonnOutput(**passed_on, audio_embeds=None if audio is None else audio.embeds)
 
 
 class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
@@ -316,8 +300,10 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
         """A model of `config` with the weights of its `base_parts`, everything else freshly initialised."""
         with torch.device("meta"):
             skeleton = cls(config)
-            quantize_parts(skeleton, config.quantized_parts)
-        return cls.from_pretrained(None, config=config, state_dict=base_state_dict(skeleton), **kwargs)
+            skeleton.quantize_parts(config.quantized_parts)
+        base_kwargs = {name: kwargs[name] for name in BASE_PART_KWARGS if name in kwargs}
+        state_dict = base_state_dict(skeleton, **base_kwargs)
+        return cls.from_pretrained(None, config=config, state_dict=state_dict, **kwargs)
 
     def forward(
         self,
@@ -356,12 +342,8 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
                 the features; they need not be encoded again.
             ctc_labels, caption_labels, num_alignment_labels: see `alignment_loss`, which is then given as well.
         """
-        frames = {
-            "audio_frames": audio_frames,
-            "audio_frames_mask": audio_frames_mask,
-            "sound_frames": sound_frames,
-            "sound_frames_mask": sound_frames_mask,
-        }
+        frames = {"audio_frames": audio_frames, "audio_frames_mask": audio_frames_mask}
+        frames |= {"sound_frames": sound_frames, "sound_frames_mask": sound_frames_mask}
         if input_features is not None:
             frames = self.encode_audio(input_features, input_features_mask, input_values, input_values_mask)
         if input_ids is None and inputs_embeds is None and ctc_labels is not None:
@@ -385,23 +367,14 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
             logits_to_keep = torch.arange(-logits_to_keep, 0, device=inputs_embeds.device)
         if position_ids is not None:
             kwargs["position_ids"] = position_ids
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, logits_to_keep=logits_to_keep, **kwargs
-        )
-        loss = None
+        prompt = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+        outputs = self.language_model(**prompt, logits_to_keep=logits_to_keep, **kwargs)
+        loss, vocab_size = None, self.config.text_config.vocab_size
         if labels is not None:
-            loss = self.loss_function(
-                logits=outputs.logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
-            )
-        return SalmonnOutput(
-            loss=loss,
-            logits=outputs.logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            audio_embeds=None if audio is None else audio.embeds,
-            alignment_loss=alignment_loss,
-        )
+            loss = self.loss_function(logits=outputs.logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        passed_on = {name: getattr(outputs, name) for name in ("logits", *PASSED_ON)}
+        embeds = None if audio is None else audio.embeds
+        return SalmonnOutput(loss, **passed_on, audio_embeds=embeds, alignment_loss=alignment_loss)
 
     def alignment_loss(
         self,
@@ -428,15 +401,11 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
             Scalar, nats per label.
         """
         projector, embedding = self.projector, self.get_input_embeddings()
-        if audio is None:
-            states, num_states = projector.window_states(**frames)
-        else:
-            states, num_states = audio.states, audio.num_states
+        states, num_states = projector.window_states(**frames) if audio is None else (audio.states, audio.num_states)
         loss = projector.ctc_loss(states, num_states, ctc_labels, embedding)
         if caption_labels is not None:
-            embeds, _ = projector.embed(
-                states, num_states, embedding, frames.get("sound_frames"), frames.get("sound_frames_mask")
-            )
+            sounds = (frames.get("sound_frames"), frames.get("sound_frames_mask"))
+            embeds, _ = projector.embed(states, num_states, embedding, *sounds)
             loss = loss + projector.caption_loss(embeds, num_states, caption_labels, embedding)
         if num_alignment_labels is None:
             given = [labels for labels in (ctc_labels, caption_labels) if labels is not None]

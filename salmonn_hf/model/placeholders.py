@@ -20,10 +20,7 @@ def check_placeholders(is_audio: torch.BoolTensor, count: int, audio_token_id: i
 def embed_prompt(
     input_ids: torch.LongTensor, is_audio: torch.BoolTensor, audio_embeds: torch.Tensor | None, embedding: nn.Module
 ) -> torch.Tensor:
-    """
-    Token embeddings `(batch, tokens, hidden size)` with `audio_embeds` `(audio tokens of the batch, hidden size)`, or
-    none, where `is_audio` `(batch, tokens)` is true.
-    """
+    """Token embeddings `(batch, tokens, width)`, in the places `is_audio` `audio_embeds` `(audio tokens, width)`."""
     inputs_embeds = embedding(input_ids)
     if audio_embeds is None:
         return inputs_embeds
@@ -45,8 +42,8 @@ def drop_spare_placeholders(
     """
     is_audio = prompt["is_audio"]
     starts = num_placeholders.cumsum(0) - num_placeholders
-    place_in_clip = torch.arange(int(num_placeholders.sum()), device=is_audio.device)
-    place_in_clip = place_in_clip - starts.repeat_interleave(num_placeholders)
+    places = torch.arange(int(num_placeholders.sum()), device=is_audio.device)
+    place_in_clip = places - starts.repeat_interleave(num_placeholders)
     keep = ~is_audio.masked_scatter(is_audio, place_in_clip >= num_tokens.repeat_interleave(num_placeholders))
     if prompt["attention_mask"] is not None:
         keep &= prompt["attention_mask"].bool()

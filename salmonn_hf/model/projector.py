@@ -88,18 +88,12 @@ class SalmonnProjector(PreTrainedModel):
         ctc_log_probs = self.ctc_log_probs(states, token_embedding) if return_ctc and self.has_ctc_head else None
         return ProjectorOutput(embeds, num_tokens, ctc_log_probs, states, num_states)
 
-    def window_states(
-        self, audio_frames, audio_frames_mask, sound_frames=None, sound_frames_mask=None
-    ) -> tuple[torch.Tensor, torch.LongTensor]:
+    def window_states(self, audio_frames, audio_frames_mask, sound_frames=None, sound_frames_mask=None):
         """Encoder frames to `states` and `num_states`, see [`ProjectorOutput`]."""
         raise NotImplementedError
 
-    def embed(
-        self, states, num_states, token_embedding, sound_frames=None, sound_frames_mask=None
-    ) -> tuple[torch.Tensor, torch.BoolTensor | None]:
-        """
-        States to embeddings `(states, hidden size)`, and which of them are audio tokens, `(states,)`; `None` for all.
-        """
+    def embed(self, states, num_states, token_embedding, sound_frames=None, sound_frames_mask=None):
+        """States to embeddings `(states, hidden size)`, and which are audio tokens, bool `(states,)`; `None`: all."""
         raise NotImplementedError
 
     def ctc_log_probs(self, states, token_embedding, classes: torch.LongTensor | None = None) -> torch.Tensor:
@@ -125,9 +119,7 @@ class SalmonnProjector(PreTrainedModel):
 
     def ctc_loss(self, states, num_states, labels: torch.LongTensor, token_embedding) -> torch.Tensor:
         """See [`alignment_loss.ctc_loss`]; `labels` `(clips, tokens)` are indices into the head's tokens."""
-        classes = None
-        if self.training:
-            classes, labels = self.ctc_training_classes(labels)
+        classes, labels = self.ctc_training_classes(labels) if self.training else (None, labels)
         clips = nn.utils.rnn.pad_sequence(states.split(num_states.tolist()))
         return ctc_loss(self.ctc_log_probs(clips, token_embedding, classes), num_states, labels)
 

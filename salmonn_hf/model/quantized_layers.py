@@ -1,9 +1,7 @@
-"""Weights of 4 and 8 bits: Linear and Embedding modules that keep them, and their place in SALMONN.
-
-Symmetric, weight-only. 8 bits: one scale per row. 4 bits: two values per byte, one scale per group of a row's columns.
-Products in bfloat16 run on torch's own kernels, 4 bits on a CPU and on CUDA, 8 on a CPU; elsewhere the weights are
-widened first. The weights are buffers, which no optimiser sees; gradients pass through them to what comes before, at
-any time.
+"""
+Linear and Embedding modules with weights of 4 and 8 bits, symmetric. 8 bits: one scale per row. 4 bits: two values per
+byte, one scale per group of a row's columns. Products in bfloat16 run on torch's own kernels, 4 bits on a CPU and on
+CUDA, 8 on a CPU; elsewhere weights are dequantised first. They are buffers, through which gradients pass at any time.
 """
 
 from functools import cache
@@ -34,8 +32,7 @@ def kernel_layout(device: torch.device) -> torch.Tensor:
     """
     The layout of torch's 4-bit kernel, which keeps a matrix tile by tile: `(rows, columns)` of a tile, the byte of
     the tile that holds each value in its low half, or the tile's size and that byte for the high half. A tile has one
-    column on a CPU, of 64 rows with AVX-512 and 32 with AVX2; it differs between processors, so it is read off packed
-    matrices whose values are their own places.
+    column on a CPU, of 64 rows with AVX-512, 32 with AVX2: it is read off matrices whose values are their own places.
     """
     places = torch.arange(BLOCK * BLOCK, device=device).view(BLOCK, BLOCK)
     halves = torch.zeros(2, BLOCK * BLOCK // 2, dtype=torch.long, device=device)
@@ -100,16 +97,14 @@ class QuantizedMatrix(nn.Module):
     def quantize(self, matrix: torch.Tensor, scales: torch.Tensor | None = None):
         """Take the nearest values to `matrix` (rows, columns); `scales` by default its extremes over 127, or 7.5."""
         groups = matrix.float().reshape(*self.scales.shape, -1)
-        if scales is None:
-            # 4 bits reach from -8 to 7: half a step beyond 7 is no further off than between two values.
+        if scales is None:  # 4 bits reach from -8 to 7; half a step beyond 7 is no further off than between two values
             scales = groups.abs().amax(-1).clamp(min=1e-8) / (127 if self.bits == 8 else 7.5)
         self.scales = scales.reshape(self.scales.shape).to(matrix.dtype).contiguous()
         values = torch.round(groups / self.scales[..., None].float())
         if self.bits == 8:
             self.weight = values.clamp(-127, 127).to(torch.int8).view(self.rows, self.columns)
         else:
-            values = (values.clamp(-8, 7) + 8).to(torch.uint8).view(self.rows, self.columns)
-            self.weight = two_per_byte(values)
+            self.weight = two_per_byte((values.clamp(-8, 7) + 8).to(torch.uint8).view(self.rows, self.columns))
         self.packed_scales = None
         return self
 
@@ -123,8 +118,7 @@ class QuantizedMatrix(nn.Module):
             packed[rows] = pack_nibbles(one_per_byte(self.weight[rows]))
         device, self.weight = self.weight.device, packed
         self.weight = packed.to(device)
-        scales = self.scales.T
-        self.packed_scales = torch.stack([scales, torch.zeros_like(scales)], -1).contiguous()
+        self.packed_scales = torch.stack([self.scales.T, torch.zeros_like(self.scales.T)], -1).contiguous()
         self.scales = self.packed_scales[..., 0].T  # a view: the scales are kept once
 
     def unpack(self):
@@ -136,12 +130,11 @@ class QuantizedMatrix(nn.Module):
 
     def nibbles(self) -> torch.Tensor:
         """The 4-bit values, 0 to 15, one a byte: uint8 of shape `(rows, columns)`."""
-        weight = self.weight
         if self.packed_scales is None:
-            return one_per_byte(weight)
-        layout = kernel_layout(weight.device)
+            return one_per_byte(self.weight)
+        layout = kernel_layout(self.weight.device)
         rows, columns = layout.shape
-        tiles = weight.view(-1, self.columns // columns, layout.numel() // 2)
+        tiles = self.weight.view(-1, self.columns // columns, layout.numel() // 2)
         values = torch.cat([tiles & 15, tiles >> 4], -1)[..., layout.flatten()]
         return values.view(*tiles.shape[:2], rows, columns).transpose(1, 2).contiguous().view(self.rows, self.columns)
 
@@ -174,13 +167,12 @@ class QuantizedMatrix(nn.Module):
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x Wᵀ for `x` of shape `(..., columns)`."""
         flat = x.reshape(-1, self.columns)
-        # The kernels have no gradient.
-        trained = torch.is_grad_enabled() and (x.requires_grad or self.scales.requires_grad)
+        trained = torch.is_grad_enabled() and x.requires_grad  # the kernels have no gradient
         on_cpu = x.device.type == "cpu"
-        on_kernel = x.dtype == self.scales.dtype == torch.bfloat16 and not trained
-        on_kernel = on_kernel and (on_cpu or x.device.type == "cuda" and self.bits == 4)
-        whole = self.rows % BLOCK == 0 and self.columns % BLOCK == 0  # the kernels read past the end of other shapes
-        on_kernel = on_kernel and whole and len(flat) <= KERNEL_ROWS[self.bits]
+        has_kernel = on_cpu or x.device.type == "cuda" and self.bits == 4
+        whole = self.rows % BLOCK == self.columns % BLOCK == 0  # the kernels read past the end of other shapes
+        on_kernel = has_kernel and whole and not trained and len(flat) <= KERNEL_ROWS[self.bits]
+        on_kernel = on_kernel and x.dtype == self.scales.dtype == torch.bfloat16
         if on_kernel and self.bits == 8:
             if self.weight.data_ptr() % 64 or self.scales.data_ptr() % 64:
                 # A file may be mapped at any address; the kernel's aligned loads would end the process.
@@ -194,7 +186,7 @@ class QuantizedMatrix(nn.Module):
             else:
                 tiles = self.weight.view(torch.int32).view(self.rows // TILE_ROWS, self.columns // BLOCK, 32, -1)
                 product = torch._weight_int4pack_mm(flat.contiguous(), tiles, self.group_size, self.packed_scales)
-        elif trained and not self.scales.requires_grad:
+        elif trained:
             product = DequantizedProduct.apply(flat, self)
         elif self.bits == 8:
             product = F.linear(flat, self.weight.to(x.dtype)) * self.scales.to(x.dtype)
@@ -218,10 +210,7 @@ class QuantizedMatrix(nn.Module):
 
 
 class DequantizedProduct(torch.autograd.Function):
-    """
-    x Wᵀ for a `QuantizedMatrix` W. The backward pass widens the weights anew: those of all layers, kept from the
-    forward pass, would take the memory that few bits save.
-    """
+    """x Wᵀ for a `QuantizedMatrix` W. The backward pass dequantises anew: a copy would take what few bits save."""
 
     @staticmethod
     def forward(ctx, x, matrix):
@@ -282,14 +271,8 @@ def linears(part: nn.Module) -> dict[str, nn.Linear]:
     """
     head = part.get_output_embeddings() if isinstance(part, PreTrainedModel) else None
     excluded = tuple(f"{name}." for name in getattr(part, "modules_to_not_quantize", ()))
-    return {
-        name: module
-        for name, module in part.named_modules()
-        if isinstance(module, nn.Linear)
-        and ".lora_" not in name
-        and module is not head
-        and not f"{name}.".startswith(excluded)
-    }
+    found = ((name, m) for name, m in part.named_modules() if isinstance(m, nn.Linear) and m is not head)
+    return {name: m for name, m in found if ".lora_" not in name and not f"{name}.".startswith(excluded)}
 
 
 def replace_module(root: nn.Module, name: str, module: nn.Module):
@@ -297,25 +280,25 @@ def replace_module(root: nn.Module, name: str, module: nn.Module):
     setattr(root.get_submodule(parent), child, module)
 
 
-def quantized_linear(linear: nn.Linear, bits: int, group_size: int = 64, scales: torch.Tensor | None = None):
-    """`linear` with its weights rounded to their nearest values."""
-    with torch.device(linear.weight.device):
-        quantized = QuantizedLinear(linear.in_features, linear.out_features, linear.bias is not None, bits, group_size)
-    if linear.weight.device.type != "meta":
-        quantized.quantize(linear.weight, scales)
-    if linear.bias is not None:
-        quantized.bias = linear.bias
+def quantized_module(
+    module: nn.Linear | nn.Embedding, bits: int, group_size: int = 64, scales: torch.Tensor | None = None
+) -> QuantizedMatrix:
+    """A Linear or an embedding with its weights rounded to their nearest values; what is quantised already stays."""
+    if isinstance(module, QuantizedMatrix):
+        return module
+    weight = module.weight
+    with torch.device(weight.device):
+        if isinstance(module, nn.Linear):
+            quantized = QuantizedLinear(
+                module.in_features, module.out_features, module.bias is not None, bits, group_size
+            )
+            quantized.bias = module.bias
+        else:
+            scale = getattr(module, "scalar_embed_scale", 1.0)
+            quantized = QuantizedEmbedding(*weight.shape, bits, group_size, embed_scale=scale)
+    if weight.device.type != "meta":
+        quantized.quantize(weight, scales)
     return quantized
-
-
-def quantize_linears(part: nn.Module, bits: int, group_size: int = 64):
-    """Replace the Linears of a part, in place, by quantised ones; those that already are stay."""
-    for name, linear in linears(part).items():
-        if not isinstance(linear, QuantizedLinear):
-            try:
-                replace_module(part, name, quantized_linear(linear, bits, group_size))
-            except ValueError as error:
-                raise ValueError(f"{type(part).__name__}.{name} cannot be quantised: {error}") from error
 
 
 def dequantize_linears(part: nn.Module):
@@ -327,32 +310,18 @@ def dequantize_linears(part: nn.Module):
             replace_module(part, name, wide)
 
 
-def quantized_embedding(
-    embedding: nn.Embedding, bits: int, group_size: int = 64, scales: torch.Tensor | None = None
-) -> QuantizedEmbedding:
-    """`embedding` with its weights rounded to their nearest values."""
-    weight = embedding.weight
-    with torch.device(weight.device):
-        quantized = QuantizedEmbedding(
-            *weight.shape, bits, group_size, embed_scale=getattr(embedding, "scalar_embed_scale", 1.0)
-        )
-    if weight.device.type != "meta":
-        quantized.quantize(weight, scales)
-    return quantized
-
-
 def quantize_vocabulary(
     language_model: nn.Module, bits: int, group_size: int = 64, scales: torch.Tensor | None = None
 ):
     """Replace the token embeddings and the head, in place; where the model ties them they stay one matrix."""
     head = language_model.get_output_embeddings()
-    quantized = quantized_embedding(language_model.get_input_embeddings(), bits, group_size, scales)
+    quantized = quantized_module(language_model.get_input_embeddings(), bits, group_size, scales)
     language_model.set_input_embeddings(quantized)
     if language_model.config.tie_word_embeddings:
         language_model._tied_weights_keys, language_model.all_tied_weights_keys = None, {}  # nothing is left to tie
         language_model.set_output_embeddings(TiedHead(quantized))
     else:
-        language_model.set_output_embeddings(quantized_linear(head, bits, group_size))
+        language_model.set_output_embeddings(quantized_module(head, bits, group_size))
 
 
 def quantize_parts(model: nn.Module, quantization: dict[str, dict]):
@@ -369,18 +338,17 @@ def quantize_parts(model: nn.Module, quantization: dict[str, dict]):
     """
     modules = dict(model.named_modules())
     for part, settings in quantization.items():
-        module = modules.get(part)
         if part == "embedding":
             if isinstance(model.get_input_embeddings(), nn.Embedding):
                 quantize_vocabulary(model.language_model, **settings)
                 model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-        elif isinstance(module, nn.Embedding):
-            replace_module(model, part, quantized_embedding(module, **settings))
-        elif isinstance(module, nn.Linear):
-            if not isinstance(module, QuantizedLinear):
-                replace_module(model, part, quantized_linear(module, **settings))
-        elif module is None:
+        elif part not in modules:
             parts = [name for name, child in model.named_children() if linears(child)]
             raise ValueError(f"There is no part {part!r} to quantise; choose of embedding, {', '.join(parts)}.")
         else:
-            quantize_linears(module, **settings)
+            is_one = isinstance(modules[part], (nn.Linear, nn.Embedding))
+            for name in [part] if is_one else [f"{part}.{name}" for name in linears(modules[part])]:
+                try:
+                    replace_module(model, name, quantized_module(modules[name], **settings))
+                except ValueError as error:
+                    raise ValueError(f"{name} cannot be quantised: {error}") from error

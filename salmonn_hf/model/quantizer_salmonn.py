@@ -1,6 +1,5 @@
 """Quantised SALMONN checkpoints as transformers knows them: their `quantization_config`, and the quantiser for it."""
 
-from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     AutoHfQuantizer,
@@ -9,8 +8,6 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
-
-from .quantized_layers import quantize_parts
 
 METHOD = "salmonn"
 
@@ -26,10 +23,15 @@ class SalmonnQuantizationConfig(QuantizationConfigMixin):
         language_model (`dict` or a config of transformers, *optional*): the quantisation of the language model's
             Linears in another library's format, e.g. a `BitsAndBytesConfig` whose `llm_int8_skip_modules` names all
             other parts.
+
+    Raises:
+        ValueError: if `parts` has the language model as well.
     """
 
-    def __init__(self, parts: dict[str, dict] | None = None, language_model=None, **kwargs):
-        self.quant_method = METHOD
+    def __init__(self, parts: dict[str, dict] | None = None, language_model=None, quant_method: str = METHOD):
+        if language_model and "language_model" in (parts or {}):
+            raise ValueError("The language model is in parts, and has another library's format; name one of the two.")
+        self.quant_method = quant_method
         self.parts = parts or {}
         self.language_model = language_model.to_dict() if hasattr(language_model, "to_dict") else language_model
 
@@ -55,13 +57,13 @@ class SalmonnQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         if self.pre_quantized:
-            quantize_parts(model, self.quantization_config.parts)
+            model.quantize_parts(self.quantization_config.parts)
         if self.library:
             self.library._process_model_before_weight_loading(model, **kwargs)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if not self.pre_quantized:
-            quantize_parts(model, self.quantization_config.parts)
+            model.quantize_parts(self.quantization_config.parts)
         if self.library:
             return self.library._process_model_after_weight_loading(model, **kwargs)
         # These weights pass gradients on and are saved as any others. Trainer would refuse a model that counts as
@@ -87,9 +89,8 @@ class SalmonnQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model):
         return self.library.get_state_dict_and_metadata(model) if self.library else (None, {})
 
-    def set_metadata(self, checkpoint_files: list[str]):
-        if hasattr(self.library, "set_metadata"):
-            self.library.set_metadata(checkpoint_files)
+    def param_element_size(self, model, param_name: str, param) -> float:
+        return (self.library or super()).param_element_size(model, param_name, param)
 
     def is_serializable(self) -> bool:
         return self.library is None or self.library.is_serializable()
@@ -104,17 +105,16 @@ if METHOD not in AUTO_QUANTIZER_MAPPING:  # the package and a checkpoint's own c
     register_quantizer(METHOD)(SalmonnQuantizer)
 
 
-def quantize_in_place(model: nn.Module, parts: dict[str, dict]):
+def quantize_in_place(model, parts: dict[str, dict]):
     """[`quantize_parts`], noted in the model's config beside what was quantised before."""
-    quantize_parts(model, parts)
+    model.quantize_parts(parts)
     set_quantized_parts(model.config, model.config.quantized_parts | parts)
 
 
 def set_quantized_parts(config, parts: dict[str, dict]):
-    """Note in a config which parts of its model are quantised, see [`SalmonnQuantizationConfig`]; none: that none is."""
-    if parts:
-        settings = SalmonnQuantizationConfig(parts, config.library_quantization)
-        config.quantization_config = settings.to_dict()  # as from_pretrained expects it in a config
+    """Note in a config which parts of its model are quantised, or that none is; see [`SalmonnQuantizationConfig`]."""
+    if parts or config.library_quantization:
+        config.quantization_config = SalmonnQuantizationConfig(parts, config.library_quantization)
     elif hasattr(config, "quantization_config"):
         del config.quantization_config
 

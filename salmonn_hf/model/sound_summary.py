@@ -1,8 +1,6 @@
 """
-A clip's sound as one of some hundred kinds, classified from all of the clip's frames, and named.
-
-Words come one after another, window by window; a sound is classified better from all of its frames together. The
-language model gets the name as it gets speech, as embeddings of its own tokens.
+A clip's sound as one of some hundred kinds, classified from all of the clip's frames together, and named: the language
+model gets the name as it gets speech, as embeddings of its own tokens.
 """
 
 import torch
@@ -10,6 +8,7 @@ from torch import nn
 
 from .configuration_whisper_projector import WhisperProjectorConfig
 from .quantized_layers import embedding_rows
+from .windows import dropout_mlp
 
 
 class SalmonnSoundSummary(nn.Module):
@@ -22,26 +21,14 @@ class SalmonnSoundSummary(nn.Module):
 
     def __init__(self, config: WhisperProjectorConfig):
         super().__init__()
-        dropout, width = config.dropout, 2 * config.sound_hidden_size
+        width = 2 * config.sound_hidden_size
         self.norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            nn.Dropout(dropout),
-            nn.Linear(width, config.sound_summary_size),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            nn.Linear(config.sound_summary_size, config.sound_kinds),
-        )
+        self.mlp = dropout_mlp(width, config.sound_summary_size, config.sound_kinds, config.dropout)
         # Padded with -1.
         self.register_buffer("names", torch.full((config.sound_kinds, config.sound_name_size), -1, dtype=torch.int32))
         self.marker = nn.Parameter(torch.zeros(config.output_size))  # a name is not what somebody says
 
-    def forward(
-        self,
-        sound_frames: torch.Tensor,
-        sound_frames_mask: torch.BoolTensor,
-        num_states: torch.LongTensor,
-        embedding: nn.Module,
-    ) -> torch.Tensor:
+    def forward(self, sound_frames, sound_frames_mask, num_states, embedding: nn.Module) -> torch.Tensor:
         r"""
         Args:
             sound_frames (`torch.Tensor` of shape `(clips, frames, width)`): as the encoder gave them.

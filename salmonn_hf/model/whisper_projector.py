@@ -1,8 +1,6 @@
 """
 A projector that starts from what Whisper's own decoder knows: its last layers, one query per window, and its tokens.
-
-The decoder's cross-attention reads words out of the very frames that the projector gets. So a projector that begins
-with those layers transcribes words of which the training clips hold no example.
+Their cross-attention reads words out of the very frames that the projector gets, also words of no training clip.
 """
 
 import torch
@@ -15,7 +13,7 @@ from .projector import SalmonnProjector
 from .sound_summary import SalmonnSoundSummary
 from .whisper_token_head import WhisperTokenHead
 from .window_merging import merge_wordless
-from .windows import frame_mlp, num_windows
+from .windows import dropout_mlp, num_windows
 
 BIAS_SCALE = 10.0  # position biases grow to several nats, with weights' learning rates
 
@@ -53,7 +51,7 @@ class WhisperProjector(SalmonnProjector):
         )
         self.audio_norm = nn.LayerNorm(width)
         self.query = nn.Parameter(torch.zeros(width))
-        self.frame_mlp = frame_mlp(config.window_frames * width, config.frame_mlp_size, width, config.dropout)
+        self.frame_mlp = dropout_mlp(config.window_frames * width, config.frame_mlp_size, width, config.dropout)
         self.layers = nn.ModuleList(WhisperDecoderLayer(layer_config, layer) for layer in range(config.num_layers))
         self.layer_norm = nn.LayerNorm(width)
         if config.window_reach:

@@ -37,14 +37,9 @@ class WhisperTokenHead(nn.Module):
     def forward(
         self, states: torch.Tensor, speech_tokens: nn.Module, classes: torch.LongTensor | None = None
     ) -> torch.Tensor:
-        r"""
-        Args:
-            states (`torch.Tensor` of shape `(..., d_model)`): of [`WhisperProjector`].
-            speech_tokens (`nn.Module`): Whisper's token embeddings.
-            classes (`torch.LongTensor` of shape `(classes,)`, *optional*): indices into `token_ids`; default: all.
-
-        Returns:
-            float32 log-probabilities of shape `(..., 1 + classes)`: the blank, then the tokens.
+        """
+        States `(..., d_model)` to float32 log-probabilities `(..., 1 + classes)`, the blank's first. `speech_tokens`
+        are Whisper's token embeddings, `classes` `(classes,)` indices into `token_ids`; default: all.
         """
         rows = states.flatten(0, -2)  # as a plain matrix product, see SalmonnCTCHead
         scores = self.token_scores(rows, speech_tokens, classes).float() * self.log_scale.exp()
@@ -62,9 +57,7 @@ class WhisperTokenHead(nn.Module):
             else:
                 products = speech_tokens.weight.to(states.dtype) @ states.T
             return torch.maximum(*(products.index_select(0, ids) for ids in spellings)).T.contiguous()
-        if classes is not None:
-            spellings = (ids[classes] for ids in spellings)
-        spellings = (embedding_rows(speech_tokens, ids) for ids in spellings)
+        spellings = (embedding_rows(speech_tokens, ids if classes is None else ids[classes]) for ids in spellings)
         return torch.maximum(*(nn.functional.linear(states, rows.to(states.dtype)) for rows in spellings))
 
     def training_classes(self, labels: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
@@ -100,14 +93,12 @@ class WhisperTokenHead(nn.Module):
                 self.last_path = states, path_to_draft(best, best_token, blank)[:, 0]
             with_word = (best > blank - SURELY_BLANK).nonzero()[:, 0]
             least = (torch.maximum(best, blank) - UNLIKELY) / scale
-        # Few tokens are likely anywhere. The others are masked in each window apart from its neighbours, so that a
-        # clip's embeddings do not depend on its batch.
+        # Few tokens are likely anywhere. Others are masked, so that a clip's embeddings do not depend on its batch.
         scores = scores.index_select(0, with_word)
         likely = scores > least[with_word].to(scores.dtype)
         tokens = likely.any(0).nonzero()[:, 0]
-        scores = (scores.index_select(1, tokens).float() * scale).masked_fill(
-            ~likely.index_select(1, tokens), float("-inf")
-        )
+        scores = scores.index_select(1, tokens).float() * scale
+        scores = scores.masked_fill(~likely.index_select(1, tokens), float("-inf"))
         probabilities = torch.cat([blank[with_word], scores], dim=-1).softmax(-1)
         rows = embedding_rows(token_embedding, self.token_ids[tokens])
         words = probabilities[:, 1:].to(rows.dtype) @ rows
@@ -117,10 +108,7 @@ class WhisperTokenHead(nn.Module):
         return embeds.index_copy(0, with_word, expected.to(embeds.dtype)), wordless & ~in_name
 
     def best(self, states: torch.Tensor, speech_tokens: nn.Module) -> torch.Tensor:
-        """
-        The output to draft at each state `(states, d_model)`: index of the likeliest, 0 for the blank, and for a token
-        that leads the blank by less than `DRAFT_LEAD`.
-        """
+        """Likeliest output at each state; 0: the blank, also where a token leads it by less than `DRAFT_LEAD`."""
         if self.last_path[0] is states:  # the scores were computed for the embeddings already
             return self.last_path[1]
         scores, tokens = self.token_scores(states, speech_tokens).max(-1)

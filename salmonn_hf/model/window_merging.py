@@ -1,7 +1,6 @@
-"""Windows without a word, merged: most of a clip's audio tokens would otherwise stand for pauses.
-
-As in Gaido et al., "CTC-based Compression for Direct Speech Translation" (EACL 2021), but windows that carry a word
-stay as they are, each at its own place.
+"""
+Windows without a word, merged: most of a clip's audio tokens would otherwise stand for pauses. As in Gaido et al.,
+"CTC-based Compression for Direct Speech Translation" (EACL 2021), but windows that carry a word stay as they are.
 """
 
 import torch

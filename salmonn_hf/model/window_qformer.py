@@ -7,14 +7,11 @@ from transformers import Blip2QFormerModel
 from .configuration_window_qformer import WindowQFormerConfig
 from .ctc_head import SalmonnCTCHead
 from .projector import SalmonnProjector
-from .windows import frame_mlp, num_windows
+from .windows import dropout_mlp, num_windows
 
 
 class WindowQFormerProjector(SalmonnProjector):
-    """
-    Each window of encoder frames is summarised by a few learned queries, and each query's output is projected to one
-    embedding of the language model. Its states are these embeddings.
-    """
+    """A few learned queries summarise each window of frames; its states are the embeddings that they project to."""
 
     config: WindowQFormerConfig
     config_class = WindowQFormerConfig
@@ -25,9 +22,8 @@ class WindowQFormerProjector(SalmonnProjector):
         self.audio_norm = nn.LayerNorm(config.audio_hidden_size)
         self.sound_norm = nn.LayerNorm(config.sound_hidden_size) if config.sound_hidden_size else None
         self.query_tokens = nn.Parameter(torch.zeros(1, config.queries_per_window, hidden_size))
-        self.window_positions = (
-            nn.Parameter(torch.zeros(config.window_frames, width)) if config.window_position_embeddings else None
-        )
+        positions = torch.zeros(config.window_frames, width) if config.window_position_embeddings else None
+        self.window_positions = None if positions is None else nn.Parameter(positions)
         self.qformer = Blip2QFormerModel(config.qformer_config)
         self.proj = nn.Linear(hidden_size, config.output_size)
         self.frame_mlp = None
@@ -35,7 +31,7 @@ class WindowQFormerProjector(SalmonnProjector):
             # Of a window's own frames, those before the next window's start, each query has its equal share.
             share = config.window_stride // config.queries_per_window
             dropout = config.qformer_config.hidden_dropout_prob
-            self.frame_mlp = frame_mlp(share * width, config.frame_mlp_size, config.output_size, dropout)
+            self.frame_mlp = dropout_mlp(share * width, config.frame_mlp_size, config.output_size, dropout)
         self.proj_norm = nn.LayerNorm(config.output_size) if config.output_norm else nn.Identity()
         self.ctc_head = SalmonnCTCHead(config) if config.ctc_vocab_size else None
         self.post_init()
@@ -52,16 +48,13 @@ class WindowQFormerProjector(SalmonnProjector):
 
     def window_states(self, audio_frames, audio_frames_mask, sound_frames=None, sound_frames_mask=None):
         frames, mask = self.join_frames(audio_frames, audio_frames_mask, sound_frames, sound_frames_mask)
-        config = self.config
-        windows_of_clips = num_windows(
-            mask.sum(-1), config.window_frames, config.window_stride, keep_tail=not config.pad_to_30_seconds
-        )
-        length = (int(windows_of_clips.max()) - 1) * config.window_stride + config.window_frames
+        size, stride = self.config.window_frames, self.config.window_stride
+        windows_of_clips = num_windows(mask.sum(-1), size, stride, keep_tail=not self.config.pad_to_30_seconds)
+        length = (int(windows_of_clips.max()) - 1) * stride + size
         frames = nn.functional.pad(frames, (0, 0, 0, length - frames.shape[1]))
         mask = nn.functional.pad(mask, (0, length - mask.shape[1]))
 
-        windows = frames.unfold(1, config.window_frames, config.window_stride).transpose(2, 3)
-        window_mask = mask.unfold(1, config.window_frames, config.window_stride)
+        windows, window_mask = frames.unfold(1, size, stride).transpose(2, 3), mask.unfold(1, size, stride)
         own = torch.arange(windows.shape[1], device=frames.device) < windows_of_clips[:, None]
         windows, window_mask = windows[own], window_mask[own]  # the windows of all clips in a row, without padding
 
@@ -73,9 +66,9 @@ class WindowQFormerProjector(SalmonnProjector):
         ).last_hidden_state
         embeds = self.proj(queries)
         if self.frame_mlp is not None:
-            own_frames = (windows * window_mask[..., None])[:, : config.window_stride].to(embeds.dtype)
+            own_frames = (windows * window_mask[..., None])[:, :stride].to(embeds.dtype)
             embeds = embeds + self.frame_mlp(own_frames.reshape(*embeds.shape[:2], -1))
-        return self.proj_norm(embeds).flatten(0, 1), windows_of_clips * config.queries_per_window
+        return self.proj_norm(embeds).flatten(0, 1), windows_of_clips * self.config.queries_per_window
 
     def join_frames(self, audio_frames, audio_frames_mask, sound_frames, sound_frames_mask):
         """

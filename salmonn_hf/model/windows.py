@@ -1,4 +1,4 @@
-"""Windows of encoder frames: how many a clip has, and the MLP over the frames of one."""
+"""Windows of encoder frames: how many a clip has, and an MLP over the frames of one."""
 
 import torch
 from torch import nn
@@ -15,8 +15,8 @@ def num_windows(
     return (steps + (window_stride - 1 if keep_tail else 0)) // window_stride + 1
 
 
-def frame_mlp(input_size: int, hidden_size: int, output_size: int, dropout: float) -> nn.Sequential:
-    """MLP with dropout over the stacked frames of a window."""
+def dropout_mlp(input_size: int, hidden_size: int, output_size: int, dropout: float) -> nn.Sequential:
+    """MLP with dropout, over the stacked frames of a window or what they have in common."""
     return nn.Sequential(
         nn.Dropout(dropout),
         nn.Linear(input_size, hidden_size),

@@ -31,13 +31,9 @@ def draw_clips(sources: list[Source], count: int, seed: int) -> list[dict]:
     return drawn
 
 
-def prompts_with_answers(processor, examples: list[dict], with_audio: bool = True) -> dict:
-    """The model's inputs for what `draw_clips` gave: for each the prompt with its audio, and its text as answer."""
-    texts = []
-    for example in examples:
-        messages = example["messages"] or processor.transcription_messages()
-        prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        texts.append(prompt + example["text"].strip() + processor.tokenizer.eos_token)
-    if not with_audio:
-        return dict(processor(text=[text.replace(processor.audio_token, "") for text in texts]))
-    return dict(processor(text=texts, audio=[example["audio"] for example in examples]))
+def prompt_with_answer(processor, example: dict) -> dict:
+    """The model's inputs for a clip of `draw_clips`: the prompt with its audio, and its text as answer."""
+    messages = example["messages"] or processor.transcription_messages()
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    text = prompt + example["text"].strip() + processor.tokenizer.eos_token
+    return dict(processor(text=[text], audio=[example["audio"]]))

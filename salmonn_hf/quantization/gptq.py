@@ -1,14 +1,15 @@
-"""GPTQ (Frantar et al., ICLR 2023, https://arxiv.org/abs/2210.17323) on what a SALMONN really sees.
-
-gptqmodel solves each Linear. Its own loop over a model knows prompts of text alone, so the loop is here: prompts with
-audio embeddings and answers run through the model, layer by layer, each layer behind those already quantised.
 """
+GPTQ (Frantar et al., ICLR 2023, https://arxiv.org/abs/2210.17323) on prompts with audio and answers. gptqmodel solves
+each Linear; its own loop over a model knows prompts of text alone, so the loop over the layers is here.
+"""
+
+from contextlib import suppress
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..model.quantized_layers import linears, quantize_vocabulary, quantized_linear, replace_module
+from ..model.quantized_layers import linears, quantize_vocabulary, quantized_module, replace_module
 
 
 class LayerReached(Exception):
@@ -25,10 +26,8 @@ def layer_inputs(model: nn.Module, layer: nn.Module, batches: list[dict]) -> lis
 
     handle = layer.register_forward_pre_hook(keep, with_kwargs=True)
     for batch in batches:
-        try:
+        with suppress(LayerReached):
             model(**batch, use_cache=False)
-        except LayerReached:
-            pass
     handle.remove()
     return inputs
 
@@ -83,13 +82,13 @@ def solve(linear: nn.Linear, inputs: list[torch.Tensor], bits: int, group_size: 
         solver.add_batch(batch, None)
     # The most important columns first, each with the scale of its place in the matrix; it leaves the solution there.
     scales = solver.hf_quantize(group_size=group_size, actorder=True, static_groups=True, act_group_aware=False)[0]
-    return quantized_linear(linear, bits, group_size, scales)
+    return quantized_module(linear, bits, group_size, scales)
 
 
 @torch.no_grad()
 def quantize_layers(model: nn.Module, layers: nn.ModuleList, batches: list[dict], bits: int = 4, group_size: int = 64):
     r"""
-    Quantise the Linears of consecutive layers by GPTQ, in place.
+    Quantise the Linears of consecutive layers by GPTQ, in place, each layer behind those already quantised.
 
     Args:
         model: what contains `layers`, in float32.

@@ -1,31 +1,16 @@
 """`TrainingArguments` with the defaults and the settings of [`SalmonnTrainer`]."""
 
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 
 import torch
+import yaml
 from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-SAMPLING = ("group_by_length", "random")
 # What `TrainingArguments` has and this trainer could only ignore.
-REFUSED = {
-    "batch_eval_metrics": "compute_metrics gets all answers at once",
-    "bf16_full_eval": "evaluation runs in the precision of training",
-    "fp16_full_eval": "evaluation runs in the precision of training",
-    "do_predict": "there is no test set in training; the scripts in eval/ measure a checkpoint",
-    "eval_accumulation_steps": "evaluation generates answers and collects no logits",
-    "eval_do_concat_batches": "compute_metrics gets all answers at once",
-    "hub_revision": "a model is pushed to the repository's main branch",
-    "include_for_metrics": "compute_metrics gets answers and references alone",
-    "label_names": "the collator names its labels itself",
-    "label_smoothing_factor": "the losses of the model have none",
-    "length_column_name": "the clips' lengths are their seconds",
-    "liger_kernel_config": "Liger has no kernels for this model",
-    "use_liger_kernel": "Liger has no kernels for this model",
-    "parallelism_config": "clips cannot be split between processes; use DDP, FSDP2 or DeepSpeed",
-    "prediction_loss_only": "evaluation generates answers and computes no loss",
-    "remove_unused_columns": "the collator uses all columns",
-}
+REFUSED = yaml.safe_load(Path(__file__).with_name("refused_arguments.yaml").read_text(encoding="utf-8"))
 
 
 @dataclass
@@ -38,34 +23,23 @@ class SalmonnTrainingArguments(TrainingArguments):
         ValueError: if it should stop early but never evaluates; for an argument that would have no effect.
     """
 
-    optim: str = field(
-        default="adamw_torch", metadata={"help": "Any optimizer of transformers; its fused AdamW rounds otherwise."}
-    )
+    optim: str = HfArg(default="adamw_torch", help="Any optimizer of transformers; its fused AdamW rounds otherwise.")
     remove_unused_columns: bool = False
-    hub_strategy: str = field(
-        default="end",
-        metadata={"help": "What --push_to_hub pushes: the final model; 'every_save': each checkpoint too."},
+    hub_strategy: str = HfArg(
+        default="end", help="What --push_to_hub pushes: the final model; 'every_save': each checkpoint too."
     )
-    train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "Or 'random': clips of any length in a batch."}
+    train_sampling_strategy: str = HfArg(default="group_by_length", help="Or 'random': any lengths in a batch.")
+    early_stopping_patience: int | None = HfArg(
+        default=None, help="Stop after so many evaluations without a better metric_for_best_model."
     )
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."}
+    frame_noise: float = HfArg(default=0.0, help="Noise on the encoder's frames, as a share of their deviation.")
+    ctc_loss_weight: float = HfArg(default=0.1, help="Weight of the CTC loss beside that of the answers; 0: none.")
+    lora_learning_rate: float | None = HfArg(default=None, help="Of the LLM's LoRA; default: learning_rate.")
+    audio_lora_learning_rate: float | None = HfArg(
+        default=None, help="Of LoRA in the speech encoder; default: that of LoRA in the language model."
     )
-    frame_noise: float = field(
-        default=0.0, metadata={"help": "Noise on the speech encoder's frames, as a share of their deviation."}
-    )
-    ctc_loss_weight: float = field(
-        default=0.1, metadata={"help": "Weight of the CTC loss beside that of the answers; 0: no CTC loss."}
-    )
-    lora_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of LoRA in the language model; default: learning_rate."}
-    )
-    audio_lora_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of LoRA in the speech encoder; default: that of LoRA in the language model."}
-    )
-    pretrained_projector_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of what a projector takes from a pretrained model; default: learning_rate."}
+    pretrained_projector_learning_rate: float | None = HfArg(
+        default=None, help="Of what a projector takes from a pretrained model; default: learning_rate."
     )
 
     @property
@@ -75,22 +49,19 @@ class SalmonnTrainingArguments(TrainingArguments):
 
     @property
     def frozen_dtype(self) -> torch.dtype:
-        """Precision of what is not trained. Processors without bfloat16 take several times as long in it."""
+        """Precision of what is not trained."""
         return torch.bfloat16 if self.bf16 or self.fp16 else torch.float32
 
     def __post_init__(self):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # bf16 is refused on a machine without a GPU unless it is told
-        # Enums, or what they are made from below.
-        named = ("eval_strategy", "save_strategy", "lr_scheduler_type")
-        evaluation, saving, schedule = (str(getattr(getattr(self, n), "value", getattr(self, n))) for n in named)
         if self.early_stopping_patience is not None:
-            if evaluation == "no":
+            if self.eval_strategy == "no":
                 raise ValueError("early_stopping_patience needs evaluations: set eval_strategy, or leave it out.")
             # A resumed run counts on where it was.
             self.restore_callback_states_from_checkpoint = True
             self.load_best_model_at_end = True
-        uses_metric = saving == "best" or schedule in ("reduce_lr_on_plateau", "greedy")
+        uses_metric = self.save_strategy == "best" or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
         if self.metric_for_best_model is None and (uses_metric or self.load_best_model_at_end):
             self.metric_for_best_model = "wer"
         if self.greater_is_better is None and self.metric_for_best_model in ("wer", "eval_wer"):
@@ -103,11 +74,8 @@ class SalmonnTrainingArguments(TrainingArguments):
     def refuse_what_has_no_effect(self):
         for argument in fields(self):
             default = argument.default if argument.default_factory is MISSING else argument.default_factory()
-            value = getattr(self, argument.name)
-            if argument.name in REFUSED and value != default:
-                raise ValueError(
-                    f"{argument.name}={value!r} would have no effect: {REFUSED[argument.name]}. Leave it out."
-                )
-        if self.train_sampling_strategy not in SAMPLING:
-            choices = " or ".join(map(repr, SAMPLING))
-            raise ValueError(f"train_sampling_strategy is {self.train_sampling_strategy!r}; choose {choices}.")
+            name, value = argument.name, getattr(self, argument.name)
+            if name in REFUSED and value != default:
+                raise ValueError(f"{name}={value!r} would have no effect: {REFUSED[name]}. Leave it out.")
+        if (order := self.train_sampling_strategy) not in ("group_by_length", "random"):
+            raise ValueError(f"train_sampling_strategy is {order!r}; choose 'group_by_length' or 'random'.")

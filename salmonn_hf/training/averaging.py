@@ -5,6 +5,8 @@ import torch
 from ..model.checkpoint import without_base_parts
 from ..model.modeling_salmonn import SalmonnForConditionalGeneration
 
+REMEDY = "only checkpoints of one start can be averaged."
+
 
 @torch.no_grad()
 def average_checkpoints(names: list[str]) -> SalmonnForConditionalGeneration:
@@ -30,20 +32,13 @@ def average_checkpoints(names: list[str]) -> SalmonnForConditionalGeneration:
     for name, model, others in zip(names, models, tensors, strict=True):
         if model.config.quantized_parts:
             raise ValueError(f"{name} is quantised; take the mean of what it was made from, and quantise that.")
-        if model.config.base_parts != mean.config.base_parts:
-            raise ValueError(
-                f"{name} stands on {model.config.base_parts}, but {names[0]} on {mean.config.base_parts}; only "
-                "checkpoints of one start can be averaged."
-            )
-        differing = sorted(
-            key for key in tensors[0].keys() | others.keys()
-            if key not in tensors[0] or key not in others or tensors[0][key].shape != others[key].shape
-        )  # fmt: skip
-        if differing:
-            raise ValueError(
-                f"{name} and {names[0]} differ in {differing[0]} and {len(differing) - 1} other tensors; only "
-                "checkpoints of one start can be averaged."
-            )
+        parts, first_parts = model.config.base_parts, mean.config.base_parts
+        if parts != first_parts:
+            raise ValueError(f"{name} stands on {parts}, but {names[0]} on {first_parts}; {REMEDY}")
+        shapes = ({(key, value.shape) for key, value in each.items()} for each in (tensors[0], others))
+        if differing := sorted({key for key, _ in set.symmetric_difference(*shapes)}):
+            which = f"{differing[0]} and {len(differing) - 1} other tensors"
+            raise ValueError(f"{name} and {names[0]} differ in {which}; {REMEDY}")
     for key, tensor in tensors[0].items():
         if tensor.is_floating_point():
             tensor.copy_(sum(others[key].float() for others in tensors) / len(tensors))

@@ -8,10 +8,7 @@ from transformers import TrainerCallback
 
 
 class EpochOfSampler(TrainerCallback):
-    """
-    Tells the trainer's [`MixtureSampler`] its epoch: accelerate does not reach the sampler of a loader that skips the
-    batches of a resumed run, where several processes share it.
-    """
+    """Tells [`MixtureSampler`] its epoch, which accelerate does not in a resumed run of several processes."""
 
     def __init__(self, trainer):
         self.trainer, self.epoch = trainer, 0
@@ -54,11 +51,8 @@ class Throughput(TrainerCallback):
         amounts = torch.tensor(list(self.amounts.values()), dtype=torch.float64, device=self.accelerator.device)
         if args.world_size > 1:
             amounts = self.accelerator.reduce(amounts)
-        elapsed = time.perf_counter() - self.counted_since
-        rates = {
-            f"{name}_per_second": round(amount / elapsed, 1)
-            for name, amount in zip(self.amounts, amounts.tolist(), strict=True)
-        }
+        rates = (amounts / (time.perf_counter() - self.counted_since)).tolist()
+        rates = {f"{name}_per_second": round(rate, 1) for name, rate in zip(self.amounts, rates, strict=True)}
         logs.update(rates)
         state.log_history[-1].update(rates)
         self.amounts, self.counted_since = dict.fromkeys(self.amounts, 0.0), None

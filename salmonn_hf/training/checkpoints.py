@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -18,10 +19,8 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
     """The newest complete checkpoint in a directory: one of which the last file, the trainer's state, can be read."""
     found = []
     for state in Path(output_dir).glob("checkpoint-*/trainer_state.json"):
-        try:
+        with suppress(ValueError, KeyError):
             found.append((json.loads(state.read_text())["global_step"], str(state.parent)))
-        except (ValueError, KeyError):
-            continue
     return max(found, default=(0, None))[1]
 
 
@@ -71,7 +70,7 @@ def save_checkpoint(trainer, save: Callable[[], None]):
 
 def save_model(trainer, processor):
     """The final model in its output directory, in bfloat16, with its processor; pushed to the hub if asked for."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     state_dict, on_float32 = None, model.audio_tower.dtype == torch.float32
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # each process has a part, in its first precision
         state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
@@ -81,8 +80,7 @@ def save_model(trainer, processor):
             parameter.data = parameter.data.to(torch.bfloat16)
     model.config.use_cache = True  # Trainer switches it off for itself
     if trainer.is_world_process_zero():
-        output_dir = Path(trainer.args.output_dir)
-        partial = output_dir / ".partial"
+        output_dir, partial = Path(args.output_dir), Path(args.output_dir, ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial, state_dict=state_dict)
         if state_dict is not None:  # it noted the precision of the model itself
@@ -92,8 +90,7 @@ def save_model(trainer, processor):
         for file in sorted(partial.iterdir()):
             os.replace(file, output_dir / file.name)
         partial.rmdir()
-        if trainer.args.push_to_hub:
-            args = trainer.args
+        if args.push_to_hub:
             push_to_hub(output_dir, trainer.hub_model_id, private=args.hub_private_repo, token=args.hub_token)
     if state_dict is None and on_float32:  # as are the features on which it is evaluated next
         for parameter in model.parameters():

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from ..data.task_prompts import is_transcript
-from ..quantization.scale_tuning import log_probs
 from .trainer import SalmonnTrainer
 
 
@@ -15,8 +14,7 @@ class DistillingTrainer(SalmonnTrainer):
     """
     [`SalmonnTrainer`] whose model learns captions and answers from their text as ever, but transcripts from the
     next-token distributions of `teacher`, a [`SalmonnForConditionalGeneration`] with the same encoder and tokenizer,
-    which is given the same frames. So any speech will do for transcripts, synthetic speech and speech that the teacher
-    transcribes badly included.
+    which is given the same frames. So any speech will do for transcripts, even what the teacher transcribes badly.
     """
 
     def __init__(self, *args, teacher: nn.Module, **kwargs):
@@ -50,5 +48,7 @@ class DistillingTrainer(SalmonnTrainer):
         names = ["input_ids", "attention_mask", "audio_frames", "audio_frames_mask"]
         if self.teacher.config.sound_hidden_size:
             names += ["sound_frames", "sound_frames_mask"]
+        batch = {name: inputs[name][rows] for name in names}
         with self.accelerator.autocast():
-            return log_probs(self.teacher, {name: inputs[name][rows] for name in names}, length)
+            outputs = self.teacher(**batch, use_cache=False, logits_to_keep=length)
+        return outputs.logits[:, :-1].float().log_softmax(-1)

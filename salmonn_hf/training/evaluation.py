@@ -1,8 +1,6 @@
 """
-Evaluation while a model trains: its answers to the clips of an evaluation set, and their scores.
-
-Transcripts are made as the pipeline makes them, in segments cut at pauses, so their word error rate is that of
-`eval/run_asr.py`. Batches, of segments of like length, are the same however many processes share them.
+Evaluation while a model trains: its answers to the clips of an evaluation set, and their scores. Transcripts are made
+as the pipeline makes them, in segments cut at pauses, so their word error rate is that of `eval/run_asr.py`.
 """
 
 import io
@@ -36,8 +34,7 @@ from ..model.segmentation import is_silent, split_at_pauses
 
 logger = logging.getLogger(__name__)
 
-ANSWER_TOKENS = 96  # of an answer that is no transcript
-SAMPLES_PRINTED = 3  # of each metric
+ANSWER_TOKENS, SAMPLES_PRINTED = 96, 3  # of an answer that is no transcript; of each metric
 
 
 @dataclass(frozen=True)
@@ -65,8 +62,6 @@ def metric_of(task: str, alignment_only: bool) -> str | None:
 
 def check_metrics(dataset: ClipDataset, alignment_only: bool, metric_for_best_model: str | None):
     """
-    What would otherwise be found out at the first evaluation only.
-
     Raises:
         ValueError: if the evaluation set does not give `metric_for_best_model`.
         CaptionMetricsError: if it has captions, and what scores them, Java among it, is not installed.
@@ -78,11 +73,11 @@ def check_metrics(dataset: ClipDataset, alignment_only: bool, metric_for_best_mo
             f"metric_for_best_model is {best!r}, but the evaluation set, of the tasks "
             f"{', '.join(sorted(dataset.tasks()))}, gives {', '.join(sorted(metrics)) or 'no metric'}."
         )
-    if "cider" in metrics:
-        try:
+    try:
+        if "cider" in metrics:
             require_java()
-        except CaptionMetricsError as error:
-            raise CaptionMetricsError(f"The evaluation set has captions. {error}") from error
+    except CaptionMetricsError as error:
+        raise CaptionMetricsError(f"The evaluation set has captions. {error}") from error
 
 
 @lru_cache(2)
@@ -134,10 +129,7 @@ def answer_segments(
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     **generate_kwargs,
 ) -> list[str | None]:
-    """
-    The greedy answer of `model`, under `autocast`, to each segment, in one batch; `None` for a clip that cannot be
-    decoded.
-    """
+    """The greedy answers to segments, in one batch, under `autocast`; `None` for a clip that cannot be decoded."""
     examples = [segment_example(dataset, segment) for segment in segments]
     usable = [place for place, example in enumerate(examples) if "skipped" not in example]
     # Of a batch without a usable clip, silence is answered: other processes may wait for this one in each layer.
@@ -150,11 +142,8 @@ def answer_segments(
             token_ids = projector.ctc_transcripts(*projector.window_states(**batch), embedding)
         texts = [text.strip() for text in collator.processor.batch_decode(token_ids)]
     else:
-        prompts = [
-            torch.tensor(collator.prompt_ids(num_frames(clip), row["messages"]))
-            for clip, row in zip(frames, rows, strict=True)
-        ]
-        left = {"batch_first": True, "padding_side": "left"}
+        left, pairs = {"batch_first": True, "padding_side": "left"}, zip(frames, rows, strict=True)
+        prompts = [torch.tensor(collator.prompt_ids(num_frames(clip), row["messages"])) for clip, row in pairs]
         padding = collator.processor.tokenizer.pad_token_id
         batch["input_ids"] = pad_sequence(prompts, padding_value=padding, **left)
         batch["attention_mask"] = pad_sequence([torch.ones_like(prompt) for prompt in prompts], **left)
@@ -175,21 +164,17 @@ def join_segments(segments: list[Segment], texts: dict[int, str | None], clips: 
     joins them. A clip with a segment that could not be decoded is left out.
     """
     parts = defaultdict(list)
-    for number, text in texts.items():
-        parts[segments[number].clip].append((segments[number].start, text))
-    answers = []
-    for clip, answer in clips.items():
-        found = [text for _, text in sorted(parts[clip], key=lambda part: part[0])]
-        if None not in found:
-            words = [word for text in found for word in text.split()]
-            answers.append(replace(answer, text=" ".join(words)))
-    return answers
+    for number in sorted(texts, key=lambda number: segments[number].start):
+        parts[segments[number].clip].append(texts[number])
+    return [
+        replace(answer, text=" ".join(" ".join(parts[clip]).split()))
+        for clip, answer in clips.items()
+        if None not in parts[clip]
+    ]
 
 
 def score_answers(answers: list[Answer], alignment_only: bool) -> dict[str, float]:
-    """
-    "wer" of transcripts, "cider" (CIDEr-D) of captions and "accuracy" of short answers, whichever there are.
-    """
+    """The "wer" of transcripts, "cider" (CIDEr-D) of captions and "accuracy" of short answers, whichever there are."""
     groups, metrics = defaultdict(list), {}
     for answer in answers:
         groups[metric_of(answer.task, alignment_only)].append(answer)
@@ -208,8 +193,7 @@ def print_samples(answers: list[Answer], alignment_only: bool):
     """The first answers of each metric, with the first reference of each."""
     printed = defaultdict(int)
     for answer in answers:
-        metric = metric_of(answer.task, alignment_only)
-        printed[metric] += 1
+        printed[metric := metric_of(answer.task, alignment_only)] += 1
         if printed[metric] <= SAMPLES_PRINTED:
             tqdm.write(f"  reference  {answer.references[0]}\n  answer     {answer.text}")
 
@@ -225,7 +209,5 @@ def as_prediction(answers: list[Answer], tokenizer) -> EvalPrediction:
         rows = [torch.tensor(row, dtype=torch.int64) for row in rows]
         return pad_sequence(rows, batch_first=True, padding_value=-100).numpy()
 
-    return EvalPrediction(
-        predictions=token_ids([answer.text for answer in answers]),
-        label_ids=token_ids([answer.references[0] for answer in answers]),
-    )
+    labels = token_ids([answer.references[0] for answer in answers])
+    return EvalPrediction(predictions=token_ids([answer.text for answer in answers]), label_ids=labels)

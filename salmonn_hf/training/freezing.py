@@ -5,15 +5,11 @@ from ..model.quantizer_salmonn import set_quantized_parts
 
 
 def freeze_base_parts(
-    model,
-    freeze_language_model_lora: bool = False,
-    freeze_encoder_lora: bool = False,
-    freeze_speech_parts: bool = False,
+    model, freeze_language_model_lora: bool = False, freeze_encoder_lora: bool = False, freeze_speech_parts=False
 ):
     """
     Leave only what SALMONN trains with gradients: the projector (without its `frozen_parameters`) and LoRA, in
-    float32; the encoders and the language model keep their precision. A projector that was quantised is dequantised:
-    its 8 bits could not be trained.
+    float32; the rest keeps its precision. A projector that was quantised is dequantised, so that it can be trained.
 
     Args:
         model ([`SalmonnForConditionalGeneration`]): changed in place.

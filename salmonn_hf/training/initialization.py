@@ -42,8 +42,7 @@ def standardise_frames(model, dataset: ClipDataset, clips: int = 2000, seed: int
     """
     encoded = [frames for frames, _ in encoded_examples(model, dataset, clips, seed)]
     for kind in ("audio", "sound"):
-        norm = getattr(model.projector, f"{kind}_norm", None)
-        if norm is not None:
+        if (norm := getattr(model.projector, f"{kind}_norm", None)) is not None:
             frames = torch.cat([frames[f"{kind}_frames"].cpu() for frames in encoded]).float()
             normed = torch.nn.functional.layer_norm(frames, frames.shape[-1:])
             with torch.no_grad():
@@ -53,8 +52,7 @@ def standardise_frames(model, dataset: ClipDataset, clips: int = 2000, seed: int
 
 def start_sound_summary(model, dataset: ClipDataset, collator: ClipCollator, seed: int = 0):
     """
-    Fit the summary of `model` to all captioned clips of a training set, and to some with a transcript, see
-    `fit_sound_summary`.
+    Fit the summary of `model` to a training set's captioned clips and some with a transcript: `fit_sound_summary`.
 
     Raises:
         ValueError: if the training set is read as a stream, or has no caption.

@@ -15,13 +15,8 @@ def parameter_kind(name: str, projector) -> str:
 
 def parameter_groups(model, args, learning_rate: float, weight_decay: float) -> list[dict]:
     """
-    The trained parameters of `model`, as `torch.optim` takes them.
-
-    Args:
-        model ([`SalmonnForConditionalGeneration`]): behind `freeze_base_parts`.
-        args ([`SalmonnTrainingArguments`]): the rates of single kinds.
-        learning_rate (`float`): of all other kinds.
-        weight_decay (`float`): none is on norms, biases and learned vectors.
+    The trained parameters of `model`, behind `freeze_base_parts`, as `torch.optim` takes them. `args` have the rates
+    of single kinds, `learning_rate` is that of all others; norms, biases and learned vectors have no weight decay.
     """
     lora = args.lora_learning_rate or learning_rate
     rates = {
@@ -33,12 +28,10 @@ def parameter_groups(model, args, learning_rate: float, weight_decay: float) -> 
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = []
     for kind, rate in rates.items():
-        for decays in (True, False):
-            parameters = [
-                p for name, p in trained if parameter_kind(name, model.projector) == kind and (p.ndim >= 2) == decays
-            ]
-            if parameters:
-                groups.append({"params": parameters, "lr": rate, "weight_decay": weight_decay if decays else 0.0})
+        parameters = [p for name, p in trained if parameter_kind(name, model.projector) == kind]
+        for decay, decays in ((weight_decay, True), (0.0, False)):
+            if chosen := [p for p in parameters if (p.ndim >= 2) == decays]:
+                groups.append({"params": chosen, "lr": rate, "weight_decay": decay})
     return groups
 
 
@@ -61,10 +54,8 @@ def optimizer_of(trainer) -> tuple[type, dict] | None:
         whose = f"optim={args.optim.value}"
         is_class = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
         if is_class and not {"params", "model", "optimizer_dict"} & settings.keys():
-            learning_rate = settings.get("lr", args.learning_rate)
-            weight_decay = settings.get("weight_decay", args.weight_decay)
-            groups = parameter_groups(trainer.model, args, learning_rate, weight_decay)
-            return kind, settings | {"params": groups}
+            defaults = settings.get("lr", args.learning_rate), settings.get("weight_decay", args.weight_decay)
+            return kind, settings | {"params": parameter_groups(trainer.model, args, *defaults)}
     if rates:
         raise ValueError(f"{whose} has its own parameter groups; leave out {', '.join(rates)}, or take another.")
     return optimizer

@@ -13,10 +13,7 @@ SCALAR = "projector.ctc_head.log_scale"
 
 
 def shard_on_cpus(accelerator: Accelerator, plugin_args: dict | None = None):
-    """
-    Where FSDP is asked for on CPUs, switch it on: accelerate, which shards on GPUs and their like alone, would train
-    with DDP and say nothing.
-    """
+    """Where FSDP is asked for on CPUs, switch it on: accelerate would train with DDP there and say nothing."""
     state = accelerator.state
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if asked and state.distributed_type == DistributedType.MULTI_CPU:
@@ -31,8 +28,7 @@ def choose_what_is_sharded(accelerator: Accelerator, model):
 
     Encoders and token embeddings, which are frozen, are not: each process encodes other clips, and not those that
     the cache holds, so they cannot wait for one another there; and the CTC head reads rows of the embeddings.
-    Parameters are gathered in their own precision, as autocast wants them on one process too: what is trained is
-    float32, the rest bfloat16.
+    Parameters are gathered in their own precision, as autocast wants them.
 
     Raises:
         ValueError: if the plugin is of FSDP 1, or would load weights on the first process alone; if an encoder is
@@ -46,32 +42,26 @@ def choose_what_is_sharded(accelerator: Accelerator, model):
             "fsdp_cpu_ram_efficient_loading leaves the encoders, which are not sharded, without weights on all "
             "processes but the first; set it to false."
         )
-    check_encoders_are_frozen(model)
     if plugin.transformer_cls_names_to_wrap is None:
         plugin.transformer_cls_names_to_wrap = list(model.language_model._no_split_modules)
-    plugin.ignored_modules = [module.to(accelerator.device) for module in unsharded_parts(model)]
+    plugin.ignored_modules = [module.to(accelerator.device) for module in prepare_for_sharding(model)]
     plugin.mixed_precision_policy = None
-    shape_for_sharding(model)
 
 
-def unsharded_parts(model) -> list[nn.Module]:
+def prepare_for_sharding(model) -> list[nn.Module]:
+    """Bring what is trained, in place, into a shape that can be sharded; the parts that each process keeps in full."""
     parts = [getattr(model, name) for name in ("audio_tower", "sound_tower") if hasattr(model, name)]
     parts += [getattr(model.projector, name) for name in model.projector.config.base_parts]
-    return [*parts, model.get_input_embeddings()]
-
-
-def check_encoders_are_frozen(model):
-    if any(parameter.requires_grad for part in unsharded_parts(model) for parameter in part.parameters()):
+    parts.append(model.get_input_embeddings())
+    if any(parameter.requires_grad for part in parts for parameter in part.parameters()):
         raise ValueError(
             "LoRA in the speech encoder cannot be trained with FSDP or DeepSpeed, which leave the encoders to each "
             "process; leave audio_lora_r out, set freeze_encoder_lora, or train with DDP."
         )
-
-
-def shape_for_sharding(model):
     if model.projector.has_ctc_head:
         scale = model.get_parameter(SCALAR)
         scale.data = scale.data[None]  # a scalar cannot be sharded
+    return parts
 
 
 class NameAsUnsharded(TrainerCallback):
@@ -91,14 +81,10 @@ def gather_as_unsharded(accelerator: Accelerator, model):
 
     def get_state_dict(wrapped, unwrap=True):
         by_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-        return shaped_as_unsharded(gathered_state_dict(model) if by_deepspeed else gather(wrapped, unwrap))
+        state_dict = gathered_state_dict(model) if by_deepspeed else gather(wrapped, unwrap)
+        return {key: value.reshape(()) if key == SCALAR else value for key, value in state_dict.items()}
 
     accelerator.get_state_dict = get_state_dict
-
-
-def shaped_as_unsharded(state_dict: dict) -> dict:
-    """A gathered state dict with the scalar as a scalar that was made a vector for sharding."""
-    return state_dict | {key: state_dict[key].reshape(()) for key in (SCALAR,) if key in state_dict}
 
 
 @contextmanager
@@ -129,9 +115,7 @@ def hide_unsharded_parts(accelerator: Accelerator, model):
     DeepSpeed shares out, and asks after, every module of a model. What is not sharded, and an LM head tied to the
     embeddings, are from here on attributes of their places that are no modules of these.
     """
-    check_encoders_are_frozen(model)
-    shape_for_sharding(model)
-    unsharded = unsharded_parts(model)
+    unsharded = prepare_for_sharding(model)
     if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
         unsharded.append(model.get_output_embeddings())
     model.hidden = [

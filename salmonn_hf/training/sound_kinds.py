@@ -16,11 +16,7 @@ CLUSTER_ROUNDS = 30
 def add_sound_summary(model, sound_layers: list[int], sound_summary_size: int = 128, sound_kinds: int = 400):
     """
     Build a [`SalmonnSoundSummary`] into the projector of a model of speech alone, which then knows sounds once
-    `fit_sound_summary` has named them. Its sound frames are those of `sound_layers`, see [`SalmonnConfig`].
-
-    Args:
-        sound_summary_size (`int`): hidden size of the summary's MLP.
-        sound_kinds (`int`): kinds of sound that it tells apart.
+    `fit_sound_summary` has named them. For `sound_layers` see [`SalmonnConfig`], for the sizes the projector's config.
 
     Raises:
         ValueError: if the speech encoder has no such layers, the projector knows no summary, or its size is 0.
@@ -39,13 +35,9 @@ def add_sound_summary(model, sound_layers: list[int], sound_summary_size: int = 
 
 
 def caption_directions(embedding: nn.Module, captions: list[list[list[int]]]) -> torch.Tensor:
-    """
-    Where the captions of each clip lie: the mean direction of their tokens, those that many clips have counting less
-    (inverse document frequency), `(clips, hidden size)`, of unit length.
-    """
-    used, inverse = torch.tensor([t for clip in captions for caption in clip for t in caption]).unique(
-        return_inverse=True
-    )
+    """The mean direction of each clip's caption tokens, by inverse document frequency: `(clips, width)`, unit."""
+    tokens = torch.tensor([token for clip in captions for caption in clip for token in caption])
+    used, inverse = tokens.unique(return_inverse=True)
     clip_of_token = torch.repeat_interleave(torch.tensor([sum(map(len, clip)) for clip in captions]))
     places = torch.stack([clip_of_token, inverse])
     size = (len(captions), len(used))
@@ -73,14 +65,12 @@ def cluster(directions: torch.Tensor, number: int, generator: torch.Generator) -
 
 def fit_sound_summary(model, statistics: torch.Tensor, captions: list[list[list[int]]], seed: int = 0) -> float:
     """
-    Give the summary of `model` its kinds, their names, and the MLP that tells them: clips whose captions say the same
-    are of a kind, by clusters of `caption_directions`, and its name is the most typical of its captions. The MLP is
-    trained on what can be computed once, so this takes seconds. Returns its last loss, in nats per clip.
+    Give the summary of `model` its kinds, which are clusters of `caption_directions`, their names, each the most
+    typical of its captions, and the MLP that tells them apart. Returns its last loss, in nats per clip.
 
     Args:
         statistics (`torch.Tensor` of shape `(clips, 2 * width)`): see `frame_statistics`.
-        captions (`list[list[list[int]]]`): of each clip the token ids of all its captions; none where nothing is heard
-            but speech.
+        captions (`list[list[list[int]]]`): of each clip the token ids of all its captions; none of mere speech.
     """
     summary, generator = model.projector.sound_summary.float(), torch.Generator().manual_seed(seed)
     with torch.no_grad():

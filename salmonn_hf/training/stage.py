@@ -1,12 +1,11 @@
 """What the scripts of all stages do: read the recipe, open the data, train, save, evaluate."""
 
-import difflib
-import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers.hf_argparser import HfArg
 
 from ..data.arguments import DataArguments
 from ..data.augmentation import Augmentation
@@ -22,51 +21,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class CheckpointArguments:
-    model_name_or_path: str = field(metadata={"help": "SALMONN checkpoint to start from: directory or hub name."})
+    model_name_or_path: str = HfArg(help="SALMONN checkpoint to start from: directory or hub name.")
 
 
 @dataclass(kw_only=True)
 class SpeechEncoderArguments:
-    audio_lora_r: int | None = field(
-        default=None,
-        metadata={"help": "Rank of a new LoRA adapter in all layers of the speech encoder; default: none."},
-    )
-    sound_layers: list[int] | None = field(
-        default=None,
-        metadata={"help": "Layers of the speech encoder that give sound frames, in place of a sound encoder."},
-    )
-    projector_config: str = field(
-        default="{}", metadata={"help": "Fields of the projector's config, in a recipe a mapping; else JSON."}
-    )
-
-
-def projector_fields(text: str, config_class: type) -> dict:
-    """
-    The fields of a projector's config that a recipe names.
-
-    Raises:
-        ValueError: for a field that `config_class` does not have, with the nearest one.
-    """
-    fields, known = json.loads(text), set(config_class.__dataclass_fields__)
-    for name in fields.keys() - known - {"model_type"}:
-        nearest = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"{config_class.__name__} has no field {name!r} (projector_config in the recipe).{hint}")
-    return fields
+    audio_lora_r: int | None = HfArg(default=None, help="Rank of new LoRA in all layers of the speech encoder.")
+    sound_layers: list[int] | None = HfArg(default=None, help="Layers of the speech encoder that give sound frames.")
+    projector_config: str = HfArg(default="{}", help="Fields of the projector's config: a mapping, or JSON.")
 
 
 class TrainingStage:
     """
-    A script's arguments and data. The seed is set, so that what a script makes next is the same in each run.
-
-    Args:
-        model_arguments (`type`): the script's own dataclass, beside those of data, augmentation and training.
-
-    Attributes:
-        model_args, data_args, augmentation, training_args: the parsed arguments.
-        train_tables, eval_tables: see `DataArguments.load`.
-        checkpoint (`str` or `None`): from which the run goes on: `resume_from_checkpoint`, else the last one in
-            `output_dir`.
+    A script's arguments, those of the dataclass `model_arguments` and of data, augmentation and training, and its
+    data, see `DataArguments.load`. `checkpoint` is where the run goes on from: `resume_from_checkpoint`, else the last
+    one in `output_dir`. The seed is set, so that what a script makes next is the same in each run.
     """
 
     def __init__(self, model_arguments: type):
@@ -83,27 +52,16 @@ class TrainingStage:
 
     def datasets(self, model, processor, train_tables: list | None = None):
         """The training set, of these tables or the recipe's own, and the evaluation set, or `None`."""
-        return self.data_args.datasets(
-            self.train_tables if train_tables is None else train_tables,
-            self.eval_tables,
-            model,
-            processor,
-            self.augmentation,
-            self.training_args.data_seed_or_seed,
-        )
+        tables = self.train_tables if train_tables is None else train_tables
+        seed = self.training_args.data_seed_or_seed
+        return self.data_args.datasets(tables, self.eval_tables, model, processor, self.augmentation, seed)
 
     def train(self, model, processor, collator: ClipCollator, datasets, trainer_class=SalmonnTrainer, **kwargs):
         """Train `model`, from the last checkpoint if there is one, save it, and evaluate what was saved."""
         train_dataset, eval_dataset = datasets
+        kwargs |= {"data_collator": collator, "processing_class": processor, "skipped": self.skipped}
         trainer = trainer_class(
-            model=model,
-            args=self.training_args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            data_collator=collator,
-            processing_class=processor,
-            skipped=self.skipped,
-            **kwargs,
+            model, self.training_args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs
         )
         trainer.train(resume_from_checkpoint=self.checkpoint)
         save_model(trainer, processor)

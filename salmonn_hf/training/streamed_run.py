@@ -8,12 +8,8 @@ from ..data.streamed_clips import StreamedClips
 
 class StreamedRun(torch.utils.data.IterableDataset):
     """
-    A stream as the one epoch of a run, so that `Trainer` counts its steps, and does not begin another epoch when
-    a run that has ended is started again.
-
-    Args:
-        stream ([`StreamedClips`]).
-        length (`int`): clips that the run takes, over all processes.
+    A stream as the one epoch of a run of `length` clips, over all processes, so that `Trainer` counts its steps, and
+    does not begin another epoch when a run that has ended is started again.
     """
 
     def __init__(self, stream: StreamedClips, length: int):

@@ -17,19 +17,11 @@ from ..data.mixture_sampler import MixtureSampler
 from ..data.skipped_clips import SkippedClips
 from ..data.streamed_clips import StreamedClips
 from ..model.checkpoint import is_base_key
-from . import evaluation
+from . import evaluation, sharding
 from .arguments import SalmonnTrainingArguments
 from .callbacks import EpochOfSampler, FlushFeatureCache, Throughput
 from .checkpoints import save_checkpoint
 from .parameter_groups import optimizer_of
-from .sharding import (
-    NameAsUnsharded,
-    choose_what_is_sharded,
-    gather_as_unsharded,
-    hide_unsharded_parts,
-    shard_on_cpus,
-    unsharded_parameters,
-)
 from .streamed_run import SkipTrainedClips, StreamedRun
 
 logger = logging.getLogger(__name__)
@@ -40,12 +32,11 @@ class SalmonnTrainer(Trainer):
     `Trainer` with the mixture of sources, frozen encoders that run once per clip, learning rates by kind of parameter,
     checkpoints that are complete or not there, and evaluation by greedy answers to the evaluation set, some of which
     are printed: `eval_wer` of transcripts, `eval_cider` (CIDEr-D) of captions and `eval_accuracy` of short answers,
-    whichever tasks it has (see `tasks.training_metric`). Where only the alignment is trained, `eval_wer` of the CTC
-    head's transcripts. `compute_metrics` gets these answers as from `Seq2SeqTrainer`, and adds to the metrics.
+    whichever tasks it has. Where only the alignment is trained, `eval_wer` of the CTC head's transcripts.
+    `compute_metrics` gets these answers as from `Seq2SeqTrainer`, and adds to the metrics.
 
     Args:
-        args, kwargs: as for `Trainer`; its `args` are [`SalmonnTrainingArguments`], its `data_collator` is a
-            [`ClipCollator`].
+        args, kwargs: as for `Trainer`; `args` are [`SalmonnTrainingArguments`], `data_collator` is a [`ClipCollator`].
         skipped ([`SkippedClips`], *optional*): where clips that cannot be decoded are listed.
 
     Raises:
@@ -67,22 +58,21 @@ class SalmonnTrainer(Trainer):
             for module in self.model.modules():
                 if isinstance(module, LoraLayer):
                     module.cast_input_dtype_enabled = False
-        shard_on_cpus(self.accelerator, self.args.fsdp_plugin_args)
+        sharding.shard_on_cpus(self.accelerator, self.args.fsdp_plugin_args)
         self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
         if self.is_fsdp_enabled:
-            choose_what_is_sharded(self.accelerator, self.model)
-            self.add_callback(NameAsUnsharded)
+            sharding.choose_what_is_sharded(self.accelerator, self.model)
+            self.add_callback(sharding.NameAsUnsharded)
         if self.is_deepspeed_enabled:
-            hide_unsharded_parts(self.accelerator, self.model)
+            sharding.hide_unsharded_parts(self.accelerator, self.model)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            gather_as_unsharded(self.accelerator, self.model)
+            sharding.gather_as_unsharded(self.accelerator, self.model)
         self.optimizer_cls_and_kwargs = optimizer_of(self)
 
         self.throughput = Throughput(self.accelerator)
         self.callback_handler.callbacks.insert(0, self.throughput)  # before those that report its numbers
-        datasets = [getattr(dataset, "clips", dataset) for dataset in (self.train_dataset, self.eval_dataset)]
-        caches = [dataset.cache for dataset in datasets if dataset is not None and dataset.cache is not None]
-        self.add_callback(FlushFeatureCache(*caches))
+        caches = [of_clips(dataset, "cache") for dataset in (self.train_dataset, self.eval_dataset)]
+        self.add_callback(FlushFeatureCache(*(cache for cache in caches if cache is not None)))
         if self.args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
         if isinstance(self.train_dataset, StreamedClips):
@@ -111,8 +101,8 @@ class SalmonnTrainer(Trainer):
             # What compute_metrics gives beside, is found out at the first evaluation.
             best = None if self.compute_metrics is not None else self.args.metric_for_best_model
             evaluation.check_metrics(self.eval_dataset, self.data_collator.alignment_only, best)
-        masked_frames = getattr(getattr(self.train_dataset, "clips", self.train_dataset), "masked_frames", 0)
-        if trains_encoder(self.model) and (masked_frames or self.args.frame_noise):
+        changes_frames = of_clips(self.train_dataset, "masked_frames") or self.args.frame_noise
+        if trains_encoder(self.model) and changes_frames:
             raise ValueError(
                 "masked_frames and frame_noise change what a frozen speech encoder gave; with LoRA inside the encoder "
                 "leave them out, and set time_masks, frequency_masks or snr_db instead."
@@ -157,11 +147,9 @@ class SalmonnTrainer(Trainer):
             count = sum((labels != -100).sum() for labels in targets).to(device)
             if self.args.world_size > 1 and self.args.average_tokens_across_devices:
                 count = self.accelerator.gather(count).sum()
-            count = count.clamp(min=1)
             for batch in batches:
-                batch["num_alignment_labels"] = count
-            if num_items is None:
-                num_items = count
+                batch["num_alignment_labels"] = count.clamp(min=1)
+            num_items = count if num_items is None else num_items
         return batches, num_items if num_items is None else num_items.clamp(min=1)
 
     # Losses
@@ -196,19 +184,17 @@ class SalmonnTrainer(Trainer):
         if trains_encoder(model):  # with gradients, so in its own forward pass
             return batch | pad_features(clips, model.audio_tower.device)
         dataset = self.train_dataset if self.train_dataset is not None else self.eval_dataset
-        cache = getattr(getattr(dataset, "clips", dataset), "cache", None)
-        frames = encode_clips(model, clips, cache)
+        frames = encode_clips(model, clips, of_clips(dataset, "cache"))
         # What names a sound takes means and deviations of its frames, which noise would change as no audio does.
         of_windows = model.config.sound_layers is not None and not model.config.projector_config.names_sounds
-        augmented = ["audio_frames"] + ["sound_frames"] * of_windows
         for clip, encoded in zip(clips, frames, strict=True):
-            for name in augmented:
+            for name in ["audio_frames"] + ["sound_frames"] * of_windows:
+                clean = encoded[name]
                 if "masked_frames" in clip:
-                    masked = clip["masked_frames"][:, None].to(encoded[name].device)
-                    encoded[name] = torch.where(masked, encoded[name].mean(0), encoded[name])
+                    clean = torch.where(clip["masked_frames"][:, None].to(clean.device), clean.mean(0), clean)
                 if self.args.frame_noise:
-                    clean = encoded[name]
-                    encoded[name] = clean + self.args.frame_noise * clean.std() * torch.randn_like(clean)
+                    clean = clean + self.args.frame_noise * clean.std() * torch.randn_like(clean)
+                encoded[name] = clean
         return batch | pad_clips(frames)
 
     # Checkpoints
@@ -254,7 +240,7 @@ class SalmonnTrainer(Trainer):
         dtypes = {parameter.dtype for parameter in model.parameters()} | {model.audio_tower.dtype}
         autocast = self.accelerator.autocast if len(dtypes) > 1 else contextlib.nullcontext
         texts = []
-        with unsharded_parameters(self.accelerator, self.model):
+        with sharding.unsharded_parameters(self.accelerator, self.model):
             for turn in range(0, len(batches), processes):
                 number = turn + self.args.process_index
                 if number >= len(batches) and not self.is_deepspeed_enabled:
@@ -262,15 +248,19 @@ class SalmonnTrainer(Trainer):
                 # DeepSpeed gathers a layer on all processes at once: one without a batch repeats another's.
                 places = batches[min(number, len(batches) - 1)]
                 batch = [segments[place] for place in places]
-                found = evaluation.answer_segments(
-                    model, collator, dataset, batch, autocast, synced_gpus=self.is_deepspeed_enabled
-                )
+                synced = {"synced_gpus": self.is_deepspeed_enabled}
+                found = evaluation.answer_segments(model, collator, dataset, batch, autocast, **synced)
                 if number < len(batches):
                     texts += zip(places, found, strict=True)
         model.train(was_training)
         if processes > 1:
             texts = gather_object(texts)
         return evaluation.join_segments(segments, dict(texts), clips)
+
+
+def of_clips(dataset, attribute: str):
+    """Of a [`ClipDataset`], or the one behind a stream; `None` where there is none."""
+    return getattr(getattr(dataset, "clips", dataset), attribute, None)
 
 
 def expect_no_base_parts(model, keys):

@@ -296,7 +296,7 @@ def test_audio_token_can_be_chosen(parts, tmp_path):
         (
             lambda t: t.pop("llama_model.base_model.model.model.layers.1.self_attn.v_proj.lora_B.default.weight"),
             {},
-            r"missing tensors \['llama_model.base_model.model.model.layers.1.self_attn.v_proj.lora_B.default.weight'\]",
+            r"missing tensors .*layers.1.self_attn.v_proj.lora_B.default.weight'\]",
         ),
         (
             lambda t: t.update({"speech_Qformer.cls.bias": torch.ones(1)}),

@@ -26,7 +26,7 @@ BEATS = BeatsConfig(
 
 def with_sound():
     """A model of both encoders, and its feature extractor."""
-    qformer = tiny_config().qformer_config.to_dict() | {"encoder_hidden_size": 32}
+    qformer = tiny_config().projector_config.qformer_config.to_dict() | {"encoder_hidden_size": 32}
     config = tiny_config(sound_config=BEATS, qformer_config=qformer)
     return tiny_model(config), SalmonnFeatureExtractor(return_input_values=True)
 
@@ -55,7 +55,7 @@ def test_both_encoders_frames_are_kept_as_they_were(tmp_path):
     # The model need not be asked again, and gives the same from what was kept.
     batch, fresh = pad_clips(encode_clips(None_if_encoding(model), [again.get("clip0"), again.get("clip2")])), {}
     fresh = pad_clips([encoded[0], encoded[2]])
-    assert torch.equal(model.connect_audio(**batch)[0], model.connect_audio(**fresh)[0])
+    assert torch.equal(model.project_audio(**batch).embeds, model.project_audio(**fresh).embeds)
 
 
 class None_if_encoding:
@@ -78,7 +78,7 @@ def test_identity_tells_weights_precision_and_settings():
     identities = [encoder_identity(model, extractor)]
     assert identities[0] == encoder_identity(tiny_model(), tiny_processor().feature_extractor)
     with torch.no_grad():
-        model.connector.query_tokens.add_(1)
+        model.projector.query_tokens.add_(1)
     assert identities[0] == encoder_identity(model, extractor)  # which is not an encoder
     with torch.no_grad():
         model.audio_tower.conv1.bias[0] += 1

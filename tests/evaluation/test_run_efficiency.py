@@ -59,7 +59,7 @@ def test_the_parts_of_a_peer_are_transformers_own_model():
     clip, logits = noise(0.9), []
     model.lm_head.register_forward_hook(lambda *args: logits.append(args[-1][:, -1]))
     parts, steps = bench.round(clip, decode_steps=3)
-    assert parts["sound encoder"] == 0 and min(parts["whisper"], parts["q-former"]) > 0 and len(steps) == 3
+    assert parts["sound encoder"] == 0 and min(parts["whisper"], parts["projector"]) > 0 and len(steps) == 3
     with torch.no_grad():
         expected = model(bench.input_ids(bench.audio_tokens(clip)), **bench.features([clip])).logits[:, -1]
     torch.testing.assert_close(logits[0], expected)
@@ -81,9 +81,9 @@ def test_weights_count_tied_and_quantised_matrices_once():
 def test_weights_of_a_tensor_made_of_others_are_those():
     inner = torch.zeros(4, 4, dtype=torch.int8), torch.zeros(4, 4, dtype=torch.int8)
     model = tiny_model()
-    before = weights_by_module(model)["audio_norm"]
-    model.audio_norm.register_buffer("quantised", TwoTensor(*inner))
-    assert weights_by_module(model)["audio_norm"] == before + 32
+    before = weights_by_module(model)["projector"]
+    model.projector.audio_norm.register_buffer("quantised", TwoTensor(*inner))
+    assert weights_by_module(model)["projector"] == before + 32
 
 
 def test_weights_of_bitsandbytes_are_counted_with_their_scales():
@@ -94,10 +94,9 @@ def test_weights_of_bitsandbytes_are_counted_with_their_scales():
 
 
 @pytest.mark.parametrize("sounds", [{}, {"sound_layers": [1], "sound_summary_size": 8}])
-def test_the_published_way_of_a_connector_from_whispers_decoder_is_a_qformer(sounds, tmp_path, monkeypatch):
-    connector = {"speech_decoder_layers": 1, "frame_mlp_size": 8, "ctc_vocab_size": 20, "queries_per_window": 1}
-    connector |= sounds
-    tiny_model(tiny_config(**connector)).save_pretrained(tmp_path / "tiny")
+def test_the_published_way_of_a_projector_of_whispers_decoder_is_a_qformer(sounds, tmp_path, monkeypatch):
+    projector = {"num_layers": 1, "frame_mlp_size": 8, "ctc_vocab_size": 20}
+    tiny_model(tiny_config(**projector, **sounds)).save_pretrained(tmp_path / "tiny")
     arguments = ["--model", tmp_path / "tiny", "--rounds", 1, "--warmup", 1, "--seconds", 1, "--lengths", 0.5,
                  "--batch_sizes", 1, "--decode_steps", 2, "--reference", "--output", tmp_path / "out"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["run_efficiency.py", *map(str, arguments)])
@@ -164,8 +163,8 @@ def test_the_report_and_the_card_take_what_it_writes(tiny_checkpoint, tmp_path, 
 
 
 def test_random_weights_of_quantised_shapes_run():
-    config = tiny_config(quantization={"language_model": {"bits": 4, "group_size": 16}, "embedding": {"bits": 8}})
-    model = random_model(SalmonnForConditionalGeneration, config, torch.bfloat16, "cpu")
-    parts, steps = Benchmark(model, SPEECH, 9).round(noise(0.5), 2)
-    assert len(steps) == 2
+    parts = {"language_model": {"bits": 4, "group_size": 16}, "embedding": {"bits": 8}}
+    model = random_model(SalmonnForConditionalGeneration, tiny_config(), torch.bfloat16, "cpu", parts)
+    _, steps = Benchmark(model, SPEECH, 9).round(noise(0.5), 2)
+    assert len(steps) == 2 and model.config.quantized_parts == parts
     assert model.language_model.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8

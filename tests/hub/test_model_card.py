@@ -17,6 +17,7 @@ from salmonn_hf.evaluation.results import write_result
 from salmonn_hf.evaluation.scoring import score_transcripts
 from salmonn_hf.files import write_atomically
 from salmonn_hf.hub.model_card import count_parts, licence_of, make_card, parts_table, training_state
+from salmonn_hf.model.quantizer_salmonn import set_quantized_parts
 
 CARDS = Path(__file__).resolve().parents[2] / "model_cards"
 
@@ -120,18 +121,18 @@ def test_parts_are_all_the_model(made):
     assert "LoRA in the language model, rank 4" in table and "LoRA in the speech encoder, rank 2" in table
 
 
-def test_a_connector_from_whispers_decoder_is_called_so():
-    windows = {"window_frames": 4, "window_stride": 4, "queries_per_window": 1, "frame_mlp_size": 8}
-    config = tiny_config(ctc_vocab_size=10, speech_decoder_layers=1, **windows)
+def test_a_projector_of_whispers_decoder_is_called_so():
+    config = tiny_config(ctc_vocab_size=10, num_layers=1, window_frames=4, frame_mlp_size=8)
     model = tiny_model(config)
-    parts = (model.audio_tower, model.speech_tokens)
+    parts = (model.audio_tower, model.projector.speech_tokens)
     assert count_parts(config)["audio_tower"] == sum(p.numel() for part in parts for p in part.parameters())
     table = parts_table(config, {}, "mit")
     assert "layers of Whisper's decoder" in table and "Q-Former" not in table
 
 
 def test_quantisation_is_told_and_parts_keep_their_licences():
-    plain, quantised = tiny_config(), tiny_config(quantization={"language_model": {"bits": 4, "group_size": 16}})
+    plain, quantised = tiny_config(), tiny_config()
+    set_quantized_parts(quantised, {"language_model": {"bits": 4, "group_size": 16}})
     assert count_parts(quantised) == count_parts(plain)
     bases = {"audio_tower": "openai/whisper-tiny", "language_model": "Qwen/Qwen2.5-0.5B"}
     table = parts_table(quantised, bases, "apache-2.0")

@@ -16,9 +16,10 @@ from hub_server import Hub, sha256
 from huggingface_hub import HfApi, constants
 from transformers import AutoModelForCausalLM, WhisperForConditionalGeneration
 
+from salmonn_hf import SalmonnForConditionalGeneration
 from salmonn_hf.hub import push
 from salmonn_hf.hub.push import PushError, push_to_hub, pushed_files
-from salmonn_hf.model.checkpoint import config_from_base_parts, from_base_parts
+from salmonn_hf.model.checkpoint import config_from_base_parts
 
 ROOT = Path(__file__).resolve().parents[2]
 CARD = "---\nlicense: apache-2.0\n---\n\n# A model\n"
@@ -127,7 +128,7 @@ def cut_off(file):
     [
         (lambda d: shutil.rmtree(d), "no config.json"),
         (lambda d: (d / "model.safetensors").unlink(), "weights are missing"),
-        (lambda d: cut_off(d / "model.safetensors"), "model.safetensors is not a whole safetensors file"),
+        (lambda d: cut_off(d / "model.safetensors"), "model.safetensors is not a complete safetensors file"),
         (lambda d: (d / "processor_config.json").unlink(), "no processor_config.json"),
         (lambda d: edit_config(d, model_type="beats"), "type 'beats', not 'salmonn'"),
         (lambda d: edit_config(d, text_config={"_name_or_path": "/data/llm"}), "text_config._name_or_path is '/data"),
@@ -324,9 +325,9 @@ def test_base_parts_are_those_that_are_here(hub, command, base_parts, tmp_path, 
     """Nothing else has them: this hub has none. What is pushed is the adapter alone."""
     monkeypatch.setenv("SALMONN_CACHE", str(base_parts))
     qformer = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
-    settings = {"audio_token_id": 3, "window_frames": 8, "window_stride": 8, "queries_per_window": 2}
-    config = config_from_base_parts("tiny/whisper", "tiny/llm", qformer_config=qformer, **settings)
-    from_base_parts(config).save_pretrained(tmp_path / "adapter")
+    projector = {"qformer_config": qformer, "window_frames": 8, "window_stride": 8, "queries_per_window": 2}
+    config = config_from_base_parts("tiny/whisper", "tiny/llm", projector, audio_token_id=3)
+    SalmonnForConditionalGeneration.from_base_parts(config).save_pretrained(tmp_path / "adapter")
     tiny_processor(config).save_pretrained(tmp_path / "adapter")
     (base_parts / "tiny--whisper" / "tokenizer.json").touch()
     if source == "hub cache":

@@ -18,13 +18,13 @@ import soundfile
 import torch
 from conftest import noise, tiny_config, tiny_model, tiny_processor, tiny_text_config, tiny_tokenizer
 from hub_server import Hub
-from test_quantization import quantized_tiny_model
+from test_quantized_layers import quantized_tiny_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, WhisperForConditionalGeneration, pipeline
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import salmonn_hf
 from salmonn_hf.base_parts import REGISTRY_COPIES
-from salmonn_hf.model.checkpoint import config_from_base_parts, from_base_parts
+from salmonn_hf.model.checkpoint import config_from_base_parts
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL_ROOM = Path(salmonn_hf.__file__).parent / "model"
@@ -127,8 +127,9 @@ def checkpoints(tmp_path_factory):
     AutoModelForCausalLM.from_config(tiny_text_config()).save_pretrained(root / "llm")
     tiny_tokenizer().save_pretrained(root / "llm")
     qformer = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
-    config = config_from_base_parts(str(root / "whisper"), str(root / "llm"), audio_token_id=3, qformer_config=qformer)
-    models["adapter"] = from_base_parts(config)
+    projector = {"qformer_config": qformer}
+    config = config_from_base_parts(str(root / "whisper"), str(root / "llm"), projector, audio_token_id=3)
+    models["adapter"] = salmonn_hf.SalmonnForConditionalGeneration.from_base_parts(config)
     models["adapter"].config.base_parts = {"audio_tower": "openai/whisper-tiny", "language_model": "tiny/llm"}
     for name, model in models.items():
         model.save_pretrained(root / name)

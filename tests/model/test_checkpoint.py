@@ -1,15 +1,17 @@
 """Adapter checkpoints: only what was trained, put together with its base parts, merged to a full model."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import noise, tiny_config, tiny_model, tiny_processor, tiny_text_config, tiny_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, WhisperForConditionalGeneration
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, WhisperForConditionalGeneration
 
 from salmonn_hf import SalmonnForConditionalGeneration
 from salmonn_hf.base_parts import BasePartNotFoundError
+from salmonn_hf.model import base_part_resolver as resolver
 from salmonn_hf.model.checkpoint import config_from_base_parts
 from salmonn_hf.model.configuration_beats import BeatsConfig
 from salmonn_hf.model.modeling_beats import BeatsForAudioClassification, BeatsModel
@@ -183,3 +185,37 @@ def test_a_full_checkpoint_keeps_an_unmerged_adapter(tmp_path):
                 parameter.add_(torch.randn_like(parameter))
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(AutoModel.from_pretrained(tmp_path)), logits(model))
+
+
+def test_base_parts_are_fetched_as_the_checkpoint_is(adapter, monkeypatch):
+    """With its token and cache, or not at all; the revision is the checkpoint's own."""
+    _, directory = adapter
+    config = json.loads((directory / "config.json").read_text())
+    paths = {f"some/{part}": Path(path) for part, path in config["base_parts"].items()}
+    config["base_parts"] = {part: f"some/{part}" for part in config["base_parts"]}
+    (directory / "config.json").write_text(json.dumps(config))
+    asked = []
+    monkeypatch.setattr(
+        "salmonn_hf.model.checkpoint.resolve_base_part", lambda name, **kwargs: asked.append(kwargs) or paths[name]
+    )
+    settings = {"token": "hf_mine", "cache_dir": str(directory.parent), "local_files_only": True}
+    for cls in (AutoModel, SalmonnForConditionalGeneration):
+        cls.from_pretrained(directory, revision="main", **settings)
+    SalmonnForConditionalGeneration.from_base_parts(AutoConfig.from_pretrained(directory), **settings)
+    AutoModel.from_pretrained(directory)
+    assert asked == [settings] * 6 + [{}] * 2
+
+
+def test_with_local_files_alone_nothing_is_fetched(adapter, monkeypatch):
+    """Neither from the hub nor from a package registry."""
+    _, directory = adapter
+    config = json.loads((directory / "config.json").read_text())
+    config["base_parts"]["audio_tower"] = "openai/whisper-tiny"  # which has a copy in a registry
+    (directory / "config.json").write_text(json.dumps(config))
+    looked_up = []
+    monkeypatch.setattr(resolver, "_find_copy", lambda name, tried, fetch: looked_up.append((name, fetch)))
+    monkeypatch.setattr(resolver, "from_hub_cache", lambda *_: None)
+    monkeypatch.setattr(resolver, "from_hub", lambda *_: pytest.fail("the hub was asked"))
+    with pytest.raises(BasePartNotFoundError, match="(?s)whisper-tiny.*local_files_only was given"):
+        AutoModel.from_pretrained(directory, local_files_only=True)
+    assert looked_up == [("openai/whisper-tiny", False)]

@@ -1,11 +1,13 @@
 """The composite config: round trip, parts that do not fit, and what is no field of it."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import LANGUAGE_MODELS, tiny_config, tiny_text_config
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel
 
 import salmonn_hf
 from salmonn_hf import SalmonnConfig
@@ -113,3 +115,40 @@ def test_a_projector_of_other_parts_is_refused():
 def test_parts_that_do_not_fit_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"merged_windows": 3}, "WindowQFormerConfig has no field 'merged_windows'.*It has: .*window_frames"),
+        ({"window_frmes": 3}, "no field 'window_frmes'; the nearest is 'window_frames'"),
+        ({"num_layers": 1, "output_norm": True}, "WhisperProjectorConfig has no field 'output_norm'"),
+        ({"num_layers": 1, "hidden_size": 64}, "no field 'hidden_size'"),
+    ],
+)
+def test_a_field_that_a_projector_does_not_have_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**change)
+
+
+@pytest.mark.parametrize("projector", [{"frame_mlp_size": 8}, WHISPER], ids=["window Q-Former", "Whisper"])
+def test_what_transformers_writes_into_a_projectors_config_is_taken(projector, tmp_path):
+    """As a part of the whole and saved alone, with settings of the loading, from files of other versions too."""
+    config = tiny_config(**projector, dtype="bfloat16")
+    config._attn_implementation = "eager"
+    AutoModel.from_config(config.projector_config).save_pretrained(tmp_path / "alone")
+    alone = AutoConfig.from_pretrained(tmp_path / "alone", attn_implementation="eager", num_labels=3)
+    assert type(alone) is type(config.projector_config) and alone._attn_implementation == "eager"
+    assert alone.architectures == [PROJECTORS[type(alone)].__name__]
+    config.projector_config._is_quantized = True  # as behind a quantiser
+    config.save_pretrained(tmp_path / "whole")
+    file = tmp_path / "whole" / "config.json"
+    written = json.loads(file.read_text())
+    del written["projector_config"]["dtype"]
+    written["projector_config"] |= {
+        "torch_dtype": "bfloat16", "auto_map": {}, "_commit_hash": "0" * 40, "quantization_config": {"parts": {}},
+        "name_or_path": "somewhere", "return_dict": True, "experts_implementation": None,
+    }  # fmt: skip
+    file.write_text(json.dumps(written))
+    projector_config = AutoConfig.from_pretrained(tmp_path / "whole").projector_config
+    assert projector_config.dtype == torch.bfloat16 and projector_config.name_or_path == "somewhere"

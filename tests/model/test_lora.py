@@ -1,4 +1,4 @@
-"""LoRA in the language model and in the speech encoder; adapters cut to a smaller rank."""
+"""LoRA in the language model and in the speech encoder."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ from conftest import noise, tiny_config, tiny_model, tiny_processor
 from peft.tuners.lora import LoraLayer
 
 from salmonn_hf import SalmonnForConditionalGeneration
-from salmonn_hf.model.lora import cut_lora_rank
 from salmonn_hf.model.quantizer_salmonn import set_quantized_parts
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
@@ -20,46 +19,6 @@ def model():
         if ".lora_" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     return model
-
-
-def lora_layers(model):
-    return [layer for layer in model.language_model.modules() if isinstance(layer, LoraLayer)]
-
-
-def test_kept_is_the_best_approximation(model):
-    """Against the singular value decomposition of the whole product."""
-    before = [layer.get_delta_weight("default") for layer in lora_layers(model)]
-    cut_lora_rank(model, 3)
-    assert before
-    for layer, product in zip(lora_layers(model), before, strict=True):
-        left, values, right = torch.linalg.svd(product, full_matrices=False)
-        best = left[:, :3] * values[:3] @ right[:3]
-        torch.testing.assert_close(layer.get_delta_weight("default"), best, rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(best, product, atol=1e-3)
-
-
-def test_own_rank_changes_nothing_but_the_factors(model):
-    inputs = tiny_processor().apply_transcription_request([noise(0.5)])
-    with torch.no_grad():
-        before = model(**inputs).logits
-        cut_lora_rank(model, 4)
-        torch.testing.assert_close(model(**inputs).logits, before, rtol=1e-3, atol=1e-4)
-
-
-def test_checkpoint_of_a_cut_adapter_reloads(model, tmp_path):
-    inputs = tiny_processor().apply_transcription_request([noise(0.5)])
-    cut_lora_rank(model, 2)
-    model.save_pretrained(tmp_path)
-    loaded = SalmonnForConditionalGeneration.from_pretrained(tmp_path).eval()
-    assert loaded.config.lora["r"] == 2 and loaded.config.lora["lora_alpha"] == 4
-    with torch.no_grad():
-        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
-
-
-@pytest.mark.parametrize("rank", [0, 5])
-def test_a_rank_that_cannot_be_is_named(model, rank):
-    with pytest.raises(ValueError, match=f"rank 4.* not to {rank}"):
-        cut_lora_rank(model, rank)
 
 
 @pytest.fixture

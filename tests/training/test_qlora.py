@@ -12,7 +12,7 @@ from test_training import ROOT, history, parts, run, stage1_model  # noqa: F401
 from transformers import AutoModelForCausalLM
 
 from salmonn_hf import SalmonnForConditionalGeneration
-from salmonn_hf.model.quantized_layers import linears, quantized_linear
+from salmonn_hf.model.quantized_layers import linears, quantized_module
 from salmonn_hf.model.quantizer_salmonn import quantize_in_place
 from salmonn_hf.training.trainer import SalmonnTrainer
 
@@ -61,7 +61,7 @@ def test_qlora_by_its_recipe_and_resumed(parts, stage1_model, tmp_path, monkeypa
     base = AutoModelForCausalLM.from_pretrained(stage1_model.parent / "llm")
     for name, layer in layers.items():  # frozen: still the base part's values, rounded
         layer.unpack()
-        expected = quantized_linear(base.get_submodule(name.replace(".base_layer", "")), 4, 64)
+        expected = quantized_module(base.get_submodule(name.replace(".base_layer", "")), 4, 64)
         assert torch.equal(layer.weight, expected.weight), name
     with safe_open(tmp_path / "two" / "model.safetensors", "pt") as file:
         assert not [k for k in file.keys() if k.startswith("language_model") and ".lora_" not in k]
