@@ -8,17 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-INDEX_COLUMNS = (
-    "audio",
-    "text",
-    "task",
-    "question",
-    "source",
-    "language",
-    "testset_id",
-    "clip_id",
-    "seconds",
-)  # of training/prepare_data.py
+# Of training/prepare_data.py.
+INDEX_COLUMNS = ("audio", "text", "task", "question", "source", "language", "testset_id", "clip_id", "seconds")
 # Each group of rows is held in memory once.
 CLIPS_PER_GROUP = 200  # of embedded audio
 PATHS_PER_GROUP = 20_000

@@ -46,13 +46,8 @@ class ClipTable:
         self.rows = source.open() if rows is None else rows
         skipped = skipped if skipped is not None else SkippedClips()
         measured = _seconds(self.rows) / source.speed
-        conditions = (
-            ~_has_text(self.rows),
-            np.isnan(measured),
-            measured <= 0,
-            measured < min_seconds,
-            measured > max_seconds,
-        )
+        short, long = measured < min_seconds, measured > max_seconds
+        conditions = (~_has_text(self.rows), np.isnan(measured), measured <= 0, short, long)  # as in REASONS
         reasons = np.select(conditions, range(len(REASONS)), -1)
         for index in np.flatnonzero(reasons >= 0).tolist():
             path = self.rows[index]["audio"]["path"] or f"{source.path}#{index}"
@@ -99,11 +94,10 @@ def _has_text(rows) -> np.ndarray:
 
 def _seconds(rows) -> np.ndarray:
     """Lengths, float64; NaN for a clip that is missing or unreadable."""
-    measured = [np.zeros(0)]
+    measured = [np.zeros(0)]  # of no rows
     if "seconds" in rows.column_names:
-        for batch in rows.select_columns("seconds").with_format("numpy").iter(SCANNED_ROWS):
-            measured.append(np.asarray(batch["seconds"], dtype=np.float64))
-        return np.concatenate(measured)
+        batches = rows.select_columns("seconds").with_format("numpy").iter(SCANNED_ROWS)
+        return np.concatenate([*measured, *(np.asarray(batch["seconds"], dtype=np.float64) for batch in batches)])
     columns = [name for name in ("audio", "expand_wav") if name in rows.column_names]
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
         for batch in rows.select_columns(columns).iter(SCANNED_CLIPS):

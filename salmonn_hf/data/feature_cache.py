@@ -5,6 +5,7 @@ import json
 import os
 import uuid
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -13,15 +14,8 @@ from safetensors.torch import save_file
 
 # What the features depend on. How the extractor was loaded is not among it.
 FEATURE_SETTINGS = (
-    "feature_size",
-    "sampling_rate",
-    "n_fft",
-    "hop_length",
-    "dither",
-    "tail_seconds",
-    "pad_to_30_seconds",
-    "return_input_values",
-)
+    "feature_size sampling_rate n_fft hop_length dither tail_seconds pad_to_30_seconds return_input_values"
+).split()
 OPEN_SHARDS = 64  # memory-mapped at a time
 
 
@@ -85,8 +79,8 @@ class FeatureCache:
             return self.pending[key]
         if key not in self.shards:
             self._scan()
-        if key not in self.shards:
-            return None
+            if key not in self.shards:
+                return None
         try:
             shard, clips = self._open(self.shards[key])
             return {name: shard.get_tensor(f"{key}.{name}") for name in clips[key]}
@@ -128,11 +122,9 @@ class FeatureCache:
     def _remove_oldest(self):
         files = []
         for file in self.root.glob("*/*.safetensors"):
-            try:
+            with suppress(FileNotFoundError):  # removed by another process
                 status = file.stat()
-            except FileNotFoundError:  # by another process
-                continue
-            files.append((status.st_mtime_ns, status.st_size, file))
+                files.append((status.st_mtime_ns, status.st_size, file))
         excess = sum(size for _, size, _ in files) - self.max_bytes
         for _, size, file in sorted(files):
             if excess <= 0:
@@ -148,15 +140,11 @@ class FeatureCache:
         if changed == self.scanned_at:
             return
         self.scanned_at = changed
-        for file in self.directory.glob("*.safetensors"):
-            if file.name in self.seen:
-                continue
-            self.seen.add(file.name)
-            try:
-                _, clips = self._open(file.name)
-            except (OSError, SafetensorError):
-                continue
-            self.shards |= {key: file.name for key in clips if key not in self.shards}
+        for name in {file.name for file in self.directory.glob("*.safetensors")} - self.seen:
+            self.seen.add(name)
+            with suppress(OSError, SafetensorError):
+                _, clips = self._open(name)
+                self.shards |= {key: name for key in clips if key not in self.shards}
 
     def _open(self, name: str) -> tuple:
         """A shard's file, and which tensors each of its clips has."""

@@ -27,9 +27,7 @@ class MixtureSampler(torch.utils.data.Sampler):
 
     def __init__(self, dataset: ClipDataset, step_size: int, seed: int = 0, group_by_length: bool = True):
         self.sizes = [len(table) for table in dataset.tables]
-        self.counts = [
-            round(table.source.weight * size) for table, size in zip(dataset.tables, self.sizes, strict=True)
-        ]
+        self.counts = [round(table.source.weight * len(table)) for table in dataset.tables]
         self.lengths = dataset.lengths
         self.step_size, self.seed, self.group_by_length = step_size, seed, group_by_length
         self.epoch = 0

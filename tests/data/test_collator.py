@@ -3,7 +3,7 @@
 import torch
 from conftest import noise, tiny_config, tiny_model, tiny_processor
 
-from salmonn_hf.data import tasks
+from salmonn_hf.data import task_prompts
 from salmonn_hf.data.collator import ClipCollator
 from salmonn_hf.data.encoder_features import encode_clips, num_frames, pad_clips
 from salmonn_hf.training.freezing import freeze_base_parts
@@ -17,7 +17,7 @@ def example(seconds, text, messages=None, seed=0):
 
 def test_labels_cover_the_answer_only_whatever_the_padding_side():
     processor = tiny_processor()
-    asked = tasks.messages("QA", "How many?", system="Be brief.", draw=(0, 0, 0))
+    asked = task_prompts.messages("QA", "How many?", system="Be brief.", draw=(0, 0, 0))
     examples = [example(0.4, " one"), example(1.0, "green two "), example(0.7, "three", asked)]
     batches = []
     for side in ("left", "right"):

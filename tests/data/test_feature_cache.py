@@ -26,8 +26,7 @@ BEATS = BeatsConfig(
 
 def with_sound():
     """A model of both encoders, and its feature extractor."""
-    qformer = tiny_config().qformer_config.to_dict() | {"encoder_hidden_size": 32}
-    config = tiny_config(sound_config=BEATS, qformer_config=qformer)
+    config = tiny_config(sound_config=BEATS, encoder_hidden_size=32)
     return tiny_model(config), SalmonnFeatureExtractor(return_input_values=True)
 
 
@@ -78,7 +77,7 @@ def test_identity_tells_weights_precision_and_settings():
     identities = [encoder_identity(model, extractor)]
     assert identities[0] == encoder_identity(tiny_model(), tiny_processor().feature_extractor)
     with torch.no_grad():
-        model.connector.query_tokens.add_(1)
+        model.projector.query_tokens.add_(1)
     assert identities[0] == encoder_identity(model, extractor)  # which is not an encoder
     with torch.no_grad():
         model.audio_tower.conv1.bias[0] += 1
