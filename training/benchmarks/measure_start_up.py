@@ -3,11 +3,10 @@ How long an index of many clips takes to the first example, and how much memory 
 
     python training/benchmarks/measure_start_up.py --rows 1600000
 
-The index is made here, in the form that `prepare_data.py` writes. Its rows name a few hundred short FLACs in rotation,
-so that audio is decoded; it is opened as a recipe's source, grouped by length, drawn from, and gone through for
-an epoch. Before that a small index has been opened the same way: what is measured is the rows, not the libraries.
-Pages of the memory-mapped files of `datasets` count as resident, but the system takes them back when it needs memory:
-`anonymous` memory is what the process holds itself. Nothing else should run on the machine.
+The index is made here, in the form that `prepare_data.py` writes; its rows name a few hundred short FLACs in rotation.
+It is opened as a recipe's source, grouped by length, drawn from, and gone through for an epoch, after a small index
+was: what is measured is the rows, not the libraries. Pages of memory-mapped files count as resident, but the system
+takes them back: `anonymous` memory is what the process holds itself. Nothing else should run on the machine.
 """
 
 import os
@@ -16,12 +15,13 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 from salmonn_hf import SalmonnFeatureExtractor
 from salmonn_hf.data.clip_dataset import ClipDataset
@@ -38,9 +38,9 @@ WORDS = "a of the bird car door rain dog speaks closes sings passes slowly loudl
 
 @dataclass
 class MeasureArguments:
-    rows: int = field(default=1_600_000, metadata={"help": "Of the index."})
-    files: int = field(default=300, metadata={"help": "Audio files that they name in rotation."})
-    drawn: int = field(default=2000, metadata={"help": "Examples to draw, of which the clips are read."})
+    rows: int = HfArg(default=1_600_000, help="Of the index.")
+    files: int = HfArg(default=300, help="Audio files that they name in rotation.")
+    drawn: int = HfArg(default=2000, help="Examples to draw, of which the clips are read.")
 
 
 def write_noise(directory: Path, count: int) -> list[tuple[str, float]]:

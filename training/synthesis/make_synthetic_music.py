@@ -19,49 +19,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import yaml
 
 from salmonn_hf.data.clip_parquet import write_clips
 from salmonn_hf.data.flac import flac_bytes
 from salmonn_hf.model.audio import SAMPLING_RATE, load_audio
 
-# General MIDI program numbers, from 0, and the lowest note that suits the instrument.
-INSTRUMENTS = {
-    "accordion": (21, 60), "banjo": (105, 55), "bassoon": (70, 41), "cello": (42, 43), "church organ": (19, 55),
-    "clarinet": (71, 58), "distorted guitar": (30, 48), "electric piano": (4, 55), "flute": (73, 67),
-    "french horn": (60, 48), "harmonica": (22, 62), "harp": (46, 55), "harpsichord": (6, 55), "marimba": (12, 57),
-    "music box": (10, 72), "nylon guitar": (24, 52), "pan flute": (75, 67), "piano": (0, 55), "saxophone": (65, 55),
-    "sitar": (104, 55), "steel drums": (114, 60), "steel guitar": (25, 52), "string section": (48, 52),
-    "trombone": (57, 46), "trumpet": (56, 58), "upright bass": (32, 31), "vibraphone": (11, 58), "violin": (40, 60),
-    "xylophone": (13, 67),
-}  # fmt: skip
+WORDS = yaml.safe_load(Path(__file__).with_name("music.yaml").read_text(encoding="utf-8"))
+INSTRUMENTS, CAPTIONS = WORDS["instruments"], WORDS["captions"]
 SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}
 BEATS_PER_MINUTE = {"slow": (60, 80), "moderate": (95, 120), "fast": (145, 190)}
 TICKS = 480  # per beat
 DRUM_CHANNEL, KICK, SNARE = 9, 36, 38
-
-CAPTIONS = {
-    "melody": [
-        "{A} plays a {tempo} melody in a {mode} key{drums}.",
-        "A {tempo} {mode} melody is played on {a}{drums}.",
-        "Someone plays a {tempo} tune on {a}{drums}.",
-        "{A} is heard with a {tempo} melody{drums}.",
-        "Music: a {tempo} tune in a {mode} key on {a}{drums}.",
-    ],
-    "chords": [
-        "{A} plays {tempo} chords in a {mode} key{drums}.",
-        "Chords follow each other on {a} at a {tempo} tempo{drums}.",
-        "Someone plays {mode} chords on {a}{drums}.",
-        "A {tempo} row of chords sounds on {a}{drums}.",
-        "Music: {tempo} chords on {a}{drums}.",
-    ],
-    "scale": [
-        "{A} plays a {tempo} rising {mode} scale{drums}.",
-        "The notes of a {mode} scale go up on {a}{drums}.",
-        "A {mode} scale is played upwards on {a} at a {tempo} tempo{drums}.",
-        "{A} steps up a {mode} scale{drums}.",
-        "Note by note {a} climbs a {mode} scale{drums}.",
-    ],
-}
 
 
 class Piece(NamedTuple):
@@ -149,13 +118,9 @@ def make_clip(seed: int, index: int, soundfont: Path) -> dict:
     piece = compose(rng, seconds)
     waveform = render(midi_file(piece, rng), soundfont)[: int(seconds * SAMPLING_RATE)]
     waveform = waveform * (rng.uniform(0.1, 0.9) / max(float(np.abs(waveform).max()), 1e-6))
-    return {
-        "audio": {"bytes": flac_bytes(waveform), "path": f"{piece.instrument.replace(' ', '-')}-{index}.flac"},
-        "captions": captions(piece),
-        "label": f"{piece.instrument} (rendered)",
-        "kind": "music",
-        "seconds": len(waveform) / SAMPLING_RATE,
-    }
+    audio = {"bytes": flac_bytes(waveform), "path": f"{piece.instrument.replace(' ', '-')}-{index}.flac"}
+    row = {"audio": audio, "captions": captions(piece), "label": f"{piece.instrument} (rendered)", "kind": "music"}
+    return row | {"seconds": len(waveform) / SAMPLING_RATE}
 
 
 def main():
@@ -168,7 +133,7 @@ def main():
     if not args.soundfont.exists():
         sys.exit(f"no soundfont {args.soundfont}: apt-get install fluidsynth timgm6mb-soundfont, or give --soundfont")
     rows = [make_clip(args.seed, index, args.soundfont) for index in range(args.clips)]
-    write_clips(args.output, rows, ("audio", "captions", "label", "kind", "seconds"))
+    write_clips(args.output, rows, rows[0])
     print(f"{args.output}: {len(rows)} clips, {sum(row['seconds'] for row in rows) / 60:.1f} minutes")
 
 

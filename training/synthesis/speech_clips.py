@@ -1,11 +1,14 @@
 """What synthetic speech shares, whatever speaks it: silence around it, degradation, and its rows."""
 
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from salmonn_hf.data import augmentation
+from salmonn_hf.data.clip_parquet import write_clips
 from salmonn_hf.data.flac import flac_bytes
 from salmonn_hf.model.audio import SAMPLING_RATE
 
@@ -78,15 +81,21 @@ def degrade(samples: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, 
     return samples, rng.uniform(-20, 0)
 
 
-def row(samples: np.ndarray, gain_db: float, text: str, clip_id: str, source: str, speaker: str) -> dict:
-    """A clip as it is written: at 16 kHz, `gain_db` against `PEAK`, since the voices differ in level."""
+def row(
+    samples: np.ndarray, degraded: bool, rng: np.random.Generator, text: str, clip_id: str, source: str, speaker: str
+) -> dict:
+    """A clip as it is written: at 16 kHz, and at one peak before it is degraded, since the voices differ in level."""
+    samples, gain_db = degrade(samples, rng) if degraded else (samples, 0.0)
     samples = samples * (PEAK / np.abs(samples).max() * 10 ** (gain_db / 20))
     audio, seconds = {"bytes": flac_bytes(samples), "path": f"{clip_id}.flac"}, len(samples) / SAMPLING_RATE
     return dict(zip(COLUMNS, (audio, text, clip_id, source, speaker, seconds), strict=True))
 
 
-def report(path: Path, elapsed: float):
-    """Print what a file of clips holds."""
+def write_speech(path: Path, rows: Iterable[dict]):
+    """Write a file of clips, and print what it holds."""
+    started = time.monotonic()
+    write_clips(path, rows, COLUMNS)
+    elapsed = time.monotonic() - started
     clips = pq.read_table(path, columns=["text", "source", "speaker", "seconds"]).to_pandas()
     clips["words"] = clips["text"].str.split().str.len()
     clips["words per second"] = clips["words"] / clips["seconds"]
