@@ -122,8 +122,8 @@ def prepare(corpus: str, root: str, arguments: PrepareArguments, command: str = 
     try:
         statistics, dropped = CorpusStatistics(), SkippedClips(work / "index.dropped.tsv")
         rows = prepare_rows(read_examples(root, **options, drop=dropped.add), arguments, dropped, statistics)
-        clips_per_group = CLIPS_PER_GROUP if arguments.embed else PATHS_PER_GROUP
-        write_clips(work / "index.parquet", rows, INDEX_COLUMNS, clips_per_group)
+        group = CLIPS_PER_GROUP if arguments.embed else PATHS_PER_GROUP
+        write_clips(work / "index.parquet", rows, INDEX_COLUMNS, group)
         if not statistics.seconds:
             counts = dropped.counts.items()
             reasons = (f"{count} {reason} (first {dropped.first_paths[reason][0]})" for reason, count in counts)

@@ -85,11 +85,9 @@ class Augmentation:
 
     def mask_features(self, features: torch.Tensor, mask: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """
-        SpecAugment without time warping: spans of frames and of mel bins are replaced by the clip's mean, the paper's
-        0 of normalised features. The default widths are its policy for Switchboard, SM, which suits short clips.
-
-        Park et al.: SpecAugment: A simple data augmentation method for automatic speech recognition. Interspeech
-        2019. A width is drawn from 0 to its limit, then a start from the places where the span fits.
+        SpecAugment (Park et al., Interspeech 2019) without time warping: spans of frames and of mel bins are replaced
+        by the clip's mean, the paper's 0 of normalised features. A width is drawn from 0 to its limit, then a start
+        from the places where the span fits. The default widths are its policy SM, which suits short clips.
 
         Args:
             features (`torch.Tensor`): `(clips, mel bins, frames)` of log-mel energies, right-padded. Left as it is.
@@ -108,13 +106,12 @@ class Augmentation:
                 f"{self.frequency_masks} frequency masks of up to {self.frequency_mask_bins} bins could cover all "
                 f"{bins} mel bins; lower frequency_masks or frequency_mask_bins."
             )
-        own = mask.bool()[:, None]
-        lengths = mask.bool().sum(-1)
+        own, lengths = mask.bool()[:, None], mask.bool().sum(-1)
         widest = (lengths.double() * self.time_mask_share).long().clamp(max=self.time_mask_frames)
-        masked = _spans(widest, lengths, self.time_masks, frames, generator)[:, None]
-        bin_counts = torch.full_like(lengths, bins)
+        times = _spans(widest, lengths, self.time_masks, frames, generator)
         widest = torch.full_like(lengths, self.frequency_mask_bins)
-        masked = masked | _spans(widest, bin_counts, self.frequency_masks, bins, generator)[:, :, None]
+        frequencies = _spans(widest, torch.full_like(lengths, bins), self.frequency_masks, bins, generator)
+        masked = times[:, None] | frequencies[:, :, None]
         total = features.float().masked_fill(~own, 0.0).sum((1, 2), keepdim=True)
         mean = total / (lengths * bins)[:, None, None]
         return torch.where(masked & own, mean.to(features.dtype), features)

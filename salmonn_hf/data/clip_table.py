@@ -42,8 +42,7 @@ class ClipTable:
         skipped: SkippedClips | None = None,
         max_clips: int | None = None,
     ):
-        self.source = source
-        self.rows = source.open() if rows is None else rows
+        self.source, self.rows = source, source.open() if rows is None else rows
         skipped = skipped if skipped is not None else SkippedClips()
         measured = _seconds(self.rows) / source.speed
         short, long = measured < min_seconds, measured > max_seconds
@@ -75,16 +74,14 @@ class ClipTable:
 
     def tasks_and_texts(self):
         """The task and the texts of each usable clip, one after another."""
-        usable = np.zeros(len(self.rows), dtype=bool)
-        usable[self.usable_rows] = True
-        start = 0
+        usable, start = np.isin(np.arange(len(self.rows)), self.usable_rows), 0
         columns = ["text"] + ["task"] * (not self.source.task and "task" in self.rows.column_names)
         for batch in self.rows.select_columns(columns).iter(SCANNED_ROWS):
             tasks = batch.get("task") or [self.source.task] * len(batch["text"])
             for is_usable, task, text in zip(usable[start:], tasks, batch["text"], strict=False):
                 if is_usable:
                     yield task or "asr", [text] if isinstance(text, str) else text
-            start += len(batch["text"])
+            start += len(tasks)
 
 
 def _has_text(rows) -> np.ndarray:

@@ -21,9 +21,8 @@ class ClipCollator:
     """
     Examples of `ClipDataset` to a batch for the trainer:
 
-    - `clips` (`list[dict]`): frames or features, see `encode_clips`; `tasks` (`list[str]`), `seconds` (`float`, of all
-      clips together) and `skipped` (`list[tuple[str, str]]`: path and reason of clips that could not be decoded, which
-      are left out) beside them.
+    - `clips` (`list[dict]`): frames or features, see `encode_clips`; `tasks` (`list[str]`); `seconds` (`float`) of all
+      clips; `skipped` (`list[tuple[str, str]]`): path and reason of clips that could not be decoded, left out.
     - `input_ids`, `attention_mask`, `labels` (`torch.LongTensor` of shape `(clips, tokens)`): prompt and answer,
       left-padded whatever the tokenizer's padding side, with the answer's end token at the right end, and -100 in
       place of all but the answer.
@@ -121,17 +120,14 @@ class ClipCollator:
         return tokenizer((text or "").strip(), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
 
     def ctc_labels(self, text: str | None) -> torch.Tensor:
-        if text is None:
-            return torch.zeros(0, dtype=torch.int64)
-        tokens = self.ctc_tokenizer.encode(ctc_text(text), add_special_tokens=False).ids
+        tokens = [] if text is None else self.ctc_tokenizer.encode(ctc_text(text), add_special_tokens=False).ids
         labels = [self.ctc_index[token] for token in tokens if token in self.ctc_index]
         return torch.tensor(labels, dtype=torch.int64)
 
     def caption_labels(self, example: dict) -> torch.Tensor:
         """The tokens of a caption, as it is spelt within a sentence; none of any other answer."""
-        if example["task"] not in CAPTION_TASKS:
-            return torch.zeros(0, dtype=torch.int64)
-        return torch.tensor(self.caption_ids(example["text"]))
+        tokens = self.caption_ids(example["text"]) if example["task"] in CAPTION_TASKS else []
+        return torch.tensor(tokens, dtype=torch.int64)
 
     def caption_ids(self, text: str) -> list[int]:
         return self.processor.tokenizer(" " + text.strip().lower(), add_special_tokens=False)["input_ids"]

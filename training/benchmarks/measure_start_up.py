@@ -46,10 +46,9 @@ class MeasureArguments:
 def write_noise(directory: Path, count: int) -> list[tuple[str, float]]:
     """FLACs of noise from 1 to 3 s: their paths and seconds."""
     rng, clips = np.random.default_rng(0), []
-    for index, seconds in enumerate(rng.uniform(1, 3, count)):
-        path = directory / f"{index}.flac"
-        path.write_bytes(flac_bytes(rng.normal(0, 0.1, int(seconds * SAMPLING_RATE))))
-        clips.append((str(path), float(seconds)))
+    for index, seconds in enumerate(rng.uniform(1, 3, count).tolist()):
+        clips.append((str(directory / f"{index}.flac"), seconds))
+        Path(clips[-1][0]).write_bytes(flac_bytes(rng.normal(0, 0.1, int(seconds * SAMPLING_RATE))))
     return clips
 
 
@@ -97,23 +96,17 @@ def main():
             dataset[item]
         memory[f"{arguments.drawn:,} examples drawn"] = megabytes()
         began = time.perf_counter()
-        most = memory["before"]
-        for number, _ in enumerate(sampler):
-            if number % 50_000 == 0:
-                most = np.maximum(most, megabytes())
+        in_epoch = [megabytes() for number, _ in enumerate(sampler) if number % 50_000 == 0]
         epoch = time.perf_counter() - began
-        memory["in an epoch, at most"] = most
-        memory["after it"] = megabytes()
+        memory |= {"in an epoch, at most": np.max([memory["before"], *in_epoch], axis=0), "after it": megabytes()}
 
         began = time.perf_counter()
         again, sampler = open_index(work / "index.parquet")
         again[next(iter(sampler))]
         second_start = time.perf_counter() - began
 
-    print(f"rows {len(dataset):,}")
-    print(f"first example after {first_start:.1f} s; when started again {second_start:.1f} s")
-    print(f"order of an epoch {epoch:.1f} s")
-    print(f"{'':28} resident  anonymous")
+    print(f"rows {len(dataset):,}\nfirst example after {first_start:.1f} s; when started again {second_start:.1f} s")
+    print(f"order of an epoch {epoch:.1f} s\n{'':28} resident  anonymous")
     for moment, (resident, anonymous) in memory.items():
         print(f"{moment:28} {resident:5.0f} MB  {anonymous:6.0f} MB")
     grown = (max(anonymous for _, anonymous in memory.values()) - memory["before"][1]) * 2**20 / len(dataset)

@@ -48,24 +48,19 @@ def compose(rng: np.random.Generator, seconds: float) -> Piece:
     tempo, mode = str(rng.choice(list(BEATS_PER_MINUTE))), str(rng.choice(list(SCALES)))
     beats_per_minute = rng.uniform(*BEATS_PER_MINUTE[tempo])
     beats, lowest = int(seconds * beats_per_minute / 60), INSTRUMENTS[instrument][1] + int(rng.integers(8))
-
-    def pitch(degree: int) -> int:
-        return lowest + 12 * (degree // 7) + SCALES[mode][degree % 7]
-
     notes, degree, beat = [], 0, 0.0
     while beat < beats:
         if texture == "chords":
-            degree = int(rng.choice([0, 3, 4, 5]))
-            notes += [(beat, 1.0, pitch(degree + third), 0) for third in (0, 2, 4)]
-            beat += 1.0
+            length, degree = 1.0, int(rng.choice([0, 3, 4, 5]))
+            degrees = (degree, degree + 2, degree + 4)
         elif texture == "scale":
-            notes.append((beat, 0.5, pitch(degree % 15), 0))
-            degree, beat = degree + 1, beat + 0.5
+            length, degrees, degree = 0.5, (degree % 15,), degree + 1
         else:
             length = float(rng.choice([0.5, 1.0, 1.5]))
             degree = int(np.clip(degree + rng.integers(-3, 4), 0, 9))
-            notes.append((beat, length, pitch(degree), 0))
-            beat += length
+            degrees = (degree,)
+        notes += [(beat, length, lowest + 12 * (d // 7) + SCALES[mode][d % 7], 0) for d in degrees]
+        beat += length
     drums = bool(rng.random() < 0.3)
     if drums:
         notes += [(beat, 0.25, SNARE if beat % 2 else KICK, DRUM_CHANNEL) for beat in map(float, range(beats))]

@@ -19,18 +19,12 @@ PEAK = 0.9  # of full scale
 
 
 def trim(samples: np.ndarray, margin: float = 0.02) -> np.ndarray:
-    """Cut the engine's own silence off both ends."""
-    # The engines' silence is nearly digital, so a low threshold keeps soft first and last consonants.
+    """Cut the engine's silence off both ends. It is nearly digital: a low threshold keeps soft consonants there."""
     loud = np.flatnonzero(np.abs(samples) > 0.004 * np.abs(samples).max(initial=0))
     if not loud.size:
         return samples[:0]
     extra = int(margin * SAMPLING_RATE)
     return samples[max(loud[0] - extra, 0) : loud[-1] + extra + 1]
-
-
-def convolve(samples: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    size = 1 << (len(samples) + len(kernel) - 1).bit_length()
-    return np.fft.irfft(np.fft.rfft(samples, size) * np.fft.rfft(kernel, size), size)[: len(samples)]
 
 
 def add_reverb(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -39,10 +33,10 @@ def add_reverb(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     seconds = np.arange(int(reverberation_time * SAMPLING_RATE)) / SAMPLING_RATE
     response = rng.standard_normal(len(seconds)) * 10 ** (-3 * seconds / reverberation_time)
     response[: int(0.002 * SAMPLING_RATE)] = 0  # nothing can echo before the nearest wall
-    reverberant_to_direct_db = rng.uniform(-18, -6)
-    response *= 10 ** (reverberant_to_direct_db / 20) / np.linalg.norm(response)
+    response *= 10 ** (rng.uniform(-18, -6) / 20) / np.linalg.norm(response)  # against the direct sound, in dB
     response[0] = 1
-    return convolve(samples, response)
+    size = 1 << (len(samples) + len(response) - 1).bit_length()
+    return np.fft.irfft(np.fft.rfft(samples, size) * np.fft.rfft(response, size), size)[: len(samples)]
 
 
 def add_noise(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
