@@ -25,10 +25,6 @@ def _header(path: str, modified: int):
     return soundfile.info(path)
 
 
-def _file_header(path: str):
-    return _header(path, os.stat(path).st_mtime_ns)
-
-
 def audio_seconds(audio: dict) -> float:
     """
     The length of `{"bytes", "path"}` by its header. It is decoded only if the header has none: that of a FLAC is
@@ -41,7 +37,7 @@ def audio_seconds(audio: dict) -> float:
     try:
         if not (os.path.getsize(path) if data is None else data):
             return 0.0
-        found = _file_header(path) if data is None else soundfile.info(io.BytesIO(data))
+        found = _header(path, os.stat(path).st_mtime_ns) if data is None else soundfile.info(io.BytesIO(data))
         frames = found.frames
         if frames in (0, UNKNOWN_FRAMES):
             stream = open(path, "rb") if data is None else io.BytesIO(data)
@@ -98,9 +94,10 @@ def checked_seconds(row: dict, min_seconds: float = 0.0, max_seconds: float = fl
 
 def is_flac_clip(row: dict) -> bool:
     """Whether a row's clip is one complete 16 kHz mono FLAC file, as `flac_bytes` would make of it."""
-    found = _file_header(row["audio"]["path"])
-    complete = "start" not in row and "expand_wav" not in row
-    return complete and (found.format, found.samplerate, found.channels) == ("FLAC", SAMPLING_RATE, 1)
+    if "start" in row or "expand_wav" in row:
+        return False
+    found = _header(row["audio"]["path"], os.stat(row["audio"]["path"]).st_mtime_ns)
+    return (found.format, found.samplerate, found.channels) == ("FLAC", SAMPLING_RATE, 1)
 
 
 def read_clip(row: dict, speed: float = 1.0) -> np.ndarray:

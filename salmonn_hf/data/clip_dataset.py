@@ -34,13 +34,9 @@ class ClipDataset(torch.utils.data.Dataset):
     `{"path", "skipped": reason}`.
 
     Args:
-        tables (`list[ClipTable]`).
-        feature_extractor ([`SalmonnFeatureExtractor`]).
-        cache ([`FeatureCache`], *optional*): of clips that are not augmented; the others change with every pass.
-        augmentation ([`Augmentation`], *optional*).
-        masked_frames (`float`): share of the encoder frames to mask, see `frame_mask`.
-        system (`str`, *optional*), system_turn (`bool`): as in `task_prompts.messages`.
-        seed (`int`).
+        cache: of clips that are not augmented; the others change with every pass.
+        masked_frames: share of the encoder frames to mask, see `frame_mask`.
+        system, system_turn: as in `task_prompts.messages`.
 
     Raises:
         ValueError: if there is no clip at all.

@@ -21,10 +21,8 @@ class ClipTable:
     The usable clips of a source: `table[i]` is a row, `{"audio": {"bytes", "path"}, "text", "task", "question", ...}`.
 
     Args:
-        source ([`Source`]).
         rows (`datasets.Dataset`, *optional*): the source's rows, if not those of `source.open()`.
-        min_seconds, max_seconds (`float`): shorter and longer clips are skipped.
-        skipped ([`SkippedClips`], *optional*): where they are listed.
+        min_seconds, max_seconds (`float`): shorter and longer clips are skipped, and listed in `skipped`.
         max_clips (`int`, *optional*): no more than the first so many.
 
     Attributes:

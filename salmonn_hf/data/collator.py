@@ -32,13 +32,11 @@ class ClipCollator:
     Should no clip be left, the batch is a moment of silence without any label, and adds nothing to the loss.
 
     Args:
-        processor ([`SalmonnProcessor`]).
-        ctc_token_ids (`list[int]`): the CTC head's tokens; empty for no `ctc_labels`.
-        ctc_merges (`int`, *optional*): see `ctc_tokenizer`.
-        alignment_only (`bool`): clips and `ctc_labels` alone, as the alignment stage needs them.
-        clips ([`ClipDataset`], *optional*): which makes the examples of [`StreamedClips`].
-        caption_bags (`bool`): `caption_labels` of captions beside the `ctc_labels`; of no use to a model with a
-            [`SalmonnSoundSummary`].
+        ctc_token_ids: the CTC head's tokens; empty for no `ctc_labels`.
+        ctc_merges: see `ctc_tokenizer`.
+        alignment_only: clips and `ctc_labels` alone, as the alignment stage needs them.
+        clips: which makes the examples of [`StreamedClips`].
+        caption_bags: `caption_labels` beside the `ctc_labels`; of no use to a model with a [`SalmonnSoundSummary`].
     """
 
     processor: SalmonnProcessor

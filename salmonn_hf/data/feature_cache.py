@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..files import complete_or_absent
+
 # What the features depend on. How the extractor was loaded is not among it.
 FEATURE_SETTINGS = (
     "feature_size sampling_rate n_fft hop_length dither tail_seconds pad_to_30_seconds return_input_values"
@@ -56,9 +58,8 @@ class FeatureCache:
 
     Args:
         root: directory, which other encoders' features may share, and the limit with them.
-        identity (`str`): of the encoders, see `encoder_identity`.
-        max_gigabytes (`float`): of all shards under `root` (10⁹ bytes), of which the oldest are removed beyond it.
-        shard_megabytes (`float`): of a shard.
+        identity: of the encoders, see `encoder_identity`.
+        max_gigabytes: of all shards under `root` (10⁹ bytes), of which the oldest are removed beyond it.
 
     Raises:
         OSError: if `root` cannot be written.
@@ -103,19 +104,16 @@ class FeatureCache:
         if not self.pending:
             return
         name = f"{uuid.uuid4().hex}.safetensors"
-        partial = self.directory / f".{name}.partial"
         tensors = {f"{key}.{part}": value for key, parts in self.pending.items() for part, value in parts.items()}
         clips = {key: list(parts) for key, parts in self.pending.items()}
         try:
-            save_file(tensors, partial, metadata={"clips": json.dumps(clips)})
-            os.replace(partial, self.directory / name)
+            with complete_or_absent(self.directory / name) as partial:
+                save_file(tensors, partial, metadata={"clips": json.dumps(clips)})
         except (OSError, SafetensorError) as error:
             raise OSError(
                 f"Cannot write {self.pending_bytes / 1e6:.0f} MB to the feature cache {self.directory} ({error}). "
                 "Free space, lower feature_cache_gigabytes, or name another directory as feature_cache."
             ) from error
-        finally:
-            partial.unlink(missing_ok=True)
         self.shards |= dict.fromkeys(self.pending, name)
         self.seen.add(name)
         self.pending, self.pending_bytes = {}, 0

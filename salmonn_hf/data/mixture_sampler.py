@@ -17,10 +17,8 @@ class MixtureSampler(torch.utils.data.Sampler):
     its longest clip does. The order depends on seed and epoch alone: a resumed run needs no other state.
 
     Args:
-        dataset ([`ClipDataset`]).
-        step_size (`int`): clips of an optimizer step, over all processes and accumulated batches.
-        seed (`int`).
-        group_by_length (`bool`): `False` leaves the shuffled order as it is.
+        step_size: clips of an optimizer step, over all processes and accumulated batches.
+        group_by_length: `False` leaves the shuffled order as it is.
     """
 
     STEPS_SORTED = 50

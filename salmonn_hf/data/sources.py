@@ -1,12 +1,10 @@
 """
-Where training data comes from: the `sources` of a recipe, each opened as a dataset of undecoded clips.
+Where training data comes from: the `sources` of a recipe, each opened as a memory-mapped dataset of undecoded clips.
 
     sources:
       - {path: data/librispeech.parquet, task: asr}
       - {path: data/stage1_train.json, prefix: data/audio, weight: 0.5}
       - {path: someone/sounds, columns: {text: captions}, task: audiocaption}
-
-Rows stay in the memory-mapped files of `datasets`.
 """
 
 import difflib
@@ -61,10 +59,8 @@ class Source:
         _check_names(f"columns of source {self.path!r}: column", self.columns, COLUMNS)
         _check_names(f"source {self.path!r}: task", [] if self.task is None else [self.task], TRAIN_PROMPTS)
         if self.weight <= 0 or self.speed <= 0:
-            raise ValueError(
-                f"Source {self.path!r} has weight {self.weight} and speed {self.speed}; both must be above 0. Leave "
-                "out a source that is not to be used."
-            )
+            found = f"has weight {self.weight} and speed {self.speed}"
+            raise ValueError(f"Source {self.path!r} {found}; both must be above 0. Leave out a source not to be used.")
         if self.prefix and not self.path.endswith(".json"):
             raise ValueError(f"Source {self.path!r} has a prefix, which only an annotation .json takes; remove it.")
         if self.streaming and (self.path.endswith(".json") or self.speed != 1.0):

@@ -21,10 +21,8 @@ class StreamedClips(torch.utils.data.IterableDataset):
     not decode what another trains on.
 
     Args:
-        clips ([`ClipDataset`]): makes the examples; without tables of its own.
-        sources (`list[Source]`).
-        buffer (`int`): clips.
-        min_seconds, max_seconds (`float`): shorter and longer clips are skipped, where a source has their `seconds`.
+        clips: makes the examples; without tables of its own.
+        min_seconds, max_seconds: shorter and longer clips are skipped, where a source has their `seconds`.
 
     Attributes:
         skip_first (`int`): so many clips are given as `None`, not decoded: a resumed run was trained on them before.

@@ -29,8 +29,7 @@ def draw_prompt(task: str, question: str, seed: int, epoch: int, index: int) -> 
         seed, epoch, index (`int`): of the run, of the pass over the data, and of the sample in the data.
 
     Raises:
-        ValueError: for a task that is not trained, naming the nearest one; for one that takes a question and got
-            none, or the reverse.
+        ValueError: for a task that is not trained; for one that takes a question and got none, or the reverse.
     """
     prompts = _look_up(task, TRAIN_PROMPTS, "training")
     digest = hashlib.sha256(f"{seed} {epoch} {index}".encode()).digest()
@@ -52,10 +51,10 @@ def messages(
         task, question (`str`): as in `draw_prompt`.
         audio (*optional*): the clip, as `salmonn_hf.audio.load_audio` takes it; without it only its place is held.
         system (`str`, *optional*): a system text, such as `SYSTEM_PROMPT`.
-        draw (`tuple[int, int, int]`, *optional*): seed, epoch and index of a training sample, for one of its task's
-            training prompts. Without it the prompt is the task's test prompt.
-        system_turn (`bool`): whether `system` is a turn of its own, or begins the user's turn: the chat templates of
-            some language models, Gemma 2's among them, know no system turn.
+        draw (`tuple[int, int, int]`, *optional*): seed, epoch and index of `draw_prompt`, for a training prompt.
+            Without it the prompt is the task's test prompt.
+        system_turn (`bool`): whether `system` is a turn of its own, which Gemma 2's chat template, for one, does not
+            know, or begins the user's turn.
 
     Raises:
         ValueError: as `draw_prompt`; without `draw`, for a task that has no test prompt.
@@ -66,12 +65,12 @@ def messages(
         prompt = draw_prompt(task, question, *draw)
     clip = {"type": "audio"} if audio is None else {"type": "audio", "audio": audio}
     content = [clip, {"type": "text", "text": prompt}]
-    if system is None:
-        return [{"role": "user", "content": content}]
-    instruction = {"type": "text", "text": system if system_turn else system + "\n\n"}
-    if not system_turn:
-        return [{"role": "user", "content": [instruction, *content]}]
-    return [{"role": "system", "content": [instruction]}, {"role": "user", "content": content}]
+    if system is not None and system_turn:
+        instruction = {"role": "system", "content": [{"type": "text", "text": system}]}
+        return [instruction, {"role": "user", "content": content}]
+    if system is not None:
+        content.insert(0, {"type": "text", "text": system + "\n\n"})
+    return [{"role": "user", "content": content}]
 
 
 def training_metric(task: str) -> str | None:
@@ -92,9 +91,8 @@ def _look_up(task: str, prompts: dict, kind: str):
     if task not in prompts:
         lower = {name.lower(): name for name in prompts}
         nearest = lower[difflib.get_close_matches(str(task).lower(), lower, n=1, cutoff=0.0)[0]]
-        raise ValueError(
-            f"There is no {kind} task {task!r}; did you mean {nearest!r}? The {kind} tasks are {', '.join(prompts)}."
-        )
+        known = f"The {kind} tasks are {', '.join(prompts)}."
+        raise ValueError(f"There is no {kind} task {task!r}; did you mean {nearest!r}? {known}")
     return prompts[task]
 
 
@@ -103,8 +101,6 @@ def _fill(task: str, prompt: str, question: str) -> str:
     if "{}" in prompt and not question:
         raise ValueError(f"The task {task!r} needs the sample's question; give it (Q in a manifest).")
     if question and "{}" not in prompt:
-        raise ValueError(
-            f"The task {task!r} takes no question, but the sample has {question!r}; leave it empty, or make the task "
-            '"QA".'
-        )
+        remedy = 'leave it empty, or make the task "QA"'
+        raise ValueError(f"The task {task!r} takes no question, but the sample has {question!r}; {remedy}.")
     return prompt.replace("{}", question)

@@ -9,19 +9,17 @@ was: what is measured is the rows, not the libraries. Pages of memory-mapped fil
 takes them back: `anonymous` memory is what the process holds itself. Nothing else should run on the machine.
 """
 
+import argparse
 import os
 import random
 import re
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from transformers import HfArgumentParser
-from transformers.hf_argparser import HfArg
 
 from salmonn_hf import SalmonnFeatureExtractor
 from salmonn_hf.data.clip_dataset import ClipDataset
@@ -34,13 +32,6 @@ from salmonn_hf.model.audio import SAMPLING_RATE
 
 STEP_SIZE = 64  # clips of an optimizer step
 WORDS = "a of the bird car door rain dog speaks closes sings passes slowly loudly behind window garden".split()
-
-
-@dataclass
-class MeasureArguments:
-    rows: int = HfArg(default=1_600_000, help="Of the index.")
-    files: int = HfArg(default=300, help="Audio files that they name in rotation.")
-    drawn: int = HfArg(default=2000, help="Examples to draw, of which the clips are read.")
 
 
 def write_noise(directory: Path, count: int) -> list[tuple[str, float]]:
@@ -66,6 +57,11 @@ def open_index(path: Path) -> tuple[ClipDataset, MixtureSampler]:
     return dataset, MixtureSampler(dataset, STEP_SIZE)
 
 
+def draw_examples(dataset: ClipDataset, sampler: MixtureSampler, count: int):
+    for item in islice(sampler, count):
+        dataset[item]
+
+
 def megabytes() -> np.ndarray:
     """Resident memory of this process, and how much of it is anonymous."""
     status = Path("/proc/self/status").read_text()
@@ -73,27 +69,26 @@ def megabytes() -> np.ndarray:
 
 
 def main():
-    (arguments,) = HfArgumentParser(MeasureArguments, description=__doc__.split("\n")[1]).parse_args_into_dataclasses()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
+    parser.add_argument("--rows", type=int, default=1_600_000, help="of the index")
+    parser.add_argument("--files", type=int, default=300, help="audio files that they name in rotation")
+    parser.add_argument("--drawn", type=int, default=2000, help="examples to draw, of which the clips are read")
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
         os.environ["HF_DATASETS_CACHE"] = str(work / "cache")  # before `datasets` is imported: nothing is cached yet
         clips = write_noise(work, arguments.files)
         for name, rows in (("small", 60_000), ("index", arguments.rows)):
             write_clips(work / f"{name}.parquet", index_rows(rows, clips), INDEX_COLUMNS, PATHS_PER_GROUP)
-        dataset, sampler = open_index(work / "small.parquet")
-        for item in islice(sampler, arguments.drawn):
-            dataset[item]
-        del dataset, sampler
-
+        draw_examples(*open_index(work / "small.parquet"), arguments.drawn)
         memory = {"before": megabytes()}
         began = time.perf_counter()
         dataset, sampler = open_index(work / "index.parquet")
         memory["opened"] = megabytes()
-        dataset[next(iter(sampler))]
+        draw_examples(dataset, sampler, 1)
         first_start = time.perf_counter() - began
 
-        for item in islice(sampler, arguments.drawn):
-            dataset[item]
+        draw_examples(dataset, sampler, arguments.drawn)
         memory[f"{arguments.drawn:,} examples drawn"] = megabytes()
         began = time.perf_counter()
         in_epoch = [megabytes() for number, _ in enumerate(sampler) if number % 50_000 == 0]
@@ -101,8 +96,7 @@ def main():
         memory |= {"in an epoch, at most": np.max([memory["before"], *in_epoch], axis=0), "after it": megabytes()}
 
         began = time.perf_counter()
-        again, sampler = open_index(work / "index.parquet")
-        again[next(iter(sampler))]
+        draw_examples(*open_index(work / "index.parquet"), 1)
         second_start = time.perf_counter() - began
 
     print(f"rows {len(dataset):,}\nfirst example after {first_start:.1f} s; when started again {second_start:.1f} s")

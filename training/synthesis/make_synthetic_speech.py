@@ -40,7 +40,7 @@ FLITE_SHARE, STANDARD_VARIANT_SHARE = 0.35, 0.4
 
 
 class Voice(NamedTuple):
-    source: str  # what reproduces the voice, e.g. "espeak-ng:en-us+f3"
+    source: str  # e.g. "espeak-ng:en-us+f3"
     speaker: str  # who it sounds like: an eSpeak variant keeps its timbre in every accent
     command: list[str]  # without the text, which is the last argument
 
@@ -119,8 +119,7 @@ def main(argv: list[str] | None = None):
     texts = load_texts(paths, args.seed)
     if not texts:
         sys.exit("the text has no usable sentence")
-    lengths = [len(text.split()) for text in texts]
-    print(f"{len(texts)} texts of {np.mean(lengths):.1f} words on average, from {len(paths)} files", flush=True)
+    print(f"{len(texts)} texts from {len(paths)} files", flush=True)
     write_speech(args.output, make_clips(texts, args.clips, args.seed, args.workers))
 
 

@@ -55,9 +55,7 @@ def low_pass(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.fft.irfft(spectrum / np.sqrt(1 + (frequencies / cutoff) ** 16), len(samples))
 
 
-def with_silence(
-    samples: np.ndarray, text: str, rng: np.random.Generator, max_words_per_second: float
-) -> np.ndarray | None:
+def with_silence(samples: np.ndarray, text: str, rng, max_words_per_second: float) -> np.ndarray | None:
     """Speech with a moment of silence on either side; None if it is too slow, too fast, too short or too long."""
     words_per_second = len(text.split()) / max(len(samples) / SAMPLING_RATE, 1e-3)
     if not MIN_WORDS_PER_SECOND <= words_per_second <= max_words_per_second:
@@ -75,9 +73,7 @@ def degrade(samples: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, 
     return samples, rng.uniform(-20, 0)
 
 
-def row(
-    samples: np.ndarray, degraded: bool, rng: np.random.Generator, text: str, clip_id: str, source: str, speaker: str
-) -> dict:
+def row(samples: np.ndarray, degraded: bool, rng, text: str, clip_id: str, source: str, speaker: str) -> dict:
     """A clip as it is written: at 16 kHz, and at one peak before it is degraded, since the voices differ in level."""
     samples, gain_db = degrade(samples, rng) if degraded else (samples, 0.0)
     samples = samples * (PEAK / np.abs(samples).max() * 10 ** (gain_db / 20))
@@ -94,6 +90,5 @@ def write_speech(path: Path, rows: Iterable[dict]):
     clips["words"] = clips["text"].str.split().str.len()
     clips["words per second"] = clips["words"] / clips["seconds"]
     print(f"{len(clips)} clips, {clips['seconds'].sum() / 3600:.2f} hours, made in {elapsed:.0f} s")
-    numbers = clips[["seconds", "words", "words per second"]]
-    print(numbers.describe([0.05, 0.25, 0.5, 0.75, 0.95]).round(2).to_string())
+    print(clips[["seconds", "words", "words per second"]].describe([0.05, 0.25, 0.5, 0.75, 0.95]).round(2).to_string())
     print(f"{clips['source'].nunique()} voices, {clips['speaker'].nunique()} speakers")

@@ -5,12 +5,7 @@ from pathlib import Path
 
 from ..corpus_files import Drop, example, json_items, refuse, require_directory, require_file, require_subset
 
-ANNOTATIONS = {
-    "AudioSet_SL": "as_final.json",
-    "BBC_Sound_Effects": "bbc_final.json",
-    "FreeSound": "fsd_final.json",
-    "SoundBible": "sb_final.json",
-}
+ANNOTATIONS = {"AudioSet_SL": "as", "BBC_Sound_Effects": "bbc", "FreeSound": "fsd", "SoundBible": "sb"}
 
 
 def read_examples(
@@ -33,7 +28,7 @@ def read_examples(
         path = require_file(blacklist, "it is one of json_files/blacklist/*.json")
         banned = {"AudioSet_SL": set(json_items(path, "AudioSet")), "FreeSound": set(json_items(path, "FreeSound"))}
     for subset in [split] if split else ANNOTATIONS:
-        path = root / "json_files" / subset / ANNOTATIONS[subset]
+        path = root / "json_files" / subset / f"{ANNOTATIONS[subset]}_final.json"
         require_file(path, "take it from https://huggingface.co/datasets/cvssp/WavCaps")
         clips = root / f"{subset}_flac"
         if not clips.is_dir():
