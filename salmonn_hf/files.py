@@ -2,14 +2,22 @@
 
 import os
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_atomically(file: Path, content: str | bytes):
-    """So that a reader finds the file as it was or as it is to be, never half of it. Text is written as UTF-8."""
+@contextmanager
+def complete_or_absent(file: Path):
+    """A path to write to, which becomes `file` at the end: a reader finds it as it was or as it is to be."""
     partial = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
     try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        yield partial
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_atomically(file: Path, content: str | bytes):
+    """Text is written as UTF-8."""
+    with complete_or_absent(file) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -5,11 +5,10 @@
     python training/prepare_data.py annotation stage1_train.json --prefix data/audio --output data/stage1.parquet
     python training/prepare_data.py jsonl eval/recordings/recordings.jsonl --output data/recordings.parquet
 
-The corpora are the files of salmonn_hf/data/corpora, which describe each one's form. The Parquet file has the columns
-`audio` (the `datasets` Audio form: a path, or the bytes with --embed), `text`, `task`, `question`, `source`,
-`language`, `testset_id`, `clip_id`, `seconds`. Clips without text, missing, unreadable, empty, too short or too long
-are left out, never replaced, and listed with the reason. Lengths are read from headers; damage further inside a file
-shows only with --flac or --embed, which decode it.
+The corpora are the files of salmonn_hf/data/corpora, which describe each one's form. The Parquet file has `audio` (the
+`datasets` Audio form: a path, or the bytes with --embed), `text`, `task`, `question`, `source`, `language`,
+`testset_id`, `clip_id` and `seconds`. Clips without text, missing, unreadable, empty, too short or too long are left
+out and listed with the reason. Lengths are read from headers; damage inside a file shows only with --flac or --embed.
 
 Written beside NAME.parquet: NAME.md and NAME.png, the report, and NAME.dropped.tsv (path, reason, detail). They appear
 at the end, or not at all. Clips that --flac has written stay, and are not written again when the command is.
@@ -23,14 +22,16 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 from salmonn_hf.data import corpora
 from salmonn_hf.data.clip_audio import checked_seconds, is_flac_clip, read_clip
@@ -41,32 +42,28 @@ from salmonn_hf.data.flac import flac_bytes
 from salmonn_hf.data.skipped_clips import SkippedClips, UnusableClip
 from salmonn_hf.files import write_atomically
 
-CHUNK_ROWS = 16  # that a thread examines at a time
+ROWS_AT_A_TIME = 128  # that the threads examine
 
 
 @dataclass
 class PrepareArguments:
-    output: str = field(metadata={"help": "The Parquet file to write."})
-    split: str | None = field(default=None, metadata={"help": "Split or subset of the corpus."})
-    prefix: str | None = field(default=None, metadata={"help": "annotation: directory that its paths are under."})
-    blacklist: str | None = field(default=None, metadata={"help": "wavcaps: its list of clips in other test sets."})
-    flac: str | None = field(default=None, metadata={"help": "Write clips there as 16 kHz mono FLAC, index those."})
-    embed: bool = field(default=False, metadata={"help": "Put the clips into the Parquet file, as FLAC."})
-    min_seconds: float = field(default=0.3, metadata={"help": "Shorter clips are dropped."})
-    max_seconds: float = field(default=30.0, metadata={"help": "Longer clips are dropped."})
+    output: str = HfArg(help="The Parquet file to write.")
+    split: str | None = HfArg(default=None, help="Split or subset of the corpus.")
+    prefix: str | None = HfArg(default=None, help="annotation: directory that its paths are under.")
+    blacklist: str | None = HfArg(default=None, help="wavcaps: its list of clips in other test sets.")
+    flac: str | None = HfArg(default=None, help="Write clips there as 16 kHz mono FLAC, index those.")
+    embed: bool = HfArg(default=False, help="Put the clips into the Parquet file, as FLAC.")
+    min_seconds: float = HfArg(default=0.3, help="Shorter clips are dropped.")
+    max_seconds: float = HfArg(default=30.0, help="Longer clips are dropped.")
 
 
-def flac_path(row: dict, folder: str) -> Path:
-    """Where a clip is written: the name depends on its files and their age, so it never stands for another clip."""
+def write_flac(row: dict, folder: str) -> Path:
+    """Write a clip once. Its name depends on its files and their age, so it never stands for another clip."""
     files = [row["audio"]["path"], *row.get("expand_wav", ())]
     identity = [(os.path.abspath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
     digest = hashlib.sha256(repr([identity, row.get("start"), row.get("end")]).encode()).hexdigest()
     name = row.get("clip_id") or Path(files[0]).stem
-    return Path(folder, digest[:2], f"{name}-{digest[:16]}.flac")
-
-
-def write_flac(row: dict, folder: str) -> Path:
-    path = flac_path(row, folder)
+    path = Path(folder, digest[:2], f"{name}-{digest[:16]}.flac")
     if not path.exists():
         data = flac_bytes(read_clip(row))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +71,7 @@ def write_flac(row: dict, folder: str) -> Path:
     return path
 
 
-def prepare_row(row: dict, arguments: PrepareArguments) -> dict | UnusableClip:
+def prepare_row(arguments: PrepareArguments, row: dict) -> dict | UnusableClip:
     """The row as it is written, with its clip's length, path and bytes; or why it cannot be used."""
     try:
         seconds = checked_seconds(row, arguments.min_seconds, arguments.max_seconds)
@@ -98,21 +95,13 @@ def prepare_row(row: dict, arguments: PrepareArguments) -> dict | UnusableClip:
     return {**row, "audio": {"bytes": data, "path": path}, "seconds": seconds, "testset_id": testset_id}
 
 
-def batches(items: Iterable, size: int) -> Iterator[list]:
-    iterator = iter(items)
-    return iter(lambda: list(islice(iterator, size)), [])
-
-
 def prepare_rows(
     rows: Iterator[dict], arguments: PrepareArguments, dropped: SkippedClips, statistics: CorpusStatistics
 ) -> Iterator[dict]:
     """`prepare_row` of all, in order, by a few threads, which wait for disks and decoders side by side."""
-    threads = min(8, os.cpu_count())
-    with ThreadPoolExecutor(threads) as pool:
-        for batch in batches(rows, threads * CHUNK_ROWS):
-            chunks = batches(batch, CHUNK_ROWS)
-            done = pool.map(lambda chunk: [prepare_row(row, arguments) for row in chunk], chunks)
-            for row, prepared in zip(batch, (result for results in done for result in results), strict=True):
+    with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
+        while batch := list(islice(rows, ROWS_AT_A_TIME)):
+            for row, prepared in zip(batch, pool.map(partial(prepare_row, arguments), batch), strict=True):
                 if isinstance(prepared, UnusableClip):
                     where = row["audio"]["path"] + (f"#{row['clip_id']}" if "clip_id" in row else "")
                     dropped.add(where, prepared.reason, prepared.detail)
@@ -133,8 +122,8 @@ def prepare(corpus: str, root: str, arguments: PrepareArguments, command: str = 
     try:
         statistics, dropped = CorpusStatistics(), SkippedClips(work / "index.dropped.tsv")
         rows = prepare_rows(read_examples(root, **options, drop=dropped.add), arguments, dropped, statistics)
-        clips_per_group = CLIPS_PER_GROUP if arguments.embed else PATHS_PER_GROUP
-        write_clips(work / "index.parquet", rows, INDEX_COLUMNS, clips_per_group)
+        group = CLIPS_PER_GROUP if arguments.embed else PATHS_PER_GROUP
+        write_clips(work / "index.parquet", rows, INDEX_COLUMNS, group)
         if not statistics.seconds:
             counts = dropped.counts.items()
             reasons = (f"{count} {reason} (first {dropped.first_paths[reason][0]})" for reason, count in counts)

@@ -1,8 +1,9 @@
 """The data half of a recipe."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jinja2
+from transformers.hf_argparser import HfArg
 
 from .augmentation import Augmentation
 from .clip_dataset import ClipDataset
@@ -28,27 +29,23 @@ class DataArguments:
         ValueError: for keys that contradict each other, and without any data.
     """
 
-    sources: list[str] = field(
-        default_factory=list, metadata={"help": "Sources to train on; as JSON: '{\"path\": …}'."}
-    )
-    eval_sources: list[str] = field(default_factory=list, metadata={"help": "Held-out sources, evaluated on."})
-    train_files: list[str] = field(default_factory=list, metadata={"help": "Parquet files to train on."})
-    eval_file: str | None = field(default=None, metadata={"help": "Held-out Parquet file."})
-    text_column: str = field(default="text", metadata={"help": "Column of these files that holds the transcript."})
-    max_eval_clips: int | None = field(default=None, metadata={"help": "Evaluate on the first of each source only."})
-    joined_clips: int = field(default=0, metadata={"help": "Longer clips made of joined ones, per training file."})
-    joined_seconds: list[float] = field(default_factory=lambda: [6.0, 28.0], metadata={"help": "How long they are."})
-    speeds: list[float] = field(default_factory=list, metadata={"help": "Add copies at these speeds, e.g. 0.9 1.1."})
-    speed_files: list[str] | None = field(default=None, metadata={"help": "Only of these files; default: of all."})
-    min_seconds: float = field(default=0.0, metadata={"help": "Shorter clips are skipped."})
-    max_seconds: float = field(default=30.0, metadata={"help": "Longer clips are skipped."})
-    masked_frames: float = field(default=0.0, metadata={"help": "Share of encoder frames masked in training."})
-    system_prompt: bool = field(default=False, metadata={"help": "Begin prompts of tasks with the system text."})
-    shuffle_buffer: int = field(default=1000, metadata={"help": "Clips that streams are shuffled among."})
-    feature_cache: str = field(
-        default="runs/feature_cache", metadata={"help": "Directory of encoder features; '': no."}
-    )
-    feature_cache_gigabytes: float = field(default=50.0, metadata={"help": "Beyond it the oldest are removed."})
+    sources: list[str] = HfArg(default_factory=list, help="Sources to train on; as JSON: '{\"path\": …}'.")
+    eval_sources: list[str] = HfArg(default_factory=list, help="Held-out sources, evaluated on.")
+    train_files: list[str] = HfArg(default_factory=list, help="Parquet files to train on.")
+    eval_file: str | None = HfArg(default=None, help="Held-out Parquet file.")
+    text_column: str = HfArg(default="text", help="Column of these files that holds the transcript.")
+    max_eval_clips: int | None = HfArg(default=None, help="Evaluate on the first of each source only.")
+    joined_clips: int = HfArg(default=0, help="Longer clips made of joined ones, per training file.")
+    joined_seconds: list[float] = HfArg(default_factory=lambda: [6.0, 28.0], help="How long they are.")
+    speeds: list[float] = HfArg(default_factory=list, help="Add copies at these speeds, e.g. 0.9 1.1.")
+    speed_files: list[str] | None = HfArg(default=None, help="Only of these files; default: of all.")
+    min_seconds: float = HfArg(default=0.0, help="Shorter clips are skipped.")
+    max_seconds: float = HfArg(default=30.0, help="Longer clips are skipped.")
+    masked_frames: float = HfArg(default=0.0, help="Share of encoder frames masked in training.")
+    system_prompt: bool = HfArg(default=False, help="Begin prompts of tasks with the system text.")
+    shuffle_buffer: int = HfArg(default=1000, help="Clips that streams are shuffled among.")
+    feature_cache: str = HfArg(default="runs/feature_cache", help="Directory of encoder features; '': no.")
+    feature_cache_gigabytes: float = HfArg(default=50.0, help="Beyond it the oldest are removed.")
 
     def __post_init__(self):
         given = [key for key in SHORT_FORM if getattr(self, key)]
@@ -83,42 +80,30 @@ class DataArguments:
         """
         skipped = skipped or SkippedClips()
         limits = {"min_seconds": self.min_seconds, "max_seconds": self.max_seconds, "skipped": skipped}
-        sources = self.training_sources()
-        if any(source.streaming for source in sources):
-            train = sources
-        else:
-            train = [ClipTable(source, **limits) for source in sources]
-            if self.joined_clips:
-                seconds = tuple(self.joined_seconds)
-                for seed, table in enumerate(train[: len(self.train_files)]):
-                    joined = join_clips(table, self.joined_clips, seconds, seed)
-                    train.append(ClipTable(Source(path=f"joined clips of {table.source.path}"), joined, **limits))
-        held_out = self.evaluation_sources()
+        train, held_out = self.training_sources(), self.evaluation_sources()
+        if not any(source.streaming for source in train):
+            train = [ClipTable(source, **limits) for source in train]
+            for seed, table in enumerate(train[: len(self.train_files)] if self.joined_clips else []):
+                joined = join_clips(table, self.joined_clips, tuple(self.joined_seconds), seed)
+                train.append(ClipTable(Source(path=f"joined clips of {table.source.path}"), joined, **limits))
         evaluation = [ClipTable(source, **limits, max_clips=self.max_eval_clips) for source in held_out]
         skipped.report()
         return train, evaluation
 
-    def datasets(
-        self, train: list, evaluation: list[ClipTable], model, processor, augmentation: Augmentation, seed: int
-    ):
+    def datasets(self, train: list, evaluation: list, model, processor, augmentation: Augmentation, seed: int):
         """The training and the evaluation set of what `load` gave; `None` for no evaluation."""
-        extractor = processor.feature_extractor
-        cache = None
+        extractor, cache = processor.feature_extractor, None
         if self.feature_cache and not trains_encoder(model):
-            identity = encoder_identity(model, extractor)
-            cache = FeatureCache(self.feature_cache, identity, self.feature_cache_gigabytes)
-        prompts = {
-            "system": SYSTEM_PROMPT if self.system_prompt else None,
-            "system_turn": takes_system_turn(processor),
-            "cache": cache,
-        }
-        drawn = {"augmentation": augmentation, "masked_frames": self.masked_frames, "seed": seed}
-        if isinstance(train[0], Source):
-            clips = ClipDataset([], extractor, **prompts, **drawn)
-            training_set = StreamedClips(clips, train, self.shuffle_buffer, self.min_seconds, self.max_seconds)
-        else:
-            training_set = ClipDataset(train, extractor, **prompts, **drawn)
-        return training_set, ClipDataset(evaluation, extractor, **prompts) if evaluation else None
+            cache = FeatureCache(self.feature_cache, encoder_identity(model, extractor), self.feature_cache_gigabytes)
+        system = SYSTEM_PROMPT if self.system_prompt else None
+        shared = {"system": system, "system_turn": takes_system_turn(processor), "cache": cache}
+        random = {"augmentation": augmentation, "masked_frames": self.masked_frames, "seed": seed}
+        streams = isinstance(train[0], Source)
+        training_set = ClipDataset([] if streams else train, extractor, **shared, **random)
+        if streams:
+            limits = (self.min_seconds, self.max_seconds)
+            training_set = StreamedClips(training_set, train, self.shuffle_buffer, *limits)
+        return training_set, ClipDataset(evaluation, extractor, **shared) if evaluation else None
 
 
 def takes_system_turn(processor) -> bool:

@@ -1,11 +1,12 @@
 """Augmentation of training audio: speed, noise and gain of the waveform, masks on its log-mel frames."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import soxr
 import torch
+from transformers.hf_argparser import HfArg
 
 from ..model.audio import SAMPLING_RATE, load_audio
 
@@ -23,27 +24,17 @@ class Augmentation:
         FileNotFoundError: for a noise file that is not there.
     """
 
-    augmented_share: float = field(
-        default=1.0, metadata={"help": "Share of the clips that are augmented; the others may come from the cache."}
-    )
-    speed_factors: list[float] = field(
-        default_factory=list, metadata={"help": "One is drawn for each clip, e.g. 0.9 1.0 1.1 (Ko et al., 2015)."}
-    )
-    snr_db: list[float] = field(
-        default_factory=list, metadata={"help": "Lowest and highest ratio of clip to added noise, in dB, e.g. 5 25."}
-    )
-    noise_probability: float = field(default=0.5, metadata={"help": "Share of the clips that get noise."})
-    noise_files: list[str] = field(
-        default_factory=list, metadata={"help": "Audio files of noise; without any it is white or pink."}
-    )
-    gain_db: list[float] = field(
-        default_factory=list, metadata={"help": "Lowest and highest gain, in dB, e.g. -12 6."}
-    )
-    time_masks: int = field(default=0, metadata={"help": "SpecAugment: masks over time for each clip."})
-    time_mask_frames: int = field(default=70, metadata={"help": "Their greatest width, in frames of 10 ms."})
-    time_mask_share: float = field(default=0.2, metadata={"help": "Their greatest width, as a share of the clip."})
-    frequency_masks: int = field(default=0, metadata={"help": "SpecAugment: masks over mel bins for each clip."})
-    frequency_mask_bins: int = field(default=15, metadata={"help": "Their greatest width, in mel bins."})
+    augmented_share: float = HfArg(default=1.0, help="Share of clips augmented; the others may come from the cache.")
+    speed_factors: list[float] = HfArg(default_factory=list, help="One is drawn for each clip (Ko et al., 2015).")
+    snr_db: list[float] = HfArg(default_factory=list, help="Range of the ratio of clip to noise, in dB, e.g. 5 25.")
+    noise_probability: float = HfArg(default=0.5, help="Share of the clips that get noise.")
+    noise_files: list[str] = HfArg(default_factory=list, help="Audio files; without any, noise is white or pink.")
+    gain_db: list[float] = HfArg(default_factory=list, help="Lowest and highest gain, in dB, e.g. -12 6.")
+    time_masks: int = HfArg(default=0, help="SpecAugment: masks over time for each clip.")
+    time_mask_frames: int = HfArg(default=70, help="Their greatest width, in frames of 10 ms.")
+    time_mask_share: float = HfArg(default=0.2, help="Their greatest width, as a share of the clip.")
+    frequency_masks: int = HfArg(default=0, help="SpecAugment: masks over mel bins for each clip.")
+    frequency_mask_bins: int = HfArg(default=15, help="Their greatest width, in mel bins.")
 
     def __post_init__(self):
         for name in ("snr_db", "gain_db"):
@@ -69,12 +60,11 @@ class Augmentation:
         A clip at another speed, in noise, and louder or softer, in this order.
 
         The gain is lowered where a sample would otherwise go past full scale, so that nothing is clipped; so is the
-        level of a clip that noise, or resampling, takes past it. The ratio of clip to noise stays as drawn.
+        level of a clip that noise, or resampling, takes past it. The ratio of clip to noise stays as drawn. All that
+        is random comes from `rng`.
 
         Args:
             waveform (`np.ndarray`): `(samples,)`, float, at 16 kHz, full scale [-1, 1]. It is left as it is.
-            rng (`np.random.Generator`): all that is random comes from it. One for each sample and epoch, such as
-                `np.random.default_rng([seed, epoch, index])`, makes a run reproducible and resumable.
 
         Returns:
             `np.ndarray` of shape `(samples / speed,)`, float32, in [-1, 1]. Silence stays silence.
@@ -95,16 +85,13 @@ class Augmentation:
 
     def mask_features(self, features: torch.Tensor, mask: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """
-        SpecAugment without time warping: spans of frames and of mel bins are replaced by the clip's mean, the paper's
-        0 of normalised features. The default widths are its policy for Switchboard, SM, which suits short clips.
-
-        Park et al.: SpecAugment: A simple data augmentation method for automatic speech recognition. Interspeech
-        2019. A width is drawn from 0 to its limit, then a start from the places where the span fits.
+        SpecAugment (Park et al., Interspeech 2019) without time warping: spans of frames and of mel bins are replaced
+        by the clip's mean, the paper's 0 of normalised features. A width is drawn from 0 to its limit, then a start
+        from the places where the span fits. The default widths are its policy SM, which suits short clips.
 
         Args:
             features (`torch.Tensor`): `(clips, mel bins, frames)` of log-mel energies, right-padded. Left as it is.
-            mask (`torch.Tensor`): `(clips, frames)`, 1 on each clip's own frames, 0 on its padding, which is not
-                masked.
+            mask (`torch.Tensor`): `(clips, frames)`, 1 on each clip's own frames, 0 on its padding, left unmasked.
             generator (`torch.Generator`): on the device of `features`.
 
         Returns:
@@ -119,13 +106,12 @@ class Augmentation:
                 f"{self.frequency_masks} frequency masks of up to {self.frequency_mask_bins} bins could cover all "
                 f"{bins} mel bins; lower frequency_masks or frequency_mask_bins."
             )
-        own = mask.bool()[:, None]
-        lengths = mask.bool().sum(-1)
+        own, lengths = mask.bool()[:, None], mask.bool().sum(-1)
         widest = (lengths.double() * self.time_mask_share).long().clamp(max=self.time_mask_frames)
-        masked = _spans(widest, lengths, self.time_masks, frames, generator)[:, None]
-        bin_counts = torch.full_like(lengths, bins)
+        times = _spans(widest, lengths, self.time_masks, frames, generator)
         widest = torch.full_like(lengths, self.frequency_mask_bins)
-        masked = masked | _spans(widest, bin_counts, self.frequency_masks, bins, generator)[:, :, None]
+        frequencies = _spans(widest, torch.full_like(lengths, bins), self.frequency_masks, bins, generator)
+        masked = times[:, None] | frequencies[:, :, None]
         total = features.float().masked_fill(~own, 0.0).sum((1, 2), keepdim=True)
         mean = total / (lengths * bins)[:, None, None]
         return torch.where(masked & own, mean.to(features.dtype), features)
@@ -182,9 +168,7 @@ def frame_mask(frames: int, share: float, generator: torch.Generator, span: int 
     return masked
 
 
-def _spans(
-    widest: torch.Tensor, lengths: torch.Tensor, count: int, size: int, generator: torch.Generator
-) -> torch.Tensor:
+def _spans(widest: torch.Tensor, lengths: torch.Tensor, count: int, size: int, generator) -> torch.Tensor:
     """`(clips, size)`, true on `count` spans for each clip, up to `widest` wide, in the first `lengths` places."""
     # In double precision, for a product with a number below 1 to stay below the integer.
     draws = torch.rand((2, len(lengths), count), generator=generator, device=lengths.device, dtype=torch.float64)

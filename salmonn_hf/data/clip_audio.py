@@ -1,8 +1,8 @@
 """
 The audio of a row of data: how long it is, and its samples.
 
-A row has `audio`, `{"bytes", "path"}`, of which the bytes come first. Where its clip is a part of a file, the row also
-has `start` and `end`, in seconds; where further files follow the first, it has their paths as `expand_wav`.
+A row has `audio`, `{"bytes", "path"}`, of which the bytes come first. A clip that is a part of a file has `start` and
+`end`, in seconds; one that further files follow has their paths as `expand_wav`.
 """
 
 import io
@@ -25,11 +25,6 @@ def _header(path: str, modified: int):
     return soundfile.info(path)
 
 
-def header(path: str):
-    """Format, rate and length of a file, from its header."""
-    return _header(path, os.stat(path).st_mtime_ns)
-
-
 def audio_seconds(audio: dict) -> float:
     """
     The length of `{"bytes", "path"}` by its header. It is decoded only if the header has none: that of a FLAC is
@@ -42,7 +37,7 @@ def audio_seconds(audio: dict) -> float:
     try:
         if not (os.path.getsize(path) if data is None else data):
             return 0.0
-        found = header(path) if data is None else soundfile.info(io.BytesIO(data))
+        found = _header(path, os.stat(path).st_mtime_ns) if data is None else soundfile.info(io.BytesIO(data))
         frames = found.frames
         if frames in (0, UNKNOWN_FRAMES):
             stream = open(path, "rb") if data is None else io.BytesIO(data)
@@ -85,8 +80,7 @@ def checked_seconds(row: dict, min_seconds: float = 0.0, max_seconds: float = fl
     The length of the clip of a row that can be trained on.
 
     Raises:
-        UnusableClip: as `clip_seconds`; if the row has no text, or the clip is empty, shorter than `min_seconds` or
-            longer than `max_seconds`.
+        UnusableClip: as `clip_seconds`; if the row has no text, or the clip is empty, too short or too long.
     """
     if not isinstance(row["text"], str) or not row["text"].strip():
         raise UnusableClip("no text", "" if row["text"] is None else repr(row["text"]))
@@ -100,9 +94,10 @@ def checked_seconds(row: dict, min_seconds: float = 0.0, max_seconds: float = fl
 
 def is_flac_clip(row: dict) -> bool:
     """Whether a row's clip is one complete 16 kHz mono FLAC file, as `flac_bytes` would make of it."""
-    found = header(row["audio"]["path"])
-    complete = "start" not in row and "expand_wav" not in row
-    return complete and (found.format, found.samplerate, found.channels) == ("FLAC", SAMPLING_RATE, 1)
+    if "start" in row or "expand_wav" in row:
+        return False
+    found = _header(row["audio"]["path"], os.stat(row["audio"]["path"]).st_mtime_ns)
+    return (found.format, found.samplerate, found.channels) == ("FLAC", SAMPLING_RATE, 1)
 
 
 def read_clip(row: dict, speed: float = 1.0) -> np.ndarray:

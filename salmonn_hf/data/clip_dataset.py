@@ -1,10 +1,12 @@
 """Clips of several sources as examples: what each is asked, which of its texts is the answer, how it is augmented."""
 
 import hashlib
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from ..model.feature_extraction_salmonn import SalmonnFeatureExtractor
 from . import task_prompts
 from .augmentation import Augmentation, frame_mask
 from .clip_audio import read_clip
@@ -16,6 +18,7 @@ from .sources import Source
 from .text_choice import row_texts
 
 
+@dataclass(eq=False)
 class ClipDataset(torch.utils.data.Dataset):
     """
     Examples of all tables, one table after another.
@@ -31,40 +34,28 @@ class ClipDataset(torch.utils.data.Dataset):
     `{"path", "skipped": reason}`.
 
     Args:
-        tables (`list[ClipTable]`).
-        feature_extractor ([`SalmonnFeatureExtractor`]).
-        cache ([`FeatureCache`], *optional*): looked into for clips that are not augmented; those of the others change
-            with every pass.
-        augmentation ([`Augmentation`], *optional*).
-        masked_frames (`float`): share of the encoder frames to mask, see `frame_mask`.
-        system (`str`, *optional*), system_turn (`bool`): as in `task_prompts.messages`.
-        seed (`int`).
+        cache: of clips that are not augmented; the others change with every pass.
+        masked_frames: share of the encoder frames to mask, see `frame_mask`.
+        system, system_turn: as in `task_prompts.messages`.
 
     Raises:
         ValueError: if there is no clip at all.
     """
 
-    def __init__(
-        self,
-        tables: list[ClipTable],
-        feature_extractor,
-        cache: FeatureCache | None = None,
-        augmentation: Augmentation | None = None,
-        masked_frames: float = 0.0,
-        system: str | None = None,
-        system_turn: bool = True,
-        seed: int = 0,
-    ):
-        self.tables = tables
-        self.feature_extractor = feature_extractor
-        self.cache = cache
-        self.augmentation = augmentation or Augmentation()
-        self.masked_frames = masked_frames
-        self.system, self.system_turn = system, system_turn
-        self.seed = seed
-        self.starts = np.cumsum([0, *map(len, tables)])
-        if tables and not len(self):
-            raise ValueError(f"No usable clip in {', '.join(table.source.path for table in tables)}; see the reasons.")
+    tables: list[ClipTable]
+    feature_extractor: SalmonnFeatureExtractor
+    cache: FeatureCache | None = None
+    augmentation: Augmentation = Augmentation()
+    masked_frames: float = 0.0
+    system: str | None = None
+    system_turn: bool = True
+    seed: int = 0
+
+    def __post_init__(self):
+        self.starts = np.cumsum([0, *map(len, self.tables)])
+        if self.tables and not len(self):
+            paths = ", ".join(table.source.path for table in self.tables)
+            raise ValueError(f"No usable clip in {paths}; see the reasons.")
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -89,23 +80,21 @@ class ClipDataset(torch.utils.data.Dataset):
             return {"path": path, "skipped": str(error)}
         texts = row_texts(row)
         task = source.task or row.get("task")
-        messages = self.messages(task, row.get("question") or "", pass_number, index) if task else None
-        return {
-            "clip": clip,
-            "messages": messages,
-            "task": task or "asr",
-            "text": source.choose_text(texts, 0 if pass_number is None else self._seed(pass_number, index, "text")),
-            "texts": texts,
-            "path": path,
-            "seconds": seconds,
-        }
+        draw = None if pass_number is None else (self.seed, pass_number, index)
+        text = source.choose_text(texts, 0 if draw is None else self._seed(pass_number, index, "text"))
+        messages = None
+        if task:
+            prompt = {"system": self.system, "draw": draw, "system_turn": self.system_turn}
+            messages = task_prompts.messages(task, row.get("question") or "", **prompt)
+        example = {"clip": clip, "messages": messages, "task": task or "asr", "text": text, "texts": texts}
+        return example | {"path": path, "seconds": seconds}
 
     def clip(self, row: dict, speed: float, pass_number: int | None, index: int) -> dict:
         augmentation = self.augmentation if pass_number is not None else Augmentation()
         augments = augmentation != Augmentation()
         if augments and augmentation.augmented_share < 1:
-            rng = np.random.default_rng(self._seed(pass_number, index, "augments"))
-            augments = rng.random() < augmentation.augmented_share
+            share = np.random.default_rng(self._seed(pass_number, index, "augments")).random()
+            augments = share < augmentation.augmented_share
         clip = {}
         try:
             if self.cache is not None and not augments:
@@ -119,9 +108,8 @@ class ClipDataset(torch.utils.data.Dataset):
                 features = self.feature_extractor([waveform], return_tensors="pt")
                 if augments:
                     generator = torch.Generator().manual_seed(self._seed(pass_number, index, "features"))
-                    features["input_features"] = augmentation.mask_features(
-                        features["input_features"], features["input_features_mask"], generator
-                    )
+                    mels, mask = features["input_features"], features["input_features_mask"]
+                    features["input_features"] = augmentation.mask_features(mels, mask, generator)
                 clip |= {name: features[name][0] for name in ("input_features", "input_values") if name in features}
         except (ValueError, OSError) as error:  # AudioError among them
             raise UnusableClip("damaged", str(error)) from error
@@ -129,15 +117,6 @@ class ClipDataset(torch.utils.data.Dataset):
             generator = torch.Generator().manual_seed(self._seed(pass_number, index, "frames"))
             clip["masked_frames"] = frame_mask(num_frames(clip), self.masked_frames, generator)
         return clip
-
-    def messages(self, task: str, question: str, pass_number: int | None, index: int) -> list[dict]:
-        return task_prompts.messages(
-            task,
-            question,
-            system=self.system,
-            draw=None if pass_number is None else (self.seed, pass_number, index),
-            system_turn=self.system_turn,
-        )
 
     def _seed(self, pass_number: int, index: int, what: str) -> int:
         digest = hashlib.sha256(f"{self.seed} {pass_number} {index} {what}".encode()).digest()

@@ -1,6 +1,5 @@
 """Parquet files of clips, in the form of `datasets`: written clip by clip, opened without decoding."""
 
-import os
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -8,17 +7,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-INDEX_COLUMNS = (
-    "audio",
-    "text",
-    "task",
-    "question",
-    "source",
-    "language",
-    "testset_id",
-    "clip_id",
-    "seconds",
-)  # of training/prepare_data.py
+from ..files import complete_or_absent
+
+# Of training/prepare_data.py.
+INDEX_COLUMNS = ("audio", "text", "task", "question", "source", "language", "testset_id", "clip_id", "seconds")
 # Each group of rows is held in memory once.
 CLIPS_PER_GROUP = 200  # of embedded audio
 PATHS_PER_GROUP = 20_000
@@ -36,26 +28,18 @@ def clip_schema(columns: Iterable[str]) -> pa.Schema:
 def write_clips(path: Path, rows: Iterable[dict], columns: Iterable[str], clips_per_group: int = CLIPS_PER_GROUP):
     """Write rows, `audio` as `{"bytes", "path"}`, to a file that appears once it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial, rows = path.with_name(f"{path.name}.partial"), iter(rows)
-    try:
-        # The audio is compressed already.
-        with pq.ParquetWriter(partial, clip_schema(columns), compression="zstd", compression_level=1) as writer:
-            while group := list(islice(rows, clips_per_group)):
-                writer.write_table(pa.Table.from_pylist(group, schema=writer.schema))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    rows, settings = iter(rows), {"compression": "zstd", "compression_level": 1}  # the audio is compressed already
+    with complete_or_absent(path) as partial, pq.ParquetWriter(partial, clip_schema(columns), **settings) as writer:
+        while group := list(islice(rows, clips_per_group)):
+            writer.write_table(pa.Table.from_pylist(group, schema=writer.schema))
 
 
 def parquet_rows(files: list[str], *columns: str):
     """
     Parquet files with an `audio` column, as `datasets` writes it, as one `datasets.Dataset` of undecoded clips.
 
-    Args:
-        columns: what else the files must have.
-
     Raises:
-        ValueError: for a column that they lack, naming those that they have.
+        ValueError: for one of `columns` that they lack, naming those that they have.
     """
     from datasets import Audio, load_dataset
 

@@ -21,10 +21,8 @@ class ClipTable:
     The usable clips of a source: `table[i]` is a row, `{"audio": {"bytes", "path"}, "text", "task", "question", ...}`.
 
     Args:
-        source ([`Source`]).
         rows (`datasets.Dataset`, *optional*): the source's rows, if not those of `source.open()`.
-        min_seconds, max_seconds (`float`): shorter and longer clips are skipped.
-        skipped ([`SkippedClips`], *optional*): where they are listed.
+        min_seconds, max_seconds (`float`): shorter and longer clips are skipped, and listed in `skipped`.
         max_clips (`int`, *optional*): no more than the first so many.
 
     Attributes:
@@ -42,17 +40,11 @@ class ClipTable:
         skipped: SkippedClips | None = None,
         max_clips: int | None = None,
     ):
-        self.source = source
-        self.rows = source.open() if rows is None else rows
+        self.source, self.rows = source, source.open() if rows is None else rows
         skipped = skipped if skipped is not None else SkippedClips()
         measured = _seconds(self.rows) / source.speed
-        conditions = (
-            ~_has_text(self.rows),
-            np.isnan(measured),
-            measured <= 0,
-            measured < min_seconds,
-            measured > max_seconds,
-        )
+        short, long = measured < min_seconds, measured > max_seconds
+        conditions = (~_has_text(self.rows), np.isnan(measured), measured <= 0, short, long)  # as in REASONS
         reasons = np.select(conditions, range(len(REASONS)), -1)
         for index in np.flatnonzero(reasons >= 0).tolist():
             path = self.rows[index]["audio"]["path"] or f"{source.path}#{index}"
@@ -80,16 +72,14 @@ class ClipTable:
 
     def tasks_and_texts(self):
         """The task and the texts of each usable clip, one after another."""
-        usable = np.zeros(len(self.rows), dtype=bool)
-        usable[self.usable_rows] = True
-        start = 0
+        usable, start = np.isin(np.arange(len(self.rows)), self.usable_rows), 0
         columns = ["text"] + ["task"] * (not self.source.task and "task" in self.rows.column_names)
         for batch in self.rows.select_columns(columns).iter(SCANNED_ROWS):
             tasks = batch.get("task") or [self.source.task] * len(batch["text"])
             for is_usable, task, text in zip(usable[start:], tasks, batch["text"], strict=False):
                 if is_usable:
                     yield task or "asr", [text] if isinstance(text, str) else text
-            start += len(batch["text"])
+            start += len(tasks)
 
 
 def _has_text(rows) -> np.ndarray:
@@ -99,11 +89,10 @@ def _has_text(rows) -> np.ndarray:
 
 def _seconds(rows) -> np.ndarray:
     """Lengths, float64; NaN for a clip that is missing or unreadable."""
-    measured = [np.zeros(0)]
+    measured = [np.zeros(0)]  # of no rows
     if "seconds" in rows.column_names:
-        for batch in rows.select_columns("seconds").with_format("numpy").iter(SCANNED_ROWS):
-            measured.append(np.asarray(batch["seconds"], dtype=np.float64))
-        return np.concatenate(measured)
+        batches = rows.select_columns("seconds").with_format("numpy").iter(SCANNED_ROWS)
+        return np.concatenate([*measured, *(np.asarray(batch["seconds"], dtype=np.float64) for batch in batches)])
     columns = [name for name in ("audio", "expand_wav") if name in rows.column_names]
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
         for batch in rows.select_columns(columns).iter(SCANNED_CLIPS):

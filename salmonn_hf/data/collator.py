@@ -1,6 +1,7 @@
 """Examples of a dataset to the batches that the trainer takes."""
 
 import json
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -8,19 +9,20 @@ import torch
 from tokenizers import Tokenizer
 from torch.nn.utils.rnn import pad_sequence
 
+from ..model.processing_salmonn import SalmonnProcessor
 from .clip_dataset import ClipDataset
 from .ctc_vocabulary import ctc_text, ctc_tokenizer
 from .encoder_features import num_frames
 from .task_prompts import CAPTION_TASKS, is_transcript
 
 
+@dataclass(eq=False)
 class ClipCollator:
     """
     Examples of `ClipDataset` to a batch for the trainer:
 
-    - `clips` (`list[dict]`): frames or features, see `encode_clips`; `tasks` (`list[str]`), `seconds` (`float`, of all
-      clips together) and `skipped` (`list[tuple[str, str]]`: path and reason of clips that could not be decoded, which
-      are left out) beside them.
+    - `clips` (`list[dict]`): frames or features, see `encode_clips`; `tasks` (`list[str]`); `seconds` (`float`) of all
+      clips; `skipped` (`list[tuple[str, str]]`): path and reason of clips that could not be decoded, left out.
     - `input_ids`, `attention_mask`, `labels` (`torch.LongTensor` of shape `(clips, tokens)`): prompt and answer,
       left-padded whatever the tokenizer's padding side, with the answer's end token at the right end, and -100 in
       place of all but the answer.
@@ -30,26 +32,19 @@ class ClipCollator:
     Should no clip be left, the batch is a moment of silence without any label, and adds nothing to the loss.
 
     Args:
-        processor ([`SalmonnProcessor`]).
-        ctc_token_ids (`list[int]`): the CTC head's tokens; empty for no `ctc_labels`.
-        ctc_merges (`int`, *optional*): see `ctc_tokenizer`.
-        alignment_only (`bool`): clips and `ctc_labels` alone, as the alignment stage needs them.
-        clips ([`ClipDataset`], *optional*): which makes the examples of [`StreamedClips`].
-        caption_bags (`bool`): `caption_labels` of captions beside the `ctc_labels`; of no use to a model with a
-            [`SalmonnSoundSummary`].
+        ctc_token_ids: the CTC head's tokens; empty for no `ctc_labels`.
+        ctc_merges: see `ctc_tokenizer`.
+        alignment_only: clips and `ctc_labels` alone, as the alignment stage needs them.
+        clips: which makes the examples of [`StreamedClips`].
+        caption_bags: `caption_labels` beside the `ctc_labels`; of no use to a model with a [`SalmonnSoundSummary`].
     """
 
-    def __init__(
-        self,
-        processor,
-        ctc_token_ids: list[int],
-        ctc_merges: int | None = None,
-        alignment_only: bool = False,
-        clips: ClipDataset | None = None,
-        caption_bags: bool = True,
-    ):
-        self.processor, self.clips, self.caption_bags = processor, clips, caption_bags
-        self.ctc_token_ids, self.ctc_merges, self.alignment_only = ctc_token_ids, ctc_merges, alignment_only
+    processor: SalmonnProcessor
+    ctc_token_ids: list[int]
+    ctc_merges: int | None = None
+    alignment_only: bool = False
+    clips: ClipDataset | None = None
+    caption_bags: bool = True
 
     @cached_property
     def ctc_tokenizer(self) -> Tokenizer:
@@ -76,26 +71,25 @@ class ClipCollator:
             "seconds": sum(example["seconds"] for example in examples),
             "skipped": skipped,
         }
+        right = {"batch_first": True, "padding_value": -100}
         if self.ctc_token_ids:
-            batch["ctc_labels"] = pad_sequence(
-                [self.ctc_labels(example["text"] if is_transcript(example["task"]) else None) for example in examples],
-                batch_first=True,
-                padding_value=-100,
-            )
+            said = [example["text"] if is_transcript(example["task"]) else None for example in examples]
+            batch["ctc_labels"] = pad_sequence([self.ctc_labels(text) for text in said], **right)
             described = [self.caption_labels(example) for example in examples] if self.caption_bags else []
             if any(len(labels) for labels in described):
-                batch["caption_labels"] = pad_sequence(described, batch_first=True, padding_value=-100)
+                batch["caption_labels"] = pad_sequence(described, **right)
         if self.alignment_only:
             return batch
 
         tokenizer = self.processor.tokenizer
         prompts = [self.prompt_ids(num_frames(example["clip"]), example["messages"]) for example in examples]
         answers = [self.answer_ids(example["text"]) for example in examples]
-        rows = [torch.tensor(prompt + answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        labels = [
-            torch.tensor([-100] * len(prompt) + (answer if example["text"] is not None else [-100] * len(answer)))
-            for prompt, answer, example in zip(prompts, answers, examples, strict=True)
-        ]
+        rows, labels = [], []
+        for prompt, answer, example in zip(prompts, answers, examples, strict=True):
+            rows.append(torch.tensor(prompt + answer))
+            labels.append(torch.where(torch.arange(len(rows[-1])) < len(prompt), -100, rows[-1]))
+            if example["text"] is None:  # silence
+                labels[-1].fill_(-100)
         left = {"batch_first": True, "padding_side": "left"}
         batch["input_ids"] = pad_sequence(rows, padding_value=tokenizer.pad_token_id, **left)
         batch["attention_mask"] = pad_sequence([torch.ones_like(row) for row in rows], **left)
@@ -124,17 +118,14 @@ class ClipCollator:
         return tokenizer((text or "").strip(), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
 
     def ctc_labels(self, text: str | None) -> torch.Tensor:
-        if text is None:
-            return torch.zeros(0, dtype=torch.int64)
-        tokens = self.ctc_tokenizer.encode(ctc_text(text), add_special_tokens=False).ids
+        tokens = [] if text is None else self.ctc_tokenizer.encode(ctc_text(text), add_special_tokens=False).ids
         labels = [self.ctc_index[token] for token in tokens if token in self.ctc_index]
         return torch.tensor(labels, dtype=torch.int64)
 
     def caption_labels(self, example: dict) -> torch.Tensor:
         """The tokens of a caption, as it is spelt within a sentence; none of any other answer."""
-        if example["task"] not in CAPTION_TASKS:
-            return torch.zeros(0, dtype=torch.int64)
-        return torch.tensor(self.caption_ids(example["text"]))
+        tokens = self.caption_ids(example["text"]) if example["task"] in CAPTION_TASKS else []
+        return torch.tensor(tokens, dtype=torch.int64)
 
     def caption_ids(self, text: str) -> list[int]:
         return self.processor.tokenizer(" " + text.strip().lower(), add_special_tokens=False)["input_ids"]

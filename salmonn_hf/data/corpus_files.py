@@ -8,12 +8,11 @@ import ijson
 
 from .skipped_clips import UnusableClip
 
+Drop = Callable[[str, str, str], None]
+
 
 class CorpusError(ValueError):
     """A corpus that is not there or not in its published form. The message names the path and what to do about it."""
-
-
-Drop = Callable[[str, str, str], None]
 
 
 def refuse(path: str, reason: str, detail: str):
@@ -26,16 +25,21 @@ def example(path, text, task: str, source: str, question: str = "", **optional) 
     return {"audio": audio, "text": text, "task": task, "question": question, "source": source, **optional}
 
 
-def require_file(path: Path, remedy: str) -> Path:
-    if not path.is_file():
+def require_file(path: str | Path, remedy: str) -> Path:
+    if not Path(path).is_file():
         raise CorpusError(f"{path} does not exist; {remedy}.")
-    return path
+    return Path(path)
 
 
-def require_directory(path: Path, remedy: str) -> Path:
-    if not path.is_dir():
+def require_directory(path: str | Path, remedy: str) -> Path:
+    if not Path(path).is_dir():
         raise CorpusError(f"{path} is not a directory; {remedy}.")
-    return path
+    return Path(path)
+
+
+def require_subset(path: str | Path, subset: str, known):
+    if subset not in known:
+        raise CorpusError(f"{path} has no subset {subset!r}; there are {', '.join(known)}.")
 
 
 def json_items(path: Path, key: str) -> Iterator:
@@ -64,5 +68,5 @@ def csv_rows(path: Path, columns: list[str], drop: Drop) -> Iterator[dict]:
         for row in reader:
             if any(row[column] is None for column in columns):
                 drop(f"{path}#{reader.line_num}", "incomplete entry", str(row)[:200])
-                continue
-            yield row
+            else:
+                yield row

@@ -34,8 +34,7 @@ class CorpusStatistics:
 
 
 def table(header: list[str], rows: Iterable[Iterable]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    cells = ([str(cell).replace("|", "\\|") for cell in line] for line in lines)
+    cells = ([str(cell).replace("|", "\\|") for cell in line] for line in (header, ["---"] * len(header), *rows))
     return "\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n"
 
 
@@ -55,25 +54,22 @@ def report(title: str, command: str, statistics: CorpusStatistics, dropped: Skip
     header = ["mean", "min", *(f"{q:.0%}" for q in quantiles[1:-1]), "max"]
     values = [seconds.mean(dtype=np.float64), *np.quantile(seconds, quantiles)]
     page += ["## Seconds per clip\n", table(header, [[f"{value:.2f}" for value in values]])]
-    once = sum(count == 1 for count in words.values())
-    common = ", ".join(f"{word} ({count})" for word, count in words.most_common(LISTED_WORDS))
+    total, once = words.total(), sum(count == 1 for count in words.values())
     characters = "".join(sorted(statistics.characters)).replace("`", "")
-    total = words.total()
     page += [
         "## Vocabulary\n",
         f"{total} words, {total / len(seconds):.1f} a clip; {len(words)} different, {once} of them once.\n",
-        f"Most common: {common}.\n",
+        f"Most common: {', '.join(f'{word} ({count})' for word, count in words.most_common(LISTED_WORDS))}.\n",
         f"{len(characters)} different characters: `` {' '.join(characters[:200].split())} ``\n",
         "## Dropped\n",
     ]
-    if not dropped.counts:
-        return "\n".join([*page, "None.\n"])
-    lines = (
+    reasons = [
         (reason, count, ", ".join(f"`{path}`" for path in dropped.first_paths[reason]))
         for reason, count in dropped.counts.items()
-    )
-    page.append(table(["reason", "clips", f"the first {LISTED_PATHS}"], lines))
-    page.append(f"All of them: [{title}.dropped.tsv]({title}.dropped.tsv).\n")
+    ]
+    if reasons:
+        page.append(table(["reason", "clips", f"the first {LISTED_PATHS}"], reasons))
+    page.append(f"All of them: [{title}.dropped.tsv]({title}.dropped.tsv).\n" if reasons else "None.\n")
     return "\n".join(page)
 
 

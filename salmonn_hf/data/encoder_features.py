@@ -30,24 +30,18 @@ def encode_clips(model, clips: list[dict], cache: FeatureCache | None = None) ->
     device = model.audio_tower.device
     # LoRA in training is in float32, beside frozen weights in bfloat16.
     mixed = len({parameter.dtype for parameter in model.audio_tower.parameters()}) > 1
-    missing = [index for index, clip in enumerate(clips) if "audio_frames" not in clip]
-    encoded = {}
+    names = ("audio_frames", "sound_frames")
+    encoded = [{name: clip[name].to(device) for name in names if name in clip} for clip in clips]
+    missing = [index for index, clip in enumerate(encoded) if not clip]
     for group in [[index] for index in missing] if device.type == "cpu" else [missing] * bool(missing):
         with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
             outputs = model.encode_audio(**pad_features([clips[index] for index in group], device))
         for row, index in enumerate(group):
-            encoded[index] = {
-                name: outputs[name][row, : int(outputs[f"{name}_mask"][row].sum())]
-                for name in ("audio_frames", "sound_frames")
-                if name in outputs
-            }
+            lengths = {name: int(outputs[f"{name}_mask"][row].sum()) for name in names if name in outputs}
+            encoded[index] = {name: outputs[name][row, :length] for name, length in lengths.items()}
             if cache is not None and "key" in clips[index]:
                 cache.put(clips[index]["key"], encoded[index])
-    names = ("audio_frames", "sound_frames")
-    return [
-        encoded.get(index) or {name: clip[name].to(device) for name in names if name in clip}
-        for index, clip in enumerate(clips)
-    ]
+    return encoded
 
 
 def pad_features(clips: list[dict[str, torch.Tensor]], device: torch.device) -> dict[str, torch.Tensor]:

@@ -4,25 +4,20 @@ import hashlib
 import json
 import os
 import uuid
-from collections import OrderedDict
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..files import complete_or_absent
+
 # What the features depend on. How the extractor was loaded is not among it.
 FEATURE_SETTINGS = (
-    "feature_size",
-    "sampling_rate",
-    "n_fft",
-    "hop_length",
-    "dither",
-    "tail_seconds",
-    "pad_to_30_seconds",
-    "return_input_values",
-)
-OPEN_SHARDS = 64  # memory-mapped at a time
+    "feature_size sampling_rate n_fft hop_length dither tail_seconds pad_to_30_seconds return_input_values"
+).split()
 
 
 def encoder_identity(model, feature_extractor) -> str:
@@ -46,20 +41,25 @@ def clip_key(row: dict, speed: float = 1.0) -> str:
     return digest.hexdigest()[:32]
 
 
+@lru_cache(maxsize=64)  # memory-mapped at a time
+def open_shard(file: Path) -> tuple:
+    """A shard's file, and which tensors each of its clips has."""
+    shard = safe_open(file, "pt")
+    return shard, json.loads(shard.metadata()["clips"])
+
+
 class FeatureCache:
     """
-    What `SalmonnModel.encode_audio` gives for a clip, by the clip's key (see `clip_key`): a dictionary of its tensors
-    without padding, `audio_frames` `(frames, width)` and, with a sound encoder, `sound_frames`.
+    What `SalmonnModel.encode_audio` gives for a clip, by its key (see `clip_key`): a dictionary of tensors without
+    padding, `audio_frames` `(frames, width)` and, with a sound encoder, `sound_frames`.
 
-    Clips are written in shards, safetensors files that appear once they are complete: a process that is killed loses
-    no more than the clips of its unfinished shard. Any number of processes may write, each its own shards, and read
-    those of all. Beyond `max_gigabytes` the oldest shards are removed.
+    Clips are written in shards, safetensors files that appear once they are complete: a killed process loses the clips
+    of its unfinished shard only. Any number of processes may write, each its own shards, and read those of all.
 
     Args:
         root: directory, which other encoders' features may share, and the limit with them.
-        identity (`str`): of the encoders, see `encoder_identity`.
-        max_gigabytes (`float`): of all shards under `root` (10⁹ bytes).
-        shard_megabytes (`float`): of a shard.
+        identity: of the encoders, see `encoder_identity`.
+        max_gigabytes: of all shards under `root` (10⁹ bytes), of which the oldest are removed beyond it.
 
     Raises:
         OSError: if `root` cannot be written.
@@ -68,16 +68,13 @@ class FeatureCache:
     def __init__(self, root: str | Path, identity: str, max_gigabytes: float = 50.0, shard_megabytes: float = 32.0):
         self.root, self.directory = Path(root), Path(root) / identity
         self.max_bytes, self.shard_bytes = max_gigabytes * 1e9, shard_megabytes * 1e6
-        self.pending: dict[str, dict[str, torch.Tensor]] = {}
-        self.pending_bytes = 0
+        self.pending, self.pending_bytes = {}, 0
         self.shards: dict[str, str] = {}  # of each clip
-        self.seen: set[str] = set()
-        self.open = OrderedDict()
-        self.scanned_at = None
+        self.seen, self.scanned_at = set(), None
         self.directory.mkdir(parents=True, exist_ok=True)
 
-    def __getstate__(self):  # for worker processes, which open the shards themselves
-        return self.__dict__ | {"open": OrderedDict(), "pending": {}, "pending_bytes": 0}
+    def __getstate__(self):  # for worker processes
+        return self.__dict__ | {"pending": {}, "pending_bytes": 0}
 
     def get(self, key: str) -> dict[str, torch.Tensor] | None:
         """The tensors of a clip, or `None` if they are not there."""
@@ -85,10 +82,10 @@ class FeatureCache:
             return self.pending[key]
         if key not in self.shards:
             self._scan()
-        if key not in self.shards:
-            return None
+            if key not in self.shards:
+                return None
         try:
-            shard, clips = self._open(self.shards[key])
+            shard, clips = open_shard(self.directory / self.shards[key])
             return {name: shard.get_tensor(f"{key}.{name}") for name in clips[key]}
         except (OSError, SafetensorError):  # removed by another process, or damaged
             self._forget(self.shards[key])
@@ -107,19 +104,16 @@ class FeatureCache:
         if not self.pending:
             return
         name = f"{uuid.uuid4().hex}.safetensors"
-        partial = self.directory / f".{name}.partial"
         tensors = {f"{key}.{part}": value for key, parts in self.pending.items() for part, value in parts.items()}
         clips = {key: list(parts) for key, parts in self.pending.items()}
         try:
-            save_file(tensors, partial, metadata={"clips": json.dumps(clips)})
-            os.replace(partial, self.directory / name)
+            with complete_or_absent(self.directory / name) as partial:
+                save_file(tensors, partial, metadata={"clips": json.dumps(clips)})
         except (OSError, SafetensorError) as error:
             raise OSError(
                 f"Cannot write {self.pending_bytes / 1e6:.0f} MB to the feature cache {self.directory} ({error}). "
                 "Free space, lower feature_cache_gigabytes, or name another directory as feature_cache."
             ) from error
-        finally:
-            partial.unlink(missing_ok=True)
         self.shards |= dict.fromkeys(self.pending, name)
         self.seen.add(name)
         self.pending, self.pending_bytes = {}, 0
@@ -128,11 +122,9 @@ class FeatureCache:
     def _remove_oldest(self):
         files = []
         for file in self.root.glob("*/*.safetensors"):
-            try:
+            with suppress(FileNotFoundError):  # removed by another process
                 status = file.stat()
-            except FileNotFoundError:  # by another process
-                continue
-            files.append((status.st_mtime_ns, status.st_size, file))
+                files.append((status.st_mtime_ns, status.st_size, file))
         excess = sum(size for _, size, _ in files) - self.max_bytes
         for _, size, file in sorted(files):
             if excess <= 0:
@@ -148,26 +140,12 @@ class FeatureCache:
         if changed == self.scanned_at:
             return
         self.scanned_at = changed
-        for file in self.directory.glob("*.safetensors"):
-            if file.name in self.seen:
-                continue
-            self.seen.add(file.name)
-            try:
-                _, clips = self._open(file.name)
-            except (OSError, SafetensorError):
-                continue
-            self.shards |= {key: file.name for key in clips if key not in self.shards}
-
-    def _open(self, name: str) -> tuple:
-        """A shard's file, and which tensors each of its clips has."""
-        if name not in self.open:
-            shard = safe_open(self.directory / name, "pt")
-            self.open[name] = shard, json.loads(shard.metadata()["clips"])
-            if len(self.open) > OPEN_SHARDS:
-                self.open.popitem(last=False)
-        self.open.move_to_end(name)
-        return self.open[name]
+        for name in {file.name for file in self.directory.glob("*.safetensors")} - self.seen:
+            self.seen.add(name)
+            with suppress(OSError, SafetensorError):
+                _, clips = open_shard(self.directory / name)
+                self.shards |= {key: name for key in clips if key not in self.shards}
 
     def _forget(self, name: str):
-        self.open.pop(name, None)
+        open_shard.cache_clear()  # an open file that was removed still takes its place on the disk
         self.shards = {key: shard for key, shard in self.shards.items() if shard != name}

@@ -12,9 +12,9 @@ def speech_dataset(rows: list[tuple[np.ndarray, str, str]]):
 
     # An undecoded Audio column is this struct; `datasets` itself encodes one only with torchcodec.
     features = Features({"audio": {"bytes": Value("binary"), "path": Value("string")}, "text": Value("string")})
-    examples = []
-    for waveform, name, text in rows:
-        examples.append({"audio": {"bytes": flac_bytes(waveform), "path": name}, "text": text})
+    examples = [
+        {"audio": {"bytes": flac_bytes(waveform), "path": name}, "text": text} for waveform, name, text in rows
+    ]
     return Dataset.from_list(examples, features=features)
 
 

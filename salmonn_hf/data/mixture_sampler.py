@@ -17,19 +17,15 @@ class MixtureSampler(torch.utils.data.Sampler):
     its longest clip does. The order depends on seed and epoch alone: a resumed run needs no other state.
 
     Args:
-        dataset ([`ClipDataset`]).
-        step_size (`int`): clips of an optimizer step, over all processes and accumulated batches.
-        seed (`int`).
-        group_by_length (`bool`): `False` leaves the shuffled order as it is.
+        step_size: clips of an optimizer step, over all processes and accumulated batches.
+        group_by_length: `False` leaves the shuffled order as it is.
     """
 
     STEPS_SORTED = 50
 
     def __init__(self, dataset: ClipDataset, step_size: int, seed: int = 0, group_by_length: bool = True):
         self.sizes = [len(table) for table in dataset.tables]
-        self.counts = [
-            round(table.source.weight * size) for table, size in zip(dataset.tables, self.sizes, strict=True)
-        ]
+        self.counts = [round(table.source.weight * len(table)) for table in dataset.tables]
         self.lengths = dataset.lengths
         self.step_size, self.seed, self.group_by_length = step_size, seed, group_by_length
         self.epoch = 0

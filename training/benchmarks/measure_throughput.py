@@ -12,48 +12,29 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
-REFERENCE = {
-    "projector_config": {  # SALMONN's
-        "model_type": "salmonn_window_qformer",
-        "pad_to_30_seconds": True,
-        "window_position_embeddings": True,
-        "output_norm": True,
-    },
-    "encoder_dtype": "float32",
-    "train_sampling_strategy": "random",
-    "feature_cache": "",
-}
+SALMONNS = {"pad_to_30_seconds": True, "window_position_embeddings": True, "output_norm": True}
+REFERENCE = {"encoder_dtype": "float32", "train_sampling_strategy": "random", "feature_cache": ""}
+REFERENCE["projector_config"] = {"model_type": "salmonn_window_qformer", **SALMONNS}
 UNTIMED = (
-    "max_steps",
-    "num_train_epochs",
-    "save_steps",
-    "eval_steps",
-    "eval_file",
-    "joined_clips",
-    "masked_frames",
-    "speeds",
-    "speed_files",
-    "speed_factors",
-    "time_masks",
-    "frequency_masks",
-    "audio_lora_r",  # behind which no features can be cached
-)
+    "max_steps num_train_epochs save_steps eval_steps eval_file joined_clips masked_frames speeds speed_files "
+    "speed_factors time_masks frequency_masks "
+    "audio_lora_r"  # behind which no features can be cached
+).split()
 
 
 @dataclass
 class MeasureArguments:
-    clips: int = field(default=96, metadata={"help": "Clips that each run trains on."})
-    batch: int = field(default=16, metadata={"help": "Clips of a step."})
-    bf16: bool | None = field(
-        default=None, metadata={"help": "False on processors without bfloat16 instructions; default: the recipe's."}
-    )
+    clips: int = HfArg(default=96, help="Clips that each run trains on.")
+    batch: int = HfArg(default=16, help="Clips of a step.")
+    bf16: bool | None = HfArg(default=None, help="False where the processor lacks bfloat16; default: the recipe's.")
 
 
 def clips_per_second(recipe: dict, work: Path) -> float:
@@ -72,12 +53,8 @@ def main():
     arguments, given = parser.parse_args_into_dataclasses()
     recipe = yaml.safe_load(Path(given.recipe).read_text())
     recipe = {key: value for key, value in recipe.items() if key not in UNTIMED}
-    recipe |= {
-        "per_device_train_batch_size": arguments.batch,
-        "max_steps": -(-arguments.clips // arguments.batch),
-        "save_strategy": "no",
-        "eval_strategy": "no",
-    }
+    recipe |= {"per_device_train_batch_size": arguments.batch, "max_steps": -(-arguments.clips // arguments.batch)}
+    recipe |= {"save_strategy": "no", "eval_strategy": "no"}
     if arguments.bf16 is not None:
         recipe["bf16"] = arguments.bf16
     with tempfile.TemporaryDirectory() as directory:

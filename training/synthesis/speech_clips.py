@@ -1,11 +1,14 @@
 """What synthetic speech shares, whatever speaks it: silence around it, degradation, and its rows."""
 
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from salmonn_hf.data import augmentation
+from salmonn_hf.data.clip_parquet import write_clips
 from salmonn_hf.data.flac import flac_bytes
 from salmonn_hf.model.audio import SAMPLING_RATE
 
@@ -16,18 +19,12 @@ PEAK = 0.9  # of full scale
 
 
 def trim(samples: np.ndarray, margin: float = 0.02) -> np.ndarray:
-    """Cut the engine's own silence off both ends."""
-    # The engines' silence is nearly digital, so a low threshold keeps soft first and last consonants.
+    """Cut the engine's silence off both ends. It is nearly digital: a low threshold keeps soft consonants there."""
     loud = np.flatnonzero(np.abs(samples) > 0.004 * np.abs(samples).max(initial=0))
     if not loud.size:
         return samples[:0]
     extra = int(margin * SAMPLING_RATE)
     return samples[max(loud[0] - extra, 0) : loud[-1] + extra + 1]
-
-
-def convolve(samples: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    size = 1 << (len(samples) + len(kernel) - 1).bit_length()
-    return np.fft.irfft(np.fft.rfft(samples, size) * np.fft.rfft(kernel, size), size)[: len(samples)]
 
 
 def add_reverb(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -36,10 +33,10 @@ def add_reverb(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     seconds = np.arange(int(reverberation_time * SAMPLING_RATE)) / SAMPLING_RATE
     response = rng.standard_normal(len(seconds)) * 10 ** (-3 * seconds / reverberation_time)
     response[: int(0.002 * SAMPLING_RATE)] = 0  # nothing can echo before the nearest wall
-    reverberant_to_direct_db = rng.uniform(-18, -6)
-    response *= 10 ** (reverberant_to_direct_db / 20) / np.linalg.norm(response)
+    response *= 10 ** (rng.uniform(-18, -6) / 20) / np.linalg.norm(response)  # against the direct sound, in dB
     response[0] = 1
-    return convolve(samples, response)
+    size = 1 << (len(samples) + len(response) - 1).bit_length()
+    return np.fft.irfft(np.fft.rfft(samples, size) * np.fft.rfft(response, size), size)[: len(samples)]
 
 
 def add_noise(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -58,9 +55,7 @@ def low_pass(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.fft.irfft(spectrum / np.sqrt(1 + (frequencies / cutoff) ** 16), len(samples))
 
 
-def with_silence(
-    samples: np.ndarray, text: str, rng: np.random.Generator, max_words_per_second: float
-) -> np.ndarray | None:
+def with_silence(samples: np.ndarray, text: str, rng, max_words_per_second: float) -> np.ndarray | None:
     """Speech with a moment of silence on either side; None if it is too slow, too fast, too short or too long."""
     words_per_second = len(text.split()) / max(len(samples) / SAMPLING_RATE, 1e-3)
     if not MIN_WORDS_PER_SECOND <= words_per_second <= max_words_per_second:
@@ -78,19 +73,22 @@ def degrade(samples: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, 
     return samples, rng.uniform(-20, 0)
 
 
-def row(samples: np.ndarray, gain_db: float, text: str, clip_id: str, source: str, speaker: str) -> dict:
-    """A clip as it is written: at 16 kHz, `gain_db` against `PEAK`, since the voices differ in level."""
+def row(samples: np.ndarray, degraded: bool, rng, text: str, clip_id: str, source: str, speaker: str) -> dict:
+    """A clip as it is written: at 16 kHz, and at one peak before it is degraded, since the voices differ in level."""
+    samples, gain_db = degrade(samples, rng) if degraded else (samples, 0.0)
     samples = samples * (PEAK / np.abs(samples).max() * 10 ** (gain_db / 20))
     audio, seconds = {"bytes": flac_bytes(samples), "path": f"{clip_id}.flac"}, len(samples) / SAMPLING_RATE
     return dict(zip(COLUMNS, (audio, text, clip_id, source, speaker, seconds), strict=True))
 
 
-def report(path: Path, elapsed: float):
-    """Print what a file of clips holds."""
+def write_speech(path: Path, rows: Iterable[dict]):
+    """Write a file of clips, and print what it holds."""
+    started = time.monotonic()
+    write_clips(path, rows, COLUMNS)
+    elapsed = time.monotonic() - started
     clips = pq.read_table(path, columns=["text", "source", "speaker", "seconds"]).to_pandas()
     clips["words"] = clips["text"].str.split().str.len()
     clips["words per second"] = clips["words"] / clips["seconds"]
     print(f"{len(clips)} clips, {clips['seconds'].sum() / 3600:.2f} hours, made in {elapsed:.0f} s")
-    numbers = clips[["seconds", "words", "words per second"]]
-    print(numbers.describe([0.05, 0.25, 0.5, 0.75, 0.95]).round(2).to_string())
+    print(clips[["seconds", "words", "words per second"]].describe([0.05, 0.25, 0.5, 0.75, 0.95]).round(2).to_string())
     print(f"{clips['source'].nunique()} voices, {clips['speaker'].nunique()} speakers")

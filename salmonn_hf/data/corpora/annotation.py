@@ -19,25 +19,17 @@ def read_examples(path: str | Path, prefix: str = "", drop: Drop = refuse) -> It
         prefix: directory that the paths are under, with or without a slash at their front. By default they are taken
             as they are.
     """
-    path = require_file(Path(path), "give the path of the annotation JSON")
-
-    def under_prefix(name: str) -> str:
-        return os.path.join(prefix, name.lstrip("/")) if prefix else name
-
+    path = require_file(path, "give the path of the annotation JSON")
     for number, entry in enumerate(json_items(path, "annotation")):
         files = [entry.get("path"), *(entry.get("expand_wav") or [])] if isinstance(entry, dict) else [None]
         if not all(isinstance(file, str) and file for file in files):
             drop(f"{path}#{number}", "no path", str(entry)[:200])
             continue
         folders = files[0].strip("/").split("/")[:-1]
+        source = folders[0] if prefix and folders else path.stem
         optional = {key: entry[key] for key in ("testset_id", "language") if entry.get(key) is not None}
-        if len(files) > 1:
-            optional["expand_wav"] = [under_prefix(file) for file in files[1:]]
-        yield example(
-            under_prefix(files[0]),
-            entry.get("text"),
-            str(entry.get("task") or "asr"),
-            folders[0] if prefix and folders else path.stem,
-            str(entry.get("Q") or ""),
-            **optional,
-        )
+        first, *others = (os.path.join(prefix, file.lstrip("/")) if prefix else file for file in files)
+        if others:
+            optional["expand_wav"] = others
+        task, question = str(entry.get("task") or "asr"), str(entry.get("Q") or "")
+        yield example(first, entry.get("text"), task, source, question, **optional)

@@ -5,8 +5,6 @@ from pathlib import Path
 
 from ..corpus_files import Drop, csv_rows, example, refuse, require_directory, require_file
 
-SUFFIXES = (".wav", ".flac")
-
 
 def read_examples(root: str | Path, split: str = "train", drop: Drop = refuse) -> Iterator[dict]:
     """
@@ -18,16 +16,16 @@ def read_examples(root: str | Path, split: str = "train", drop: Drop = refuse) -
     Args:
         split: "train", "val" or "test"; in the latter two a clip has five rows, one a caption.
     """
-    root = Path(root)
-    path = root / f"{split}.csv"
+    path = Path(root, f"{split}.csv")
     if not path.exists():
-        path = require_file(root / "dataset" / f"{split}.csv", "take it from https://github.com/cdjkim/audiocaps")
-    clips = require_directory(root / split, f"put the clips of {path.name} there, named by their youtube_id")
+        path = require_file(Path(root, "dataset", f"{split}.csv"), "take it from https://github.com/cdjkim/audiocaps")
+    clips = require_directory(Path(root, split), f"put the clips of {path.name} there, named by their youtube_id")
     for row in csv_rows(path, ["youtube_id", "start_time", "caption"], drop):
         video = row["youtube_id"]
-        names = [name + suffix for name in (video, f"Y{video}", f"{video}_{row['start_time']}") for suffix in SUFFIXES]
-        file = next((clips / name for name in names if (clips / name).exists()), None)
+        names = (video, f"Y{video}", f"{video}_{row['start_time']}")
+        files = [clips / f"{name}{suffix}" for name in names for suffix in (".wav", ".flac")]
+        file = next((file for file in files if file.exists()), None)
         if file is None:
-            drop(str(clips / names[0]), "missing", "nor under the corpus's other names")
-            continue
-        yield example(file, row["caption"], "audiocaption", f"AudioCaps/{split}", language="en")
+            drop(str(files[0]), "missing", "nor under the corpus's other names")
+        else:
+            yield example(file, row["caption"], "audiocaption", f"AudioCaps/{split}", language="en")

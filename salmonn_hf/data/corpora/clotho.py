@@ -14,9 +14,9 @@ def read_examples(root: str | Path, split: str = "development", drop: Drop = ref
     Args:
         split: "development", "validation" or "evaluation".
     """
-    root = Path(root)
-    path = require_file(root / f"clotho_captions_{split}.csv", "take it from https://zenodo.org/records/4783391")
-    clips = require_directory(root / split, f"unpack clotho_audio_{split}.7z there")
+    path = Path(root, f"clotho_captions_{split}.csv")
+    require_file(path, "take it from https://zenodo.org/records/4783391")
+    clips = require_directory(Path(root, split), f"unpack clotho_audio_{split}.7z there")
     captions = [f"caption_{number}" for number in range(1, 6)]
     for row in csv_rows(path, ["file_name", *captions], drop):
         for caption in captions:

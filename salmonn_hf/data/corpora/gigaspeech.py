@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..corpus_files import CorpusError, Drop, example, json_items, refuse, require_file
+from ..corpus_files import Drop, example, json_items, refuse, require_file, require_subset
 from ..skipped_clips import UnusableClip
 
 SUBSETS = ("XS", "S", "M", "L", "XL", "DEV", "TEST")
@@ -40,12 +40,10 @@ def read_examples(root: str | Path, split: str = "XL", drop: Drop = refuse) -> I
     Args:
         split: a subset, "XS" to "XL", "DEV" or "TEST". Each training subset holds the smaller ones.
     """
-    root = Path(root)
-    path = require_file(root / "GigaSpeech.json", "give the directory that holds it and `audio`")
-    if split not in SUBSETS:
-        raise CorpusError(f"{path} has no subset {split!r}; there are {', '.join(SUBSETS)}.")
+    path = require_file(Path(root, "GigaSpeech.json"), "give the directory that holds it and `audio`")
+    require_subset(path, split, SUBSETS)
     for recording in json_items(path, "audios"):
-        file = root / recording["path"]
+        file = Path(root, recording["path"])
         for segment in recording.get("segments", ()):
             if f"{{{split}}}" not in segment.get("subsets", ()):
                 continue
@@ -55,8 +53,7 @@ def read_examples(root: str | Path, split: str = "XL", drop: Drop = refuse) -> I
                 text = plain_text(segment["text_tn"])
             except KeyError:
                 drop(f"{file}#{name}", "incomplete entry", str(segment)[:200])
-                continue
             except UnusableClip as clip:
                 drop(f"{file}#{name}", clip.reason, clip.detail)
-                continue
-            yield example(file, text, "asr", f"GigaSpeech/{split}", language="en", **part)
+            else:
+                yield example(file, text, "asr", f"GigaSpeech/{split}", language="en", **part)

@@ -14,7 +14,7 @@ def read_examples(root: str | Path, drop: Drop = refuse) -> Iterator[dict]:
     A file of one JSON object a line: `file`, a path from the list's directory, and `text`; where they are not those
     of a transcript also `task` and `question`; and `language`.
     """
-    path = require_file(Path(root), "give the path of the .jsonl file")
+    path = require_file(root, "give the path of the .jsonl file")
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():

@@ -8,19 +8,8 @@ from pathlib import Path
 from ..corpus_files import Drop, csv_rows, example, refuse, require_directory, require_file
 
 # General MIDI programs counted from 1, as MusicNet's labels have them: the eleven that occur.
-INSTRUMENTS = {
-    1: "piano",
-    7: "harpsichord",
-    41: "violin",
-    42: "viola",
-    43: "cello",
-    44: "double bass",
-    61: "horn",
-    69: "oboe",
-    71: "bassoon",
-    72: "clarinet",
-    74: "flute",
-}
+INSTRUMENTS = {1: "piano", 7: "harpsichord", 41: "violin", 42: "viola", 43: "cello", 44: "double bass"}
+INSTRUMENTS |= {61: "horn", 69: "oboe", 71: "bassoon", 72: "clarinet", 74: "flute"}
 RATE = 44_100  # samples per second, in which the labels count time
 
 
@@ -44,10 +33,9 @@ def read_examples(
         split: "train" or "test".
         window_seconds: length of the windows; the last of a recording is shorter.
     """
-    root = Path(root)
-    metadata = require_file(root / "musicnet_metadata.csv", "take it from https://zenodo.org/records/5120004")
-    recordings = require_directory(root / f"{split}_data", "give the directory that musicnet.tar.gz unpacks to")
-    labels = require_directory(root / f"{split}_labels", "give the directory that musicnet.tar.gz unpacks to")
+    metadata = require_file(Path(root, "musicnet_metadata.csv"), "take it from https://zenodo.org/records/5120004")
+    remedy = "give the directory that musicnet.tar.gz unpacks to"
+    recordings, labels = (require_directory(Path(root, f"{split}_{kind}"), remedy) for kind in ("data", "labels"))
     ensembles = {row["id"]: row["ensemble"].lower() for row in csv_rows(metadata, ["id", "ensemble"], drop)}
     for path in sorted(labels.glob("*.csv")):
         file = recordings / f"{path.stem}.wav"
@@ -69,13 +57,6 @@ def read_examples(
                 continue
             names = sorted(counts, key=lambda name: (-counts[name], name))
             listed = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-            yield example(
-                file,
-                f"Classical music for {ensembles[path.stem]}, in which the {listed} can be heard.",
-                "music_description",
-                f"MusicNet/{split}",
-                language="en",
-                start=start,
-                end=end,
-                clip_id=f"{path.stem}-{number:03d}",
-            )
+            text = f"Classical music for {ensembles[path.stem]}, in which the {listed} can be heard."
+            part = {"start": start, "end": end, "clip_id": f"{path.stem}-{number:03d}"}
+            yield example(file, text, "music_description", f"MusicNet/{split}", language="en", **part)

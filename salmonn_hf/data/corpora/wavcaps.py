@@ -3,14 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..corpus_files import CorpusError, Drop, example, json_items, refuse, require_directory, require_file
+from ..corpus_files import Drop, example, json_items, refuse, require_directory, require_file, require_subset
 
-ANNOTATIONS = {
-    "AudioSet_SL": "as_final.json",
-    "BBC_Sound_Effects": "bbc_final.json",
-    "FreeSound": "fsd_final.json",
-    "SoundBible": "sb_final.json",
-}
+ANNOTATIONS = {"AudioSet_SL": "as", "BBC_Sound_Effects": "bbc", "FreeSound": "fsd", "SoundBible": "sb"}
 
 
 def read_examples(
@@ -26,18 +21,15 @@ def read_examples(
         blacklist: one of the corpus's `json_files/blacklist/*.json`. Its clips, which are also in the test sets of
             AudioCaps and Clotho, are dropped: without it, models are tested on what they were trained on.
     """
-    root = Path(root)
-    if split not in (None, *ANNOTATIONS):
-        raise CorpusError(f"{root} has no subset {split!r}; there are {', '.join(ANNOTATIONS)}.")
-    banned = {"AudioSet_SL": set(), "FreeSound": set()}
+    root, banned = Path(root), {}
+    if split:
+        require_subset(root, split, ANNOTATIONS)
     if blacklist:
-        path = require_file(Path(blacklist), "it is one of json_files/blacklist/*.json")
+        path = require_file(blacklist, "it is one of json_files/blacklist/*.json")
         banned = {"AudioSet_SL": set(json_items(path, "AudioSet")), "FreeSound": set(json_items(path, "FreeSound"))}
     for subset in [split] if split else ANNOTATIONS:
-        path = require_file(
-            root / "json_files" / subset / ANNOTATIONS[subset],
-            "take it from https://huggingface.co/datasets/cvssp/WavCaps",
-        )
+        path = root / "json_files" / subset / f"{ANNOTATIONS[subset]}_final.json"
+        require_file(path, "take it from https://huggingface.co/datasets/cvssp/WavCaps")
         clips = root / f"{subset}_flac"
         if not clips.is_dir():
             clips = require_directory(root / subset, f"unpack the archive {subset}.zip and put its .flac files there")
@@ -48,5 +40,5 @@ def read_examples(
             file = clips / f"{str(entry['id']).removesuffix('.wav')}.flac"
             if str(entry["id"]) in banned.get(subset, ()):
                 drop(str(file), "in the blacklist", Path(blacklist).name)
-                continue
-            yield example(file, entry.get("caption"), "audiocaption", f"WavCaps/{subset}", language="en")
+            else:
+                yield example(file, entry.get("caption"), "audiocaption", f"WavCaps/{subset}", language="en")
