@@ -95,8 +95,12 @@ class Run:
         return "" if self.result is None else self.result["settings"]["task"]
 
     @property
+    def files(self) -> list[str]:
+        return self.result["settings"]["data"]
+
+    @property
     def data(self) -> str:
-        return ", ".join(Path(file).name for file in self.result["settings"]["data"])
+        return ", ".join(Path(file).name for file in self.files)
 
     @property
     def note(self) -> str:

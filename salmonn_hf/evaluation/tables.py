@@ -1,7 +1,5 @@
 """Figures and tables as text."""
 
-import html
-
 
 def format_number(value: float | None, digits: int = 4) -> str:
     return "—" if value is None else f"{value:.{digits}f}"
@@ -12,14 +10,5 @@ def format_interval(metric: dict) -> str:
 
 
 def markdown_table(rows: list[list[str]]) -> str:
-    def line(cells):
-        return "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |"
-
-    return "\n".join([line(rows[0]), line(["---"] * len(rows[0])), *map(line, rows[1:])])
-
-
-def html_table(rows: list[list[str]]) -> str:
-    def line(cells, tag):
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    return "<table>" + line(rows[0], "th") + "".join(line(row, "td") for row in rows[1:]) + "</table>"
+    head, *body = (" | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in row) for row in rows)
+    return "\n".join(f"| {line} |" for line in (head, " | ".join(["---"] * len(rows[0])), *body))
