@@ -84,6 +84,7 @@ class Run:
     directory: Path
     result: dict | None
     efficiency: dict | None
+    speed: dict | None
     clips: list[dict]
 
     @property
@@ -116,15 +117,15 @@ def read_run(directory: Path) -> Run:
     Raises:
         ValueError: if the directory holds no result.
     """
-    files = [directory / f"{name}.json" for name in ("result", "efficiency")]
-    if not any(file.exists() for file in files):
+    files = [directory / f"{name}.json" for name in ("result", "efficiency", "speed")]
+    result, efficiency, speed = (json.loads(file.read_text()) if file.exists() else None for file in files)
+    if result is None and efficiency is None:
         raise ValueError(
             f"{directory} holds neither result.json nor efficiency.json; give the --output of a finished evaluation."
         )
-    result, efficiency = (json.loads(file.read_text()) if file.exists() else None for file in files)
     predictions, scores = (read_lines(directory / f"{name}.jsonl") for name in ("predictions", "scores"))
     clips = [prediction | score for prediction, score in zip(predictions, scores, strict=True)]
-    return Run(directory, result, efficiency, clips)
+    return Run(directory, result, efficiency, speed, clips)
 
 
 def timings(run: Run) -> dict[str, dict]:
