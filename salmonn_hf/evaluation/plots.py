@@ -12,9 +12,6 @@ LEGEND = {"loc": "outside upper left", "ncols": 3, "fontsize": 7}
 
 def plots(runs: list[Run]) -> dict[str, str]:
     """Titles and SVG pictures of what there are results for."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     pictures = {}
     if speech := [run for run in runs if run.task == "asr"]:
         pictures["WER by duration, with 95 % intervals"] = wer_by_duration(speech)
@@ -35,20 +32,21 @@ def plots(runs: list[Run]) -> dict[str, str]:
     return pictures
 
 
-def new_figure(height: float):
-    import matplotlib.pyplot as plt
+def new_figure(height: float, width: float = 7):
+    """A figure of so many inches and its axes."""
+    from matplotlib.figure import Figure
 
-    return plt.subplots(figsize=(7, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
 
 
 def figure_svg(figure) -> str:
-    import matplotlib.pyplot as plt
+    import matplotlib
 
     stream = io.StringIO()
     # Without a date and with fixed ids the same results give the same file.
-    with plt.rc_context({"svg.hashsalt": "salmonn_hf", "svg.fonttype": "none"}):
+    with matplotlib.rc_context({"svg.hashsalt": "salmonn_hf", "svg.fonttype": "none"}):
         figure.savefig(stream, format="svg", metadata={"Date": None})
-    plt.close(figure)
     return stream.getvalue()[stream.getvalue().index("<svg") :]
 
 

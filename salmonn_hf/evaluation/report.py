@@ -3,8 +3,6 @@
 import base64
 from pathlib import Path
 
-import jinja2
-
 from ..data.clip_audio import read_clip
 from ..data.clip_parquet import parquet_rows
 from ..data.flac import flac_bytes
@@ -13,7 +11,7 @@ from ..files import write_atomically
 from .challenge_table import challenge_table
 from .plots import plots
 from .results import Run, read_run
-from .tables import format_interval, format_number, markdown_table
+from .tables import format_interval, format_number, render
 
 WORST_CLIPS = 20
 CLIP_SCORES = {
@@ -112,12 +110,6 @@ def write_report(directories: list[Path], output: Path):
     (output / "plots").mkdir(parents=True, exist_ok=True)
     for index, picture in enumerate(pictures.values()):
         write_atomically(output / "plots" / f"{index}.svg", picture)
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=jinja2.select_autoescape(["html"]),
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
-    templates.filters["markdown_table"] = markdown_table
     for name in ("report.md", "report.html"):
-        page = templates.get_template(name.replace(".", "_template."))
-        found = page.render(challenge=challenge, origins=origins, pictures=pictures, sections=sections)
-        write_atomically(output / name, found)
+        page = render(name, challenge=challenge, origins=origins, pictures=pictures, sections=sections)
+        write_atomically(output / name, page)
