@@ -5,7 +5,7 @@ import io
 import numpy as np
 
 from .results import Run, timings
-from .scoring import duration_order
+from .scoring import KINDS, duration_order
 
 LEGEND = {"loc": "outside upper left", "ncols": 3, "fontsize": 7}
 
@@ -15,11 +15,10 @@ def plots(runs: list[Run]) -> dict[str, str]:
     pictures = {}
     if speech := [run for run in runs if run.task == "asr"]:
         pictures["WER by duration, with 95 % intervals"] = wer_by_duration(speech)
-        shares = {}
-        for run in speech:
-            counts = run.result["metrics"]["wer"]
-            kinds = ("substitutions", "deletions", "insertions")
-            shares[run.title] = {kind: 100 * counts[kind] / max(counts["words"], 1) for kind in kinds}
+        counts = {run.title: run.result["metrics"]["wer"] for run in speech}
+        shares = {
+            title: {kind: 100 * c[kind] / max(c["words"], 1) for kind in KINDS[:3]} for title, c in counts.items()
+        }
         pictures["Error types"] = stacked_bars(shares, "% of the reference words")
     for run in runs:
         labels = run.result["breakdowns"]["CIDEr-D"].get("label") if run.task == "aac" else None

@@ -44,8 +44,8 @@ def write_result(output: Path, predictions: list[dict], result: dict, scores: li
         What is in `result.json`.
     """
     broken = [f"{line['id']}: {line['error']}" for line in predictions if "error" in line]
-    cut = [f"{line['id']}: {line['truncated_to']} of {line['seconds']} s" for line in predictions
-           if "truncated_to" in line]  # fmt: skip
+    long = [line for line in predictions if "truncated_to" in line]
+    cut = [f"{line['id']}: {line['truncated_to']} of {line['seconds']} s" for line in long]
     for problem, clips in (("broken clip", broken), ("clip longer than the model's input", cut)):
         for clip in clips:
             print(f"{problem}, {clip}", file=sys.stderr)
@@ -136,6 +136,7 @@ def timings(run: Run) -> dict[str, dict]:
     if run.efficiency is None:
         return {}
     settings, machine = run.efficiency["settings"], run.efficiency["machine"]
+    conditions = f"{machine['device']}, {machine['threads']} threads, median of {settings['rounds']} rounds"
     found = {}
     for name, system in run.efficiency["systems"].items():
         protocol = system["protocol"]
@@ -145,10 +146,7 @@ def timings(run: Run) -> dict[str, dict]:
             "tpot_seconds": protocol["tpot"]["p50"],
             "parts_seconds": protocol["ttft_by_part"],
             "file": f"{run.directory}/efficiency.json",
-            "protocol": (
-                f"batch 1, {protocol['seconds_of_audio']:g} s of speech, {system['audio_tokens']} audio tokens, "
-                f"{system['dtype'].removeprefix('torch.')}, {machine['device']}, {machine['threads']} threads, median "
-                f"of {settings['rounds']} rounds"
-            ),
+            "protocol": f"batch 1, {protocol['seconds_of_audio']:g} s of speech, {system['audio_tokens']} audio "
+            f"tokens, {system['dtype'].removeprefix('torch.')}, {conditions}",
         }
     return found
