@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-import salmonn_hf
+from salmonn_hf import cli, load_audio
 from salmonn_hf.evaluation.word_error_rate import word_error_rate
 from salmonn_hf.inference import Transcriber
 from salmonn_hf.model.audio import SAMPLING_RATE
@@ -27,23 +27,13 @@ def main() -> int:
     parser.add_argument("audio", nargs="*", help="files to transcribe; default: the project's own recordings")
     parser.add_argument("--model", default=str(MODEL), help="checkpoint directory or hub id; default: %(default)s")
     arguments = parser.parse_args()
+    if arguments.audio:
+        return cli.main(["transcribe", *arguments.audio, "--model", arguments.model])
     clips = [json.loads(line) for line in (RECORDINGS / "recordings.jsonl").read_text(encoding="utf-8").splitlines()]
-    paths = arguments.audio or [str(RECORDINGS / clip["file"]) for clip in clips]
-    try:  # before the model is loaded: a wrong path should not cost that wait
-        waveforms = [salmonn_hf.load_audio(path) for path in paths]
-    except (salmonn_hf.AudioError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-
+    waveforms = [load_audio(str(RECORDINGS / clip["file"])) for clip in clips]
     times = [time.perf_counter()]
     transcriber = Transcriber(arguments.model)
     times.append(time.perf_counter())
-    if arguments.audio:
-        for path, waveform in zip(paths, waveforms, strict=True):
-            (text,) = transcriber([waveform])
-            print(f"{path}: {text}" if len(paths) > 1 else text)
-        return 0
-
     hypotheses = []
     for clip, waveform in zip(clips, waveforms, strict=True):
         hypotheses += transcriber([waveform])

@@ -55,12 +55,9 @@ def compare(transcriber: Transcriber, waveforms: list) -> dict:
         transcribe(waveforms[0], way)
     rounds = [{way: transcribe(waveform, way) for way in WAYS} for waveform in waveforms]
     hook.remove()
-    return {
-        "clips": len(rounds),
-        "seconds": {way: sum(each[way][0] for each in rounds) for way in WAYS},
-        "passes": {way: sum(each[way][1] for each in rounds) for way in WAYS},
-        "same_text": sum(each["greedy"][2] == each["drafts"][2] for each in rounds),
-    }
+    seconds, passes = ({way: sum(each[way][i] for each in rounds) for way in WAYS} for i in (0, 1))
+    same_text = sum(each["greedy"][2] == each["drafts"][2] for each in rounds)
+    return {"clips": len(rounds), "seconds": seconds, "passes": passes, "same_text": same_text}
 
 
 if __name__ == "__main__":

@@ -8,11 +8,7 @@ Memory and latency: time to the first token by part, time per further token, thr
 The protocol of SALMONN's compression challenge (batch 1, a clip of 10 s, a transcription prompt, one decode step per
 token), with the device synchronised at every mark, the features timed as well, and the peak of memory reset after
 loading. The clip is speech, this project's recordings one after another: how many pauses it has decides how much the
-language model reads where windows are merged. `--shapes` builds a published system with random weights (LoRA taken as
-merged), so that it can be measured without any download. `--reference` also measures the same parts the way the
-published systems run them: 30 s of padding, 88 audio tokens, float32. `--peer granite-speech` measures transformers'
-Granite Speech beside it, with the same language model and an encoder of the same size. Writes `efficiency.json`, which
-`eval/make_report.py` and `model_cards/make_card.py` read, `table.md` and `latency.png`.
+language model reads where windows are merged. Systems to compare with, and what is written: `docs/efficiency.md`.
 """
 
 import argparse
@@ -25,14 +21,8 @@ from transformers import GraniteSpeechConfig, GraniteSpeechForConditionalGenerat
 
 from salmonn_hf import SalmonnConfig, SalmonnFeatureExtractor, SalmonnForConditionalGeneration, load_audio
 from salmonn_hf.convert.published_configs import published_config
-from salmonn_hf.evaluation.efficiency import (
-    PARTS,
-    Benchmark,
-    peak_memory,
-    random_model,
-    reset_peak_memory,
-    weights_by_module,
-)
+from salmonn_hf.evaluation import efficiency
+from salmonn_hf.evaluation.efficiency import Benchmark, random_model
 from salmonn_hf.evaluation.plots import new_figure
 from salmonn_hf.evaluation.tables import render
 from salmonn_hf.files import write_atomically
@@ -41,8 +31,7 @@ from salmonn_hf.model.lora import LORA_FIELDS, adapted_parts
 RECORDINGS = Path(__file__).resolve().parent / "recordings"
 NANO = Path(__file__).resolve().parents[1] / "model_cards" / "salmonn-lite-nano"
 SHAPES = {"seed": "seed", "baseline": "nota", "small": "nlp-07", "salmonn-7b": "salmonn-7b"}
-# The published systems' projector.
-QFORMER = published_config("seed").projector_config
+QFORMER = published_config("seed").projector_config  # the published systems' projector
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -124,10 +113,10 @@ def published_way(config: SalmonnConfig) -> SalmonnConfig:
 
 
 def measure(bench: Benchmark, arguments) -> dict:
-    seconds, steps, load_peak = arguments.seconds, arguments.decode_steps, peak_memory(arguments.device)
-    reset_peak_memory(arguments.device)
+    seconds, steps, load_peak = arguments.seconds, arguments.decode_steps, efficiency.peak_memory(arguments.device)
+    efficiency.reset_peak_memory(arguments.device)
     protocol = bench.latency(seconds, arguments.rounds, arguments.warmup, steps)
-    peak = peak_memory(arguments.device)
+    peak = efficiency.peak_memory(arguments.device)
     cached = bench.latency(seconds, arguments.rounds, arguments.warmup, 0, bench.prompt_cache())
     few = max(arguments.rounds // 4, 1)
     return {
@@ -135,7 +124,7 @@ def measure(bench: Benchmark, arguments) -> dict:
         "prompt_cache_ttft": cached["ttft"],
         "audio_tokens": bench.audio_tokens(bench.clip(seconds)),
         "quantization": getattr(bench.config, "quantized_parts", None) or None,
-        "weights": weights_by_module(bench.model),
+        "weights": efficiency.weights_by_module(bench.model),
         "peak_memory": peak,
         "load_peak_memory": load_peak,
         "protocol": protocol,
@@ -190,9 +179,9 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     settings = {"model": arguments.model or arguments.shapes, "rounds": arguments.rounds, "warmup": arguments.warmup}
     machine = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    efficiency = {"settings": settings, "machine": machine, "systems": systems}
-    write_atomically(arguments.output / "efficiency.json", json.dumps(efficiency, indent=2) + "\n")
-    table = render("efficiency.md", systems=systems, parts=PARTS)
+    result = {"settings": settings, "machine": machine, "systems": systems}
+    write_atomically(arguments.output / "efficiency.json", json.dumps(result, indent=2) + "\n")
+    table = render("efficiency.md", systems=systems, parts=efficiency.PARTS)
     (arguments.output / "table.md").write_text(table)
     plot(systems, arguments.output / "latency.png")
     print(table)

@@ -4,8 +4,6 @@ answers by `testset_id` as CSV.
 
     python eval/run_submission.py --mode submission_asr --model CHECKPOINT --annotation test_asr.json \\
         --prefix /data --output runs/submission
-    python eval/run_submission.py --mode valid_aac --model CHECKPOINT --annotation valid_aac.json --prefix /data \\
-        --output runs/valid
 
 `submission_*` writes answers alone; `valid_*` also scores them against the annotation's texts. As in the original
 evaluator (nota-github/audiolm-evaluator, `evaluate_salmonn.py`) the CSV has the columns testset_id and text, and the
@@ -30,10 +28,7 @@ TASKS = {"asr": ("asr",), "aac": ("audiocaption", "audiocaption_v2")}
 
 
 def check_clips(clips: list[Clip], kind: str):
-    """
-    Raises:
-        ValueError: if a testset_id comes twice or, where answers are to be scored, a clip has no text.
-    """
+    """Refuse a testset_id that comes twice and, where answers are to be scored, a clip without a text."""
     name, count = Counter(clip.id for clip in clips).most_common(1)[0]
     if count > 1:
         raise ValueError(f"The testset_id {name} stands at {count} clips; correct the annotation file.")
@@ -74,11 +69,10 @@ def main() -> None:
     load_model = {"asr": Transcriber, "aac": Answerer}[task]  # a transcript may be of a clip of any length
     settings = {"data": [arguments.annotation], "mode": arguments.mode, "prefix": arguments.prefix}
     result = evaluate(arguments, task, clips, load_model, score, **settings)
-    if result is None:
-        return
-    for name, metric in result["metrics"].items():
-        print(f"{name}: {format_metric(metric)}")
-    print(f"{csv_file}: {result['clips']} rows, {len(result['broken_clips'])} broken clips")
+    if result is not None:
+        for name, metric in result["metrics"].items():
+            print(f"{name}: {format_metric(metric)}")
+        print(f"{csv_file}: {result['clips']} rows, {len(result['broken_clips'])} broken clips")
 
 
 if __name__ == "__main__":

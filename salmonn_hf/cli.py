@@ -29,9 +29,8 @@ SUFFIXES = {"plain": ".txt", "json": ".json", "srt": ".srt"}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="salmonn", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="salmonn", description=__doc__, formatter_class=raw)
     tasks = parser.add_subparsers(dest="task", required=True, metavar="transcribe|caption|ask")
     helps = {"transcribe": "what is said", "caption": "what can be heard", "ask": "the answer to the last argument"}
     for task, text in helps.items():
@@ -44,7 +43,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("--output_dir", type=Path, help="write a file for each input instead")
         command.add_argument("--batch_size", type=int, default=8, help="segments at once; default: %(default)s")
         command.add_argument("--dtype", help="default: the checkpoint's, or float32 on CPUs without bfloat16")
-        command.add_argument("--device", default=None, help="default: the GPU, where there is one")
+        command.add_argument("--device", help="default: the GPU, where there is one")
     arguments = parser.parse_args(argv)
     if not arguments.model:
         parser.error("name a checkpoint with --model or in $SALMONN_MODEL")
@@ -81,10 +80,8 @@ def answer_file(model, waveform: np.ndarray, prompt: str, arguments, progress) -
 
 def as_srt(chunks: list[dict]) -> str:
     """SubRip: a number, the times, the text, an empty line."""
-    return "\n".join(
-        f"{number}\n{srt_time(chunk['start'])} --> {srt_time(chunk['end'])}\n{chunk['text']}\n"
-        for number, chunk in enumerate(chunks, start=1)
-    )
+    times = [f"{srt_time(chunk['start'])} --> {srt_time(chunk['end'])}" for chunk in chunks]
+    return "\n".join(f"{row + 1}\n{time}\n{chunks[row]['text']}\n" for row, time in enumerate(times))
 
 
 def srt_time(seconds: float) -> str:

@@ -15,10 +15,7 @@ SINGLE_ROW_FEATURES = 1024  # up to which a single row's product equals that of 
 
 
 def default_dtype(device=None) -> str:
-    """
-    The checkpoint's own precision, "auto"; but "float32" on a CPU without bfloat16 instructions, which takes several
-    times as long in bfloat16.
-    """
+    """The checkpoint's own precision, "auto"; but "float32" on a CPU without bfloat16, which emulates it slowly."""
     on_cpu = str(device) == "cpu" if device is not None else not torch.cuda.is_available()
     return "float32" if on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported() else "auto"
 

@@ -103,10 +103,8 @@ def require_java():
     except ImportError as error:
         raise CaptionMetricsError("Caption metrics need pycocoevalcap: pip install salmonn_hf[captions]") from error
     if shutil.which("java") is None:
-        raise CaptionMetricsError(
-            "Caption metrics need Java, on which pycocoevalcap runs METEOR and the tokeniser, and there is no `java` "
-            "on the PATH: apt-get install default-jre-headless"
-        )
+        need = "Caption metrics need Java, on which pycocoevalcap runs METEOR and the tokeniser"
+        raise CaptionMetricsError(f"{need}, and there is no `java` on the PATH: apt-get install default-jre-headless")
 
 
 def tokenise(captions: Sequence[Sequence[str]]) -> list[list[str]]:
@@ -157,16 +155,10 @@ def bleu_of_samples(references: list[list[str]], hypotheses: list[list[str]]) ->
     return (np.cumprod(precisions, axis=0) ** (1 / np.arange(1, 5)[:, None]) * brevity_penalty).T
 
 
-# SPICE
-
-
 def find_corenlp(directory: str | Path | None = None) -> Path:
     """
     The directory with the two jars of CoreNLP that SPICE needs, `stanford-corenlp-*.jar` and its models: `directory`,
-    else `$CORENLP_HOME`, else where pycocoevalcap itself looks. Nothing is downloaded.
-
-    Raises:
-        CaptionMetricsError: if they are not there, naming the places.
+    else `$CORENLP_HOME`, else where pycocoevalcap itself looks. A [`CaptionMetricsError`] names the places without.
     """
     require_java()
     places = [directory] if directory else [os.environ.get("CORENLP_HOME"), spice_directory() / "lib"]
@@ -175,10 +167,9 @@ def find_corenlp(directory: str | Path | None = None) -> Path:
             return place
     # The message goes into reports and model cards: it names no directory of this machine that nobody gave.
     searched = directory or "$CORENLP_HOME or pycocoevalcap's spice/lib"
-    raise CaptionMetricsError(
-        f"No SPICE and no SPIDEr: stanford-corenlp-3.6.0.jar and stanford-corenlp-3.6.0-models.jar are not in "
-        f"{searched}. Take them from CoreNLP 3.6.0 and name their directory in CORENLP_HOME."
-    )
+    jars = f"stanford-corenlp-3.6.0.jar and stanford-corenlp-3.6.0-models.jar are not in {searched}"
+    remedy = "Take them from CoreNLP 3.6.0 and name their directory in CORENLP_HOME."
+    raise CaptionMetricsError(f"No SPICE and no SPIDEr: {jars}. {remedy}")
 
 
 def spice_directory() -> Path:
@@ -203,9 +194,6 @@ def spice(references: list[list[str]], hypotheses: list[list[str]], corenlp: str
         results = json.loads(answered.read_text())
     scores = {result["image_id"]: result["scores"]["All"]["f"] for result in results}
     return np.array([float(scores[index]) for index in range(len(clips))])
-
-
-# What needs no Java
 
 
 @torch.inference_mode()

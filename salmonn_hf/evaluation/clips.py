@@ -32,12 +32,7 @@ class Clip:
     groups: dict[str, str] = field(default_factory=dict)
 
     def waveform(self) -> np.ndarray:
-        """
-        Float32 of shape `(samples,)` at 16 kHz.
-
-        Raises:
-            UnusableClip, OSError: for a clip that cannot be read.
-        """
+        """Float32 of shape `(samples,)` at 16 kHz; an UnusableClip or OSError where the clip cannot be read."""
         return read_clip(self.row())
 
     def header_seconds(self) -> float:

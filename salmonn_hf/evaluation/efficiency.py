@@ -2,6 +2,7 @@
 
 import resource
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -39,23 +40,17 @@ def random_model(model_class, config, dtype: torch.dtype, device: str, quantizat
 
 def weights_by_module(model) -> dict[str, int]:
     """Bytes of parameters and buffers; tied matrices once."""
-    sizes = {"embedding and head": 0}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     vocabulary = {id(t) for m in (embedding, head) for t in [*m.parameters(), *m.buffers()]}
-    seen = set()
+    sizes = Counter({"embedding and head": 0})
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            part = "embedding and head" if id(tensor) in vocabulary else name.removeprefix("model.").split(".")[0]
-            sizes[part] = sizes.get(part, 0) + stored_bytes(tensor)
-    return sizes
+        part = "embedding and head" if id(tensor) in vocabulary else name.removeprefix("model.").split(".")[0]
+        sizes[part] += stored_bytes(tensor)
+    return dict(sizes)
 
 
 def stored_bytes(tensor: torch.Tensor) -> int:
-    """
-    Of a tensor, with the scales beside one of bitsandbytes' 4 bits; or of those that one of torchao's kind is made of,
-    which itself claims those of its precision.
-    """
+    """Of a tensor with the scales of bitsandbytes' 4 bits, or of the tensors that one of torchao's is made of."""
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
         return sum(stored_bytes(getattr(tensor, name)) for name in names)

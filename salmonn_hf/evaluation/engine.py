@@ -1,12 +1,7 @@
 """
 The engine of every evaluation: clips in batches of similar length, over any number of processes, each batch written as
-soon as it is done. A run that was killed continues, and its results are those of an uninterrupted one: which clips
-share a batch follows from the data and the batch size alone.
-
-    output/run.json            what was asked; a second run with other settings is refused
-    output/parts/*.jsonl       what each process has done so far
-    output/predictions.jsonl   one line a clip, in the order of the data, once all are done
-    output/speed.json          how long the last start took
+soon as it is done (which files there are: `docs/evaluation.md`). A run that was killed continues, and its results are
+those of an uninterrupted one: which clips share a batch follows from the data and the batch size alone.
 """
 
 import hashlib
@@ -47,7 +42,7 @@ def predict(
     Args:
         make_model: gives the model, a function of waveforms and prompts with `max_seconds`, `device` and `dtype` (see
             `inference.py`); called if there is anything left to do.
-        output (`Path`): directory, see above.
+        output (`Path`): directory of the run.
         settings (`dict`): what the results depend on. They are written down, and compared when the run goes on.
 
     Returns:
@@ -108,15 +103,9 @@ def fill_part(clips: list[Clip], make_model: Callable, parts: Path, batches: lis
             progress.update(len(batch))
     seconds = time.perf_counter() - start
     if state.is_main_process:
-        speed = {
-            "clips": sum(map(len, todo)),
-            "audio_seconds": round(audio_seconds, 1),
-            "seconds": round(seconds, 1),
-            "real_time_factor": round(seconds / audio_seconds, 4) if audio_seconds else None,
-            "processes": state.num_processes,
-            "device": model.device,
-            "dtype": model.dtype,
-        }
+        speed = {"clips": sum(map(len, todo)), "audio_seconds": round(audio_seconds, 1), "seconds": round(seconds, 1)}
+        speed["real_time_factor"] = round(seconds / audio_seconds, 4) if audio_seconds else None
+        speed |= {"processes": state.num_processes, "device": model.device, "dtype": model.dtype}
         write_atomically(parts.parent / "speed.json", json.dumps(speed, indent=2) + "\n")
 
 

@@ -36,10 +36,9 @@ def breakdown_tables(run: Run) -> dict[str, list[list[str]]]:
     for metric, breakdowns in run.result.get("breakdowns", {}).items():
         for key, parts in breakdowns.items():
             if len(parts) <= 20:
-                tables[f"{metric} by {key}"] = [[key, "clips", metric, "95 % interval"]] + [
-                    [part["part"] or "(none)", str(part["clips"]), format_number(part["value"]), format_interval(part)]
-                    for part in parts
-                ]
+                rows = [[p["part"] or "(none)", str(p["clips"]), format_number(p["value"]), format_interval(p)]
+                        for p in parts]  # fmt: skip
+                tables[f"{metric} by {key}"] = [[key, "clips", metric, "95 % interval"], *rows]
     return tables
 
 

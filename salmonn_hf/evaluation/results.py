@@ -1,10 +1,4 @@
-"""
-What an evaluation leaves in its directory, written and read back.
-
-    output/scores.jsonl        each clip's own scores
-    output/result.json         scores of the whole, with intervals and breakdowns
-    output/efficiency.json     memory and times, by `eval/run_efficiency.py`
-"""
+"""What an evaluation leaves in its directory, written and read back; the files are listed in `docs/evaluation.md`."""
 
 import json
 import math
@@ -39,9 +33,6 @@ def write_result(output: Path, predictions: list[dict], result: dict, scores: li
     Args:
         predictions (`list[dict]`): of `engine.predict`.
         result (`dict`), scores (`list[dict]`): of the whole and of each clip, by one of the functions of `scoring`.
-
-    Returns:
-        What is in `result.json`.
     """
     broken = [f"{line['id']}: {line['error']}" for line in predictions if "error" in line]
     long = [line for line in predictions if "truncated_to" in line]
@@ -51,14 +42,9 @@ def write_result(output: Path, predictions: list[dict], result: dict, scores: li
             print(f"{problem}, {clip}", file=sys.stderr)
     settings = json.loads((output / "run.json").read_text())
     settings |= {"torch": torch.__version__, "transformers": transformers.__version__}
-    result = {
-        "clips": len(predictions),
-        "audio_seconds": round(sum(line["seconds"] for line in predictions), 1),
-        "broken_clips": broken,
-        "cut_clips": cut,
-        **result,
-        "settings": settings,
-    }
+    seconds = round(sum(line["seconds"] for line in predictions), 1)
+    whole = {"clips": len(predictions), "audio_seconds": seconds, "broken_clips": broken, "cut_clips": cut}
+    result = whole | result | {"settings": settings}
     rows = [{"row": line["row"], "id": line["id"], **score} for line, score in zip(predictions, scores, strict=True)]
     write_atomically(output / "scores.jsonl", "".join(as_line(finite(row)) for row in rows))
     write_atomically(output / "result.json", json.dumps(finite(result), indent=2, ensure_ascii=False) + "\n")
@@ -76,10 +62,7 @@ def finite(value):
 
 @dataclass
 class Run:
-    """
-    What one directory holds: a `result.json` of an evaluation with its predictions and scores, or an
-    `efficiency.json` of `eval/run_efficiency.py`.
-    """
+    """What one directory holds: the result of an evaluation with its clips, or that of `eval/run_efficiency.py`."""
 
     directory: Path
     result: dict | None
@@ -120,9 +103,8 @@ def read_run(directory: Path) -> Run:
     files = [directory / f"{name}.json" for name in ("result", "efficiency", "speed")]
     result, efficiency, speed = (json.loads(file.read_text()) if file.exists() else None for file in files)
     if result is None and efficiency is None:
-        raise ValueError(
-            f"{directory} holds neither result.json nor efficiency.json; give the --output of a finished evaluation."
-        )
+        missing = f"{directory} holds neither result.json nor efficiency.json"
+        raise ValueError(f"{missing}; give the --output of a finished evaluation.")
     predictions, scores = (read_lines(directory / f"{name}.jsonl") for name in ("predictions", "scores"))
     clips = [prediction | score for prediction, score in zip(predictions, scores, strict=True)]
     return Run(directory, result, efficiency, speed, clips)

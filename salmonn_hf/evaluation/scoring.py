@@ -16,14 +16,10 @@ DURATION_BOUNDS = (1, 2, 5, 10, 20, 30)  # seconds
 
 def score_transcripts(predictions: list[dict]) -> tuple[dict, list[dict]]:
     """
-    Speech recognition: "wer" and "cer" after Whisper's English normaliser, "wer_raw" and "cer_raw" of the texts as
-    they are, "loops" (share of clips with a hallucinated loop), their counts, and the WER by part.
-
-    Args:
-        predictions (`list[dict]`): of `evaluation.predict`. A broken clip counts with an empty transcript.
-
-    Returns:
-        The result, where each metric is `{"value", "low", "high"}`, and the scores of each clip.
+    Speech recognition, from the predictions of `engine.predict`: "wer" and "cer" after Whisper's English normaliser,
+    "wer_raw" and "cer_raw" of the texts as they are, "loops" (share of clips with a hallucinated loop), their counts,
+    and the WER by part. A broken clip counts with an empty transcript. Given are the result, where each metric is
+    `{"value", "low", "high"}`, and the scores of each clip.
     """
     references = [(line["references"] or [""])[0] for line in predictions]
     hypotheses = [line["hypothesis"] for line in predictions]

@@ -56,8 +56,9 @@ def parts_table(config: SalmonnConfig, bases: dict[str, str], licence: str) -> s
     kinds = {"audio_tower": "speech encoder", "sound_tower": "sound encoder", "language_model": "language model"}
     for part, kind in kinds.items():
         if part in counts:
-            origin = bases.get(part, "in this checkpoint")
-            terms = licence_of(origin) if part in bases else licence
+            origin, terms = (
+                (bases[part], licence_of(bases[part])) if part in bases else ("in this checkpoint", licence)
+            )
             rows.append([kind, origin, f"{counts[part] / 1e6:.1f} M", terms])
     projector = config.projector_config.description
     projector += ", CTC head" if config.projector_config.ctc_vocab_size else ""
@@ -100,16 +101,11 @@ def training_state(checkpoint: Path) -> str:
     if not states:
         return ""
     state = max(states, key=lambda state: state["global_step"])
-    losses = [entry for entry in state["log_history"] if "loss" in entry]
-    errors = [entry for entry in state["log_history"] if "eval_wer" in entry]
-    lines = [f"Trained for {state['global_step']} steps ({state['epoch']:.2f} epochs)."]
-    if losses:
-        first, last = (f"{entry['loss']:.3f} at step {entry['step']}" for entry in (losses[0], losses[-1]))
-        lines.append(f"Training loss {first}, {last}.")
-    if errors:
-        rates = ", ".join(f"{100 * entry['eval_wer']:.1f} % at step {entry['step']}" for entry in errors)
-        lines.append(f"Word error rate on held-out clips while training: {rates}.")
-    return " ".join(lines)
+    losses = [f"{entry['loss']:.3f} at step {entry['step']}" for entry in state["log_history"] if "loss" in entry]
+    rates = [f"{100 * e['eval_wer']:.1f} % at step {e['step']}" for e in state["log_history"] if "eval_wer" in e]
+    text = f"Trained for {state['global_step']} steps ({state['epoch']:.2f} epochs)."
+    text += f" Training loss {losses[0]}, {losses[-1]}." if losses else ""
+    return text + (f" Word error rate on held-out clips while training: {', '.join(rates)}." if rates else "")
 
 
 def data_name(run: Run) -> str:

@@ -119,12 +119,7 @@ def push_to_hub(
 
 
 def check_directory(directory: Path):
-    """
-    Check that a directory is a complete SALMONN checkpoint that others can load.
-
-    Raises:
-        PushError: naming the file, or the key of config.json that names a path of this machine.
-    """
+    """Check that a directory is a complete SALMONN checkpoint that others can load, without a path of this machine."""
     if not (directory / "config.json").is_file():
         raise PushError(f"{directory} is no checkpoint: it has no config.json. Save model and processor there.")
     config = json.loads((directory / "config.json").read_text())
@@ -187,12 +182,7 @@ def temporary_cache(base_parts: dict[str, Path]) -> Iterator[Path]:
 
 
 def transcribe(model: str, audio: Path, cache: Path, token: str, revision: str = "") -> str:
-    """
-    Transcribe a clip with `pipeline`, in a process of its own with its caches in `cache`.
-
-    Raises:
-        PushError: with the error of that process.
-    """
+    """The transcript of a clip by `pipeline`, in a process of its own with its caches in `cache`."""
     caches = {"HF_HUB_CACHE": "hub", "HF_MODULES_CACHE": "modules", "HF_XET_CACHE": "xet"}
     environment = os.environ | {name: str(cache / folder) for name, folder in caches.items()} | {"HF_TOKEN": token}
     command = [sys.executable, "-c", TRANSCRIBE, model, revision, str(audio)]
@@ -205,9 +195,7 @@ def transcribe(model: str, audio: Path, cache: Path, token: str, revision: str =
     return answer["text"]
 
 
-def verify(
-    api: HfApi, directory: Path, files: list[str], repo_id: str, commit: str, audio: Path, expected: str, cache
-):
+def verify(api, directory: Path, files: list[str], repo_id: str, commit: str, audio: Path, expected: str, cache: Path):
     """Check that a commit, downloaded anew, has the directory's files and gives the `expected` transcript."""
     text = failure = None
     try:
