@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-import salmonn_hf
+from salmonn_hf import cli, load_audio
 from salmonn_hf.evaluation.word_error_rate import word_error_rate
 from salmonn_hf.inference import Transcriber
 from salmonn_hf.model.audio import SAMPLING_RATE
@@ -27,38 +27,25 @@ def main() -> int:
     parser.add_argument("audio", nargs="*", help="files to transcribe; default: the project's own recordings")
     parser.add_argument("--model", default=str(MODEL), help="checkpoint directory or hub id; default: %(default)s")
     arguments = parser.parse_args()
-    lines = (RECORDINGS / "recordings.jsonl").read_text(encoding="utf-8").splitlines()
-    clips = [json.loads(line) for line in lines]
-    paths = arguments.audio or [str(RECORDINGS / clip["file"]) for clip in clips]
-    try:  # before the model is loaded: a wrong path should not cost that wait
-        waveforms = [salmonn_hf.load_audio(path) for path in paths]
-    except (salmonn_hf.AudioError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-
-    start = time.perf_counter()
-    transcriber = Transcriber(arguments.model)
-    setup_seconds = time.perf_counter() - start
     if arguments.audio:
-        for path, waveform in zip(paths, waveforms, strict=True):
-            (text,) = transcriber([waveform])
-            print(f"{path}: {text}" if len(paths) > 1 else text)
-        return 0
-
-    hypotheses, spent = [], 0.0
+        return cli.main(["transcribe", *arguments.audio, "--model", arguments.model])
+    clips = [json.loads(line) for line in (RECORDINGS / "recordings.jsonl").read_text(encoding="utf-8").splitlines()]
+    waveforms = [load_audio(str(RECORDINGS / clip["file"])) for clip in clips]
+    times = [time.perf_counter()]
+    transcriber = Transcriber(arguments.model)
+    times.append(time.perf_counter())
+    hypotheses = []
     for clip, waveform in zip(clips, waveforms, strict=True):
-        start = time.perf_counter()
         hypotheses += transcriber([waveform])
-        seconds = time.perf_counter() - start
-        print(f"{clip['file']}  {clip['seconds']:.1f} s of audio in {seconds:.1f} s")
+        times.append(time.perf_counter())
+        print(f"{clip['file']}  {clip['seconds']:.1f} s of audio in {times[-1] - times[-2]:.1f} s")
         print(f"  reference:  {clip['text']}\n  hypothesis: {hypotheses[-1]}\n", flush=True)
-        spent += seconds
     score = word_error_rate([clip["text"] for clip in clips], hypotheses)
-    length = sum(map(len, waveforms)) / SAMPLING_RATE
+    spent, length = times[-1] - times[1], sum(map(len, waveforms)) / SAMPLING_RATE
     print(
         f"Word error rate: {score.wer:.1%}: {score.errors} errors in {score.words} words ({score.substitutions} "
         f"substituted, {score.deletions} deleted, {score.insertions} inserted), after Whisper's English normaliser\n"
-        f"Set-up: {setup_seconds:.1f} s to load the model\n"
+        f"Set-up: {times[1] - times[0]:.1f} s to load the model\n"
         f"Transcription: {spent:.1f} s for {length:.1f} s of audio, real-time factor {spent / length:.2f}"
     )
     return 0

@@ -11,6 +11,8 @@ the model. To compare with, `--baseline most_frequent` and `--baseline nearest` 
 a killed run goes on where it was.
 """
 
+from functools import partial
+
 from salmonn_hf.data.task_prompts import TEST_PROMPTS
 from salmonn_hf.evaluation.caption_baselines import BASELINES, MostFrequentCaption, NearestCaption
 from salmonn_hf.evaluation.caption_metrics import require_java
@@ -37,20 +39,17 @@ def main() -> None:
     if arguments.baseline:
         settings |= {"model": BASELINES[arguments.baseline], "encoder": arguments.model, "train": arguments.train_data}
 
-    def make_model():
+    def load_model(*names):
+        if not arguments.baseline:
+            return Answerer(*names)
+        train = parquet_clips(arguments.train_data, arguments.captions_column)
         if arguments.baseline == "most_frequent":
-            return MostFrequentCaption(parquet_clips(arguments.train_data, arguments.captions_column))
-        answerer = Answerer(arguments.model, arguments.dtype, arguments.device)
-        if arguments.baseline == "nearest":
-            train = parquet_clips(arguments.train_data, arguments.captions_column)
-            return NearestCaption(train, answerer, arguments.batch_size)
-        return answerer
+            return MostFrequentCaption(train)
+        return NearestCaption(train, Answerer(*names), arguments.batch_size)
 
-    def score(predictions):
-        return score_caption_predictions(predictions, arguments.corenlp, arguments.minilm)
-
+    score = partial(score_caption_predictions, corenlp=arguments.corenlp, minilm=arguments.minilm)
     clips = parquet_clips(arguments.data, arguments.captions_column, arguments.prompt)
-    result = evaluate(arguments, "aac", clips, make_model, score, **settings)
+    result = evaluate(arguments, "aac", clips, load_model, score, **settings)
     if result is None:
         return
     for name, why in result["not_computed"].items():

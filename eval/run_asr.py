@@ -13,6 +13,7 @@ the same `--output`, a killed run goes on where it was. What is written there: `
 """
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from salmonn_hf.evaluation.clips import parquet_clips
@@ -31,28 +32,20 @@ def main() -> None:
     # Without --output only the scores are wanted; several processes would each take a directory of their own.
     output = arguments.output or Path(tempfile.mkdtemp(prefix="run_asr-"))
     clips = parquet_clips(arguments.data, arguments.text_column)
-
-    def make_model() -> Transcriber:
-        return Transcriber(arguments.model, arguments.dtype, arguments.device, arguments.speculation_type)
-
+    speculation = {"speculation_type": arguments.speculation_type}
     for model in [arguments.model, *arguments.peers]:
         arguments.output = output / "peers" / Path(model).name if model in arguments.peers else output
         arguments.model = model
-        result = evaluate(
-            arguments, "asr", clips, make_model, score_transcripts, speculation_type=arguments.speculation_type
+        load_model = partial(Transcriber, **speculation)
+        if (result := evaluate(arguments, "asr", clips, load_model, score_transcripts, **speculation)) is None:
+            continue
+        wer, cer, raw, loops = (result["metrics"][name] for name in ("wer", "cer", "wer_raw", "loops"))
+        print(
+            f"{model}: WER {format_metric(wer)}: {wer['substitutions']} substitutions, {wer['deletions']} deletions, "
+            f"{wer['insertions']} insertions in {wer['words']} words of {result['clips']} clips "
+            f"({len(result['broken_clips'])} broken); CER {cer['value']:.4f}, WER of the raw texts {raw['value']:.4f}"
+            f"; loops in {loops['value']:.1%} of the clips"
         )
-        if result is not None:
-            print(f"{model}: {summary(result)}")
-
-
-def summary(result: dict) -> str:
-    wer, cer, raw, loops = (result["metrics"][name] for name in ("wer", "cer", "wer_raw", "loops"))
-    return (
-        f"WER {format_metric(wer)}: {wer['substitutions']} substitutions, {wer['deletions']} deletions, "
-        f"{wer['insertions']} insertions in {wer['words']} words of {result['clips']} clips "
-        f"({len(result['broken_clips'])} broken); CER {cer['value']:.4f}, WER of the raw texts {raw['value']:.4f}; "
-        f"loops in {loops['value']:.1%} of the clips"
-    )
 
 
 if __name__ == "__main__":

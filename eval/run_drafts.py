@@ -7,12 +7,12 @@ the drafts save: seconds a transcript, passes of the language model, and in how 
 The two take turns, for a machine that is slower at one time than at another to be so to both.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
 
 from salmonn_hf.evaluation.clips import parquet_clips
+from salmonn_hf.evaluation.command_line import model_parser
 from salmonn_hf.files import write_atomically
 from salmonn_hf.inference import Transcriber
 
@@ -20,16 +20,10 @@ WAYS = {"greedy": None, "drafts": "ctc"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="SALMONN checkpoint with a CTC head: directory or hub name")
-    parser.add_argument("--data", required=True, nargs="+", help="Parquet files with audio and text")
-    parser.add_argument("--text_column", default="text", help="default: %(default)s")
-    parser.add_argument("--dtype", help="default: the checkpoint's, or float32 on CPUs without bfloat16")
-    parser.add_argument("--device", help="default: the GPU, where there is one")
-    parser.add_argument("--max_clips", type=int, help="the first of them only")
+    parser = model_parser(__doc__)
     parser.add_argument("--output", type=Path, help="JSON file of the result")
+    parser.add_argument("--text_column", default="text", help="default: %(default)s")
     arguments = parser.parse_args()
-
     transcriber = Transcriber(arguments.model, arguments.dtype, arguments.device)
     clips = parquet_clips(arguments.data, arguments.text_column)[: arguments.max_clips]
     result = compare(transcriber, [clip.waveform() for clip in clips])
@@ -61,12 +55,9 @@ def compare(transcriber: Transcriber, waveforms: list) -> dict:
         transcribe(waveforms[0], way)
     rounds = [{way: transcribe(waveform, way) for way in WAYS} for waveform in waveforms]
     hook.remove()
-    return {
-        "clips": len(rounds),
-        "seconds": {way: sum(each[way][0] for each in rounds) for way in WAYS},
-        "passes": {way: sum(each[way][1] for each in rounds) for way in WAYS},
-        "same_text": sum(each["greedy"][2] == each["drafts"][2] for each in rounds),
-    }
+    seconds, passes = ({way: sum(each[way][i] for each in rounds) for way in WAYS} for i in (0, 1))
+    same_text = sum(each["greedy"][2] == each["drafts"][2] for each in rounds)
+    return {"clips": len(rounds), "seconds": seconds, "passes": passes, "same_text": same_text}
 
 
 if __name__ == "__main__":

@@ -8,11 +8,7 @@ Memory and latency: time to the first token by part, time per further token, thr
 The protocol of SALMONN's compression challenge (batch 1, a clip of 10 s, a transcription prompt, one decode step per
 token), with the device synchronised at every mark, the features timed as well, and the peak of memory reset after
 loading. The clip is speech, this project's recordings one after another: how many pauses it has decides how much the
-language model reads where windows are merged. `--shapes` builds a published system with random weights (LoRA taken as
-merged), so that it can be measured without any download. `--reference` also measures the same parts the way the
-published systems run them: 30 s of padding, 88 audio tokens, float32. `--peer granite-speech` measures transformers'
-Granite Speech beside it, with the same language model and an encoder of the same size. Writes `efficiency.json`, which
-`eval/make_report.py` and `model_cards/make_card.py` read, `table.md` and `latency.png`.
+language model reads where windows are merged. Systems to compare with, and what is written: `docs/efficiency.md`.
 """
 
 import argparse
@@ -25,16 +21,17 @@ from transformers import GraniteSpeechConfig, GraniteSpeechForConditionalGenerat
 
 from salmonn_hf import SalmonnConfig, SalmonnFeatureExtractor, SalmonnForConditionalGeneration, load_audio
 from salmonn_hf.convert.published_configs import published_config
-from salmonn_hf.evaluation.efficiency import PARTS, Benchmark, Memory, random_model, weights_by_module
-from salmonn_hf.evaluation.tables import markdown_table
+from salmonn_hf.evaluation import efficiency
+from salmonn_hf.evaluation.efficiency import Benchmark, random_model
+from salmonn_hf.evaluation.plots import new_figure
+from salmonn_hf.evaluation.tables import render
 from salmonn_hf.files import write_atomically
 from salmonn_hf.model.lora import LORA_FIELDS, adapted_parts
 
 RECORDINGS = Path(__file__).resolve().parent / "recordings"
 NANO = Path(__file__).resolve().parents[1] / "model_cards" / "salmonn-lite-nano"
 SHAPES = {"seed": "seed", "baseline": "nota", "small": "nlp-07", "salmonn-7b": "salmonn-7b"}
-# The published systems' projector.
-QFORMER = published_config("seed").projector_config
+QFORMER = published_config("seed").projector_config  # the published systems' projector
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -47,13 +44,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--reference", action="store_true", help="also the published way: 30 s, 88 tokens, float32")
     parser.add_argument("--peer", choices=["granite-speech"], help="also a model of transformers of the same sizes")
     parser.add_argument("--dtype", default="bfloat16", help="default: %(default)s")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
-    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=10.0, help="of the clip; default: %(default)s")
     parser.add_argument("--lengths", type=float, nargs="*", default=[1.0, 3.0, 10.0, 30.0], help="further clips")
     parser.add_argument("--batch_sizes", type=int, nargs="*", default=[1, 8, 32], help="for the throughput")
-    parser.add_argument("--prompt_tokens", type=int, default=45, help="text tokens around the audio")
     parser.add_argument("--decode_steps", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--warmup", type=int, default=3, help="rounds before the timed ones; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds; default: %(default)s")
@@ -92,6 +87,8 @@ class GraniteBenchmark(Benchmark):
 def granite_config(config: SalmonnConfig) -> GraniteSpeechConfig:
     """Granite Speech with the language model of `config`, an encoder of its size, and SALMONN's Q-Former."""
     encoder, qformer = config.audio_config, QFORMER.qformer_config
+    shared = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    projector = {name: getattr(qformer, name) for name in shared} | {"encoder_hidden_size": encoder.d_model}
     return GraniteSpeechConfig(
         text_config=config.text_config,
         encoder_config={
@@ -100,84 +97,47 @@ def granite_config(config: SalmonnConfig) -> GraniteSpeechConfig:
             "num_heads": encoder.encoder_attention_heads,
             "feedforward_mult": encoder.encoder_ffn_dim // encoder.d_model,
         },
-        projector_config={
-            "model_type": "blip_2_qformer",
-            "hidden_size": qformer.hidden_size,
-            "num_hidden_layers": qformer.num_hidden_layers,
-            "num_attention_heads": qformer.num_attention_heads,
-            "intermediate_size": qformer.intermediate_size,
-            "encoder_hidden_size": encoder.d_model,
-            "cross_attention_frequency": 1,
-        },
+        projector_config={"model_type": "blip_2_qformer", "cross_attention_frequency": 1, **projector},
         audio_token_index=config.audio_token_id,
         tie_word_embeddings=config.text_config.tie_word_embeddings,
         has_lora_adapter=False,
     )
 
 
-def measure(bench: Benchmark, arguments, memory: Memory, load_peak: int) -> dict:
-    model = bench.model
-    memory.reset()
-    rounds = {"rounds": arguments.rounds, "warmup": arguments.warmup}
-    protocol = bench.latency(arguments.seconds, decode_steps=arguments.decode_steps, **rounds)
-    peak = memory.peak()
-    cached = bench.latency(arguments.seconds, decode_steps=0, cache=bench.prompt_cache(), **rounds)
+def published_way(config: SalmonnConfig) -> SalmonnConfig:
+    """The same encoders and language model with the published systems' projector, without LoRA and quantisation."""
+    left_out = ("sound_layers", "quantization_config", "base_parts", *LORA_FIELDS.values())
+    qformer = QFORMER.to_dict() | dict.fromkeys(("audio_hidden_size", "sound_hidden_size", "output_size"))
+    qformer["qformer_config"]["encoder_hidden_size"] = 0  # the sizes of the encoders are filled in
+    return SalmonnConfig.from_dict(config.to_dict() | dict.fromkeys(left_out) | {"projector_config": qformer})
+
+
+def measure(bench: Benchmark, arguments) -> dict:
+    seconds, steps, load_peak = arguments.seconds, arguments.decode_steps, efficiency.peak_memory(arguments.device)
+    efficiency.reset_peak_memory(arguments.device)
+    protocol = bench.latency(seconds, arguments.rounds, arguments.warmup, steps)
+    peak = efficiency.peak_memory(arguments.device)
+    cached = bench.latency(seconds, arguments.rounds, arguments.warmup, 0, bench.prompt_cache())
+    few = max(arguments.rounds // 4, 1)
     return {
-        "dtype": str(model.dtype),
+        "dtype": str(bench.model.dtype),
         "prompt_cache_ttft": cached["ttft"],
-        "audio_tokens": bench.audio_tokens(bench.clip(arguments.seconds)),
-        "quantization": getattr(model.config, "quantized_parts", None) or None,
-        "weights": weights_by_module(model),
+        "audio_tokens": bench.audio_tokens(bench.clip(seconds)),
+        "quantization": getattr(bench.config, "quantized_parts", None) or None,
+        "weights": efficiency.weights_by_module(bench.model),
         "peak_memory": peak,
         "load_peak_memory": load_peak,
         "protocol": protocol,
-        "lengths": [
-            bench.latency(seconds, max(arguments.rounds // 4, 1), 1, arguments.decode_steps)
-            for seconds in arguments.lengths
-        ],
-        "throughput": {
-            str(size): bench.throughput(arguments.seconds, size, arguments.decode_steps)
-            for size in arguments.batch_sizes
-        },
+        "lengths": [bench.latency(length, few, 1, steps) for length in arguments.lengths],
+        "throughput": {str(size): bench.throughput(seconds, size, steps) for size in arguments.batch_sizes},
     }
 
 
-def tables(results: dict[str, dict]) -> str:
-    """The published systems' columns, then the parts of the first token and the weights."""
-    systems = [["system", "weights GB", "peak memory GB", "TTFT s", "TPOT s", "p95 TTFT / TPOT", "real-time factor"]]
-    parts = [["TTFT s of", *PARTS, "all, the prompt's start cached"]]
-    details = []
-    for name, result in results.items():
-        protocol = result["protocol"]
-        ttft, tpot = protocol["ttft"], protocol["tpot"]
-        row = [name, f"{sum(result['weights'].values()) / 1e9:.3f}", f"{result['peak_memory'] / 1e9:.2f}"]
-        row += [f"{ttft['p50']:.3f}", f"{tpot['p50']:.4f}", f"{ttft['p95']:.3f} / {tpot['p95']:.4f}"]
-        systems.append([*row, f"{protocol['real_time_factor']:.3f}"])
-        times = [protocol["ttft_by_part"][part] for part in PARTS] + [result["prompt_cache_ttft"]["p50"]]
-        parts.append([name, *(f"{seconds:.4f}" for seconds in times)])
-        weights = [[part, f"{size / 1e6:.1f}"] for part, size in result["weights"].items()]
-        lengths = [
-            [f"{r['seconds_of_audio']:g}", f"{r['ttft']['p50']:.3f}", f"{r['tpot']['p50']:.4f}",
-             f"{r['real_time_factor']:.3f}"]
-            for r in result["lengths"]
-        ]  # fmt: skip
-        throughput = [[size, f"{rate:.2f}"] for size, rate in result["throughput"].items()]
-        details += [[[f"weights of {name}", "MB"], *weights]]
-        details += [[["clip s", "TTFT s", "TPOT s", "real-time factor"], *lengths]]
-        details += [[["batch size", "clips a second"], *throughput]]
-    return "\n\n".join(map(markdown_table, [systems, parts, *details])) + "\n"
-
-
-def plot(results: dict[str, dict], file: Path):
+def plot(systems: dict[str, dict], file: Path):
     """Time to the first token by length; by part it is a picture of `eval/make_report.py`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
-    for name, result in results.items():
-        points = [(r["seconds_of_audio"], r["ttft"]["p50"]) for r in result["lengths"]]
+    figure, axes = new_figure(4, 5)
+    for name, result in systems.items():
+        points = [(found["seconds_of_audio"], found["ttft"]["p50"]) for found in result["lengths"]]
         axes.plot(*zip(*points, strict=True), marker="o", label=name)
     axes.set(xlabel="s of audio", ylabel="s", title="time to the first token, by length")
     axes.set_ylim(bottom=0)
@@ -185,52 +145,46 @@ def plot(results: dict[str, dict], file: Path):
     figure.savefig(file, dpi=120)
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    memory, dtype = Memory(arguments.device), getattr(torch, arguments.dtype)
-    speech = np.concatenate([load_audio(str(file)) for file in sorted(RECORDINGS.glob("*.flac"))])
+def load_model(arguments, dtype: torch.dtype) -> SalmonnForConditionalGeneration:
     if arguments.model:
-        if arguments.quantization or arguments.own_length:
-            raise ValueError("--quantization and --own_length are for --shapes; a checkpoint has its own.")
-        name = Path(arguments.model).name
         model = SalmonnForConditionalGeneration.from_pretrained(arguments.model, dtype=dtype).to(arguments.device)
         if adapted_parts(model.config) and not model.config.quantized_parts:
             model.merge_lora()
-        config = model.config
-    else:
-        name = arguments.shapes
-        config = SalmonnConfig.from_pretrained(NANO) if name == "nano" else published_config(SHAPES[name])
-        config.lora = config.audio_lora = config.base_parts = None
-        if arguments.own_length:
-            config.projector_config.pad_to_30_seconds = False
-        model = random_model(SalmonnForConditionalGeneration, config, dtype, arguments.device, arguments.quantization)
-    results = {
-        name: measure(Benchmark(model.eval(), speech, arguments.prompt_tokens), arguments, memory, memory.peak())
-    }
+        return model
+    nano = arguments.shapes == "nano"
+    config = SalmonnConfig.from_pretrained(NANO) if nano else published_config(SHAPES[arguments.shapes])
+    config.lora = config.audio_lora = config.base_parts = None
+    if arguments.own_length:
+        config.projector_config.pad_to_30_seconds = False
+    return random_model(SalmonnForConditionalGeneration, config, dtype, arguments.device, arguments.quantization)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.model and (arguments.quantization or arguments.own_length):
+        raise ValueError("--quantization and --own_length are for --shapes; a checkpoint has its own.")
+    device, dtype = arguments.device, getattr(torch, arguments.dtype)
+    name = Path(arguments.model).name if arguments.model else arguments.shapes
+    speech = np.concatenate([load_audio(str(file)) for file in sorted(RECORDINGS.glob("*.flac"))])
+    model = load_model(arguments, dtype)
+    config, systems = model.config, {name: measure(Benchmark(model, speech), arguments)}
+    del model  # one model in memory at a time
     if arguments.reference:
-        left_out = ("sound_layers", "quantization_config", "base_parts", *LORA_FIELDS.values())
-        settings = config.to_dict() | dict.fromkeys(left_out)
-        qformer = QFORMER.to_dict() | dict.fromkeys(("audio_hidden_size", "sound_hidden_size", "output_size"))
-        qformer["qformer_config"]["encoder_hidden_size"] = 0  # the sizes of the encoders are filled in
-        settings["projector_config"] = qformer
+        model = random_model(SalmonnForConditionalGeneration, published_way(config), torch.float32, device)
+        systems[f"{name}, the published way"] = measure(Benchmark(model, speech), arguments)
         del model
-        reference = SalmonnConfig.from_dict(settings)
-        model = random_model(SalmonnForConditionalGeneration, reference, torch.float32, arguments.device)
-        bench = Benchmark(model, speech, arguments.prompt_tokens)
-        results[f"{name}, the published way"] = measure(bench, arguments, memory, memory.peak())
     if arguments.peer:
-        del model
-        model = random_model(GraniteSpeechForConditionalGeneration, granite_config(config), dtype, arguments.device)
-        bench = GraniteBenchmark(model, speech, arguments.prompt_tokens)
-        results[f"{arguments.peer}, of {name}'s sizes"] = measure(bench, arguments, memory, memory.peak())
+        model = random_model(GraniteSpeechForConditionalGeneration, granite_config(config), dtype, device)
+        systems[f"{arguments.peer}, of {name}'s sizes"] = measure(GraniteBenchmark(model, speech), arguments)
     arguments.output.mkdir(parents=True, exist_ok=True)
     settings = {"model": arguments.model or arguments.shapes, "rounds": arguments.rounds, "warmup": arguments.warmup}
-    machine = {"device": arguments.device, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    efficiency = {"settings": settings, "machine": machine, "systems": results}
-    write_atomically(arguments.output / "efficiency.json", json.dumps(efficiency, indent=2) + "\n")
-    (arguments.output / "table.md").write_text(tables(results))
-    plot(results, arguments.output / "latency.png")
-    print(tables(results))
+    machine = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    result = {"settings": settings, "machine": machine, "systems": systems}
+    write_atomically(arguments.output / "efficiency.json", json.dumps(result, indent=2) + "\n")
+    table = render("efficiency.md", systems=systems, parts=efficiency.PARTS)
+    (arguments.output / "table.md").write_text(table)
+    plot(systems, arguments.output / "latency.png")
+    print(table)
 
 
 if __name__ == "__main__":

@@ -20,13 +20,8 @@ def main() -> None:
     parser.add_argument("--question_column", default="question", help="default: %(default)s")
     parser.add_argument("--answers_column", default="answers", help="default: %(default)s")
     arguments = parser.parse_args()
-
     clips = parquet_clips(arguments.data, arguments.answers_column, question=arguments.question_column)
-
-    def make_model() -> Answerer:
-        return Answerer(arguments.model, arguments.dtype, arguments.device)
-
-    result = evaluate(arguments, "qa", clips, make_model, score_answers)
+    result = evaluate(arguments, "qa", clips, Answerer, score_answers)
     if result is None:
         return
     print(

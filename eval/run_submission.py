@@ -4,8 +4,6 @@ answers by `testset_id` as CSV.
 
     python eval/run_submission.py --mode submission_asr --model CHECKPOINT --annotation test_asr.json \\
         --prefix /data --output runs/submission
-    python eval/run_submission.py --mode valid_aac --model CHECKPOINT --annotation valid_aac.json --prefix /data \\
-        --output runs/valid
 
 `submission_*` writes answers alone; `valid_*` also scores them against the annotation's texts. As in the original
 evaluator (nota-github/audiolm-evaluator, `evaluate_salmonn.py`) the CSV has the columns testset_id and text, and the
@@ -21,7 +19,8 @@ from salmonn_hf.data.task_prompts import TEST_PROMPTS
 from salmonn_hf.evaluation.caption_metrics import require_java
 from salmonn_hf.evaluation.clips import Clip, annotation_clips
 from salmonn_hf.evaluation.command_line import argument_parser, evaluate, format_metric
-from salmonn_hf.evaluation.scoring import score_caption_predictions, score_transcripts
+from salmonn_hf.evaluation.scoring import score_caption_predictions as score_captions
+from salmonn_hf.evaluation.scoring import score_transcripts
 from salmonn_hf.files import write_atomically
 from salmonn_hf.inference import Answerer, Transcriber
 
@@ -29,18 +28,13 @@ TASKS = {"asr": ("asr",), "aac": ("audiocaption", "audiocaption_v2")}
 
 
 def check_clips(clips: list[Clip], kind: str):
-    """
-    Raises:
-        ValueError: if a testset_id comes twice or, where answers are to be scored, a clip has no text.
-    """
+    """Refuse a testset_id that comes twice and, where answers are to be scored, a clip without a text."""
     name, count = Counter(clip.id for clip in clips).most_common(1)[0]
     if count > 1:
         raise ValueError(f"The testset_id {name} stands at {count} clips; correct the annotation file.")
     if kind == "valid" and (missing := [clip.id for clip in clips if not clip.references]):
-        raise ValueError(
-            f"{len(missing)} clips have no text to score against, the first is {missing[0]}; add it, or use "
-            "a submission mode."
-        )
+        found = f"{len(missing)} clips have no text to score against, the first is {missing[0]}"
+        raise ValueError(f"{found}; add it, or use a submission mode.")
 
 
 def write_csv(file: Path, predictions: list[dict]):
@@ -66,27 +60,19 @@ def main() -> None:
     check_clips(clips, kind)
     csv_file = arguments.output / f"{arguments.mode}.csv"
 
-    def make_model():
-        model_class = {"asr": Transcriber, "aac": Answerer}[task]  # a transcript may be of a clip of any length
-        return model_class(arguments.model, arguments.dtype, arguments.device)
-
     def score(predictions):
         write_csv(csv_file, predictions)
         if kind == "submission":
             return {"metrics": {}}, [{} for _ in predictions]
-        return (
-            score_transcripts(predictions)
-            if task == "asr"
-            else score_caption_predictions(predictions, arguments.corenlp)
-        )
+        return score_transcripts(predictions) if task == "asr" else score_captions(predictions, arguments.corenlp)
 
+    load_model = {"asr": Transcriber, "aac": Answerer}[task]  # a transcript may be of a clip of any length
     settings = {"data": [arguments.annotation], "mode": arguments.mode, "prefix": arguments.prefix}
-    result = evaluate(arguments, task, clips, make_model, score, **settings)
-    if result is None:
-        return
-    for name, metric in result["metrics"].items():
-        print(f"{name}: {format_metric(metric)}")
-    print(f"{csv_file}: {result['clips']} rows, {len(result['broken_clips'])} broken clips")
+    result = evaluate(arguments, task, clips, load_model, score, **settings)
+    if result is not None:
+        for name, metric in result["metrics"].items():
+            print(f"{name}: {format_metric(metric)}")
+        print(f"{csv_file}: {result['clips']} rows, {len(result['broken_clips'])} broken clips")
 
 
 if __name__ == "__main__":

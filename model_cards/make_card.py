@@ -24,16 +24,10 @@ def main() -> None:
     parser.add_argument("--license", default="apache-2.0", help="of what was trained; default: %(default)s")
     parser.add_argument("--language", nargs="+", default=["en"], help="default: en")
     arguments = parser.parse_args()
-    card = make_card(
-        arguments.checkpoint,
-        arguments.results,
-        arguments.recipe,
-        arguments.name,
-        arguments.license,
-        tuple(arguments.language),
-    )
-    write_card(card, arguments.checkpoint)
-    print(arguments.checkpoint / "README.md")
+    checkpoint, results, language = arguments.checkpoint, arguments.results, tuple(arguments.language)
+    card = make_card(checkpoint, results, arguments.recipe, arguments.name, arguments.license, language)
+    write_card(card, checkpoint)
+    print(checkpoint / "README.md")
 
 
 if __name__ == "__main__":

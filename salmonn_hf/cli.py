@@ -29,15 +29,11 @@ SUFFIXES = {"plain": ".txt", "json": ".json", "srt": ".srt"}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="salmonn", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="salmonn", description=__doc__, formatter_class=raw)
     tasks = parser.add_subparsers(dest="task", required=True, metavar="transcribe|caption|ask")
-    for task, text in (
-        ("transcribe", "what is said"),
-        ("caption", "what can be heard, in a sentence"),
-        ("ask", "the answer to a question: the last argument"),
-    ):
+    helps = {"transcribe": "what is said", "caption": "what can be heard", "ask": "the answer to the last argument"}
+    for task, text in helps.items():
         command = tasks.add_parser(task, help=text)
         command.add_argument("files", nargs="+", metavar="FILE", help="audio files or URLs")
         if task == "ask":
@@ -47,7 +43,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("--output_dir", type=Path, help="write a file for each input instead")
         command.add_argument("--batch_size", type=int, default=8, help="segments at once; default: %(default)s")
         command.add_argument("--dtype", help="default: the checkpoint's, or float32 on CPUs without bfloat16")
-        command.add_argument("--device", default=None, help="default: the GPU, where there is one")
+        command.add_argument("--device", help="default: the GPU, where there is one")
     arguments = parser.parse_args(argv)
     if not arguments.model:
         parser.error("name a checkpoint with --model or in $SALMONN_MODEL")
@@ -75,33 +71,22 @@ def answer_file(model, waveform: np.ndarray, prompt: str, arguments, progress) -
     for first in range(0, len(segments), arguments.batch_size):
         batch = segments[first : first + arguments.batch_size]
         texts = model([waveform[start:end] for start, end in batch], [prompt] * len(batch))
-        chunks += [
-            {
-                "start": round(start / SAMPLING_RATE, 2),
-                "end": round(end / SAMPLING_RATE, 2),
-                "text": " ".join(text.split()),
-            }
-            for (start, end), text in zip(batch, texts, strict=True)
-        ]
+        for (start, end), text in zip(batch, texts, strict=True):
+            times = {"start": round(start / SAMPLING_RATE, 2), "end": round(end / SAMPLING_RATE, 2)}
+            chunks.append(times | {"text": " ".join(text.split())})
         progress.update(len(batch))
     return [chunk for chunk in chunks if chunk["text"]]
 
 
-# Formats
-
-
 def as_srt(chunks: list[dict]) -> str:
     """SubRip: a number, the times, the text, an empty line."""
-    return "\n".join(
-        f"{number}\n{srt_time(chunk['start'])} --> {srt_time(chunk['end'])}\n{chunk['text']}\n"
-        for number, chunk in enumerate(chunks, start=1)
-    )
+    times = [f"{srt_time(chunk['start'])} --> {srt_time(chunk['end'])}" for chunk in chunks]
+    return "\n".join(f"{row + 1}\n{time}\n{chunks[row]['text']}\n" for row, time in enumerate(times))
 
 
 def srt_time(seconds: float) -> str:
-    milliseconds = round(seconds * 1000)
-    minutes, rest = divmod(milliseconds, 60_000)
-    return f"{minutes // 60:02}:{minutes % 60:02}:{rest // 1000:02},{rest % 1000:03}"
+    minutes, milliseconds = divmod(round(seconds * 1000), 60_000)
+    return f"{minutes // 60:02}:{minutes % 60:02}:{milliseconds // 1000:02},{milliseconds % 1000:03}"
 
 
 def as_plain(chunks: list[dict], task: str) -> str:
@@ -124,11 +109,11 @@ def as_text(file: str, chunks: list[dict], arguments) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if missing := [file for file in arguments.files if "://" not in file and not Path(file).is_file()]:
-        for file in missing:  # before the model is loaded: a wrong path should not cost that wait
-            print(f"error: {file}: there is no such file", file=sys.stderr)
-        if len(missing) == len(arguments.files):
-            return 2
+    missing = [file for file in arguments.files if "://" not in file and not Path(file).is_file()]
+    for file in missing:  # before the model is loaded: a wrong path should not cost that wait
+        print(f"error: {file}: there is no such file", file=sys.stderr)
+    if len(missing) == len(arguments.files):
+        return 2
 
     from .inference import Answerer
 
@@ -137,15 +122,13 @@ def run(arguments: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {arguments.model}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    prompts = {
-        "transcribe": model.processor.transcription_prompt,
-        "caption": TEST_PROMPTS["audiocaption"],
-        "ask": getattr(arguments, "question", ""),
-    }
+    prompts = {"transcribe": model.processor.transcription_prompt, "caption": TEST_PROMPTS["audiocaption"]}
+    prompt = arguments.question if arguments.task == "ask" else prompts[arguments.task]
     failed = len(missing)
-    readable = [file for file in arguments.files if file not in missing]
     with tqdm(unit="segment", disable=not sys.stderr.isatty()) as progress:
-        for file in readable:
+        for file in arguments.files:
+            if file in missing:
+                continue
             progress.set_description(Path(file).name)
             try:
                 waveform = load_audio(file)
@@ -153,16 +136,14 @@ def run(arguments: argparse.Namespace) -> int:
                 progress.write(f"error: {file}: {' '.join(str(error).split())}", file=sys.stderr)
                 failed += 1
                 continue
-            text = as_text(file, answer_file(model, waveform, prompts[arguments.task], arguments, progress), arguments)
+            text = as_text(file, answer_file(model, waveform, prompt, arguments, progress), arguments)
             if arguments.output_dir is None:
                 progress.write(text, file=sys.stdout, end="")
                 sys.stdout.flush()
             else:
                 arguments.output_dir.mkdir(parents=True, exist_ok=True)
                 write_atomically(arguments.output_dir / output_name(file, arguments.format), text)
-    if failed == len(arguments.files):
-        return 2
-    return 1 if failed else 0
+    return 2 if failed == len(arguments.files) else min(failed, 1)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,10 +15,7 @@ SINGLE_ROW_FEATURES = 1024  # up to which a single row's product equals that of 
 
 
 def default_dtype(device=None) -> str:
-    """
-    The checkpoint's own precision, "auto"; but "float32" on a CPU without bfloat16 instructions, which takes several
-    times as long in bfloat16.
-    """
+    """The checkpoint's own precision, "auto"; but "float32" on a CPU without bfloat16, which emulates it slowly."""
     on_cpu = str(device) == "cpu" if device is not None else not torch.cuda.is_available()
     return "float32" if on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported() else "auto"
 
@@ -88,12 +85,8 @@ class Transcriber:
 
 class Answerer:
     """
-    A SALMONN checkpoint as a function of clips and what is asked of them: greedy, see [`generate_answers`].
-
-    Args:
-        model (`str`): directory or hub name.
-        dtype, device (*optional*): as above.
-        max_new_tokens (`int`): no answer is longer.
+    A SALMONN checkpoint as a function of clips and what is asked of them: greedy, see [`generate_answers`]; model,
+    dtype and device as above, and no answer longer than `max_new_tokens`.
     """
 
     max_seconds = 30.0  # the encoder's input
@@ -109,11 +102,8 @@ class Answerer:
 
     def __call__(self, waveforms: list[np.ndarray], prompts: list[str]) -> list[str]:
         """The answer to each prompt about its clip, of 30 s at most."""
-        conversations = [
-            self.processor.transcription_messages(clip, prompt)
-            for clip, prompt in zip(waveforms, prompts, strict=True)
-        ]
-        inputs = self.processor.apply_chat_template(
-            conversations, tokenize=True, return_dict=True, add_generation_prompt=True
-        )
+        pairs = zip(waveforms, prompts, strict=True)
+        conversations = [self.processor.transcription_messages(clip, prompt) for clip, prompt in pairs]
+        settings = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+        inputs = self.processor.apply_chat_template(conversations, **settings)
         return generate_answers(self.model, self.processor, inputs, self.max_new_tokens, do_sample=False, num_beams=1)

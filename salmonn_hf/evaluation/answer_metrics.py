@@ -39,10 +39,7 @@ def correct_answers(references: Sequence[Sequence[str]], hypotheses: Sequence[st
         ValueError: if there are no questions, the lengths differ, or a question has no accepted answer.
     """
     check_pairs(references, hypotheses)
-    correct = []
-    for index, (accepted, given) in enumerate(zip(references, hypotheses, strict=True)):
-        accepted = {normalise_answer(text) for text in accepted} - {""}
-        if not accepted:
-            raise ValueError(f"Question {index} has no accepted answer; leave it out.")
-        correct.append(normalise_answer(given) in accepted)
-    return np.array(correct)
+    accepted = [{normalise_answer(text) for text in texts} - {""} for texts in references]
+    if not all(accepted):
+        raise ValueError(f"Question {accepted.index(set())} has no accepted answer; leave it out.")
+    return np.array([normalise_answer(given) in texts for given, texts in zip(hypotheses, accepted, strict=True)])

@@ -29,8 +29,7 @@ def resampled_sums(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
 
 
 def interval(scores: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """The percentile interval of the scores `(resamples,)` of bootstrap samples; those without a score (NaN) are
-    left out."""
+    """The percentile interval of the scores `(resamples,)` of bootstrap samples, without those that are NaN."""
     low, high = np.nanquantile(scores, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

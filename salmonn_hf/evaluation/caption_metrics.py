@@ -65,8 +65,7 @@ def score_captions(
     pairs = dict(enumerate(references)), dict(enumerate(hypotheses))
     scores = {}
     for name, metric in (("CIDEr-D", Cider()), ("ROUGE-L", Rouge())):
-        value, clips = metric.compute_score(*pairs)
-        scores[name] = CaptionScore(float(value), *mean_interval(clips), clips)
+        scores[name] = mean_score(metric.compute_score(*pairs)[1])
     scores["METEOR"] = meteor(references, hypotheses)
     values, clips = Bleu(4).compute_score(*pairs, verbose=0)
     samples = bleu_of_samples(references, hypotheses)
@@ -90,9 +89,7 @@ def cider_d(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> f
     return float(Cider().compute_score(dict(enumerate(references)), dict(enumerate(hypotheses)))[0])
 
 
-def tokenised(
-    references: Sequence[Sequence[str]], hypotheses: Sequence[str]
-) -> tuple[list[list[str]], list[list[str]]]:
+def tokenised(references, hypotheses) -> tuple[list[list[str]], list[list[str]]]:
     check_pairs(references, hypotheses)
     if empty := [i for i, texts in enumerate(references) if isinstance(texts, str) or not any(map(str.strip, texts))]:
         raise ValueError(f"Clip {empty[0]} has no list of reference captions; give one, or leave the clip out.")
@@ -106,10 +103,8 @@ def require_java():
     except ImportError as error:
         raise CaptionMetricsError("Caption metrics need pycocoevalcap: pip install salmonn_hf[captions]") from error
     if shutil.which("java") is None:
-        raise CaptionMetricsError(
-            "Caption metrics need Java, on which pycocoevalcap runs METEOR and the tokeniser, and there is no `java` "
-            "on the PATH: apt-get install default-jre-headless"
-        )
+        need = "Caption metrics need Java, on which pycocoevalcap runs METEOR and the tokeniser"
+        raise CaptionMetricsError(f"{need}, and there is no `java` on the PATH: apt-get install default-jre-headless")
 
 
 def tokenise(captions: Sequence[Sequence[str]]) -> list[list[str]]:
@@ -129,10 +124,8 @@ def meteor(references: list[list[str]], hypotheses: list[list[str]]) -> CaptionS
 
     program = Meteor()
     # The bars part the fields of the program's input.
-    lines = [
-        program._stat(texts[0], [reference.replace("|||", "") for reference in several])
-        for several, texts in zip(references, hypotheses, strict=True)
-    ]
+    lines = [program._stat(texts[0], [reference.replace("|||", "") for reference in several])
+             for several, texts in zip(references, hypotheses, strict=True)]  # fmt: skip
     statistics = np.array([line.split() for line in lines], dtype=np.float64)
 
     def evaluate(rows: np.ndarray) -> np.ndarray:
@@ -148,58 +141,35 @@ def meteor(references: list[list[str]], hypotheses: list[list[str]]) -> CaptionS
 
 
 def bleu_of_samples(references: list[list[str]], hypotheses: list[list[str]]) -> np.ndarray:
-    """BLEU-1 to BLEU-4 of bootstrap samples, shape `(samples, 4)`."""
+    """BLEU-1 to BLEU-4 of bootstrap samples, shape `(samples, 4)`: of their summed counts (Papineni et al., 2002,
+    section 2.3), with the small terms by which pycocoevalcap avoids divisions by zero."""
     from pycocoevalcap.bleu.bleu_scorer import cook_refs, cook_test
 
     counts = []
     for several, texts in zip(references, hypotheses, strict=True):
         clip = cook_test(texts[0], cook_refs(several), eff="closest")
         counts.append([*clip["correct"], *clip["guess"], clip["testlen"], clip["reflen"]])
-    return bleu(resampled_sums(np.array(counts)))
-
-
-def bleu(counts: np.ndarray) -> np.ndarray:
-    """
-    BLEU from summed counts (Papineni et al., 2002, section 2.3), with the small terms by which pycocoevalcap avoids
-    divisions by zero.
-
-    Args:
-        counts (`np.ndarray` of shape `(corpora, 10)`): matching 1- to 4-grams, all 1- to 4-grams, words, reference
-            words.
-
-    Returns:
-        `np.ndarray` of shape `(corpora, 4)`.
-    """
-    precisions = (counts[:, :4] + 1e-15) / (counts[:, 4:8] + 1e-9)
-    ratio = (counts[:, 8] + 1e-15) / (counts[:, 9] + 1e-9)
-    brevity_penalty = np.exp(np.minimum(1 - 1 / ratio, 0))
-    return np.cumprod(precisions, axis=1) ** (1 / np.arange(1, 5)) * brevity_penalty[:, None]
-
-
-# SPICE
+    correct, guessed, (words, reference_words) = np.split(resampled_sums(np.array(counts)).T, [4, 8])
+    brevity_penalty = np.exp(np.minimum(1 - 1 / ((words + 1e-15) / (reference_words + 1e-9)), 0))
+    precisions = (correct + 1e-15) / (guessed + 1e-9)
+    return (np.cumprod(precisions, axis=0) ** (1 / np.arange(1, 5)[:, None]) * brevity_penalty).T
 
 
 def find_corenlp(directory: str | Path | None = None) -> Path:
     """
     The directory with the two jars of CoreNLP that SPICE needs, `stanford-corenlp-*.jar` and its models: `directory`,
-    else `$CORENLP_HOME`, else where pycocoevalcap itself looks. Nothing is downloaded.
-
-    Raises:
-        CaptionMetricsError: if they are not there, naming the places.
+    else `$CORENLP_HOME`, else where pycocoevalcap itself looks. A [`CaptionMetricsError`] names the places without.
     """
     require_java()
     places = [directory] if directory else [os.environ.get("CORENLP_HOME"), spice_directory() / "lib"]
-    places = [Path(place) for place in places if place]
-    for place in places:
-        jars = [jar.name for jar in place.glob("stanford-corenlp-*.jar")]
-        if any("models" in jar for jar in jars) and any("models" not in jar for jar in jars):
+    for place in map(Path, filter(None, places)):
+        if {"models" in jar.name for jar in place.glob("stanford-corenlp-*.jar")} == {False, True}:
             return place
     # The message goes into reports and model cards: it names no directory of this machine that nobody gave.
     searched = directory or "$CORENLP_HOME or pycocoevalcap's spice/lib"
-    raise CaptionMetricsError(
-        f"No SPICE and no SPIDEr: stanford-corenlp-3.6.0.jar and stanford-corenlp-3.6.0-models.jar are not in "
-        f"{searched}. Take them from CoreNLP 3.6.0 and name their directory in CORENLP_HOME."
-    )
+    jars = f"stanford-corenlp-3.6.0.jar and stanford-corenlp-3.6.0-models.jar are not in {searched}"
+    remedy = "Take them from CoreNLP 3.6.0 and name their directory in CORENLP_HOME."
+    raise CaptionMetricsError(f"No SPICE and no SPIDEr: {jars}. {remedy}")
 
 
 def spice_directory() -> Path:
@@ -210,10 +180,8 @@ def spice_directory() -> Path:
 
 def spice(references: list[list[str]], hypotheses: list[list[str]], corenlp: str | Path) -> np.ndarray:
     """SPICE's F-score of each clip's tokenised caption, shape `(clips,)`, by the authors' program."""
-    clips = [
-        {"image_id": index, "test": texts[0], "refs": several}
-        for index, (several, texts) in enumerate(zip(references, hypotheses, strict=True))
-    ]
+    pairs = enumerate(zip(references, hypotheses, strict=True))
+    clips = [{"image_id": index, "test": texts[0], "refs": several} for index, (several, texts) in pairs]
     program = spice_directory()
     classpath = os.pathsep.join(map(str, (program / "spice-1.0.jar", program / "lib" / "*", Path(corenlp) / "*")))
     with tempfile.TemporaryDirectory() as folder:
@@ -226,9 +194,6 @@ def spice(references: list[list[str]], hypotheses: list[list[str]], corenlp: str
         results = json.loads(answered.read_text())
     scores = {result["image_id"]: result["scores"]["All"]["f"] for result in results}
     return np.array([float(scores[index]) for index in range(len(clips))])
-
-
-# What needs no Java
 
 
 @torch.inference_mode()
@@ -255,14 +220,9 @@ def minilm_similarity(
         states, mask = encoder(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
         means = (states * mask).sum(1) / mask.sum(1)
         vectors |= dict(zip(batch, torch.nn.functional.normalize(means, dim=-1), strict=True))
-    return mean_score(
-        np.array(
-            [
-                float(torch.stack([vectors[text] for text in several]).mean(0) @ vectors[hypothesis])
-                for several, hypothesis in zip(references, hypotheses, strict=True)
-            ]
-        )
-    )
+    pairs = zip(references, hypotheses, strict=True)
+    means = [torch.stack([vectors[text] for text in texts]).mean(0) @ vectors[caption] for texts, caption in pairs]
+    return mean_score(np.array(means, dtype=np.float64))
 
 
 def caption_statistics(captions: Sequence[str]) -> dict[str, float]:

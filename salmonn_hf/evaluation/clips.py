@@ -32,12 +32,7 @@ class Clip:
     groups: dict[str, str] = field(default_factory=dict)
 
     def waveform(self) -> np.ndarray:
-        """
-        Float32 of shape `(samples,)` at 16 kHz.
-
-        Raises:
-            UnusableClip, OSError: for a clip that cannot be read.
-        """
+        """Float32 of shape `(samples,)` at 16 kHz; an UnusableClip or OSError where the clip cannot be read."""
         return read_clip(self.row())
 
     def header_seconds(self) -> float:
@@ -62,15 +57,10 @@ def parquet_clips(files: list[str], references: str, prompt: str = "", question:
     clips = []
     for row, columns in enumerate(data.remove_columns("audio")):
         accepted = columns[references]
-        clips.append(
-            Clip(
-                id=str(columns.get("clip_id") or row),
-                row=partial(data.__getitem__, row),
-                references=[accepted or ""] if isinstance(accepted, str | None) else list(accepted),
-                prompt=columns[question] if question else prompt,
-                groups={name: str(columns[name]) for name in GROUP_COLUMNS if columns.get(name)},
-            )
-        )
+        accepted = [accepted or ""] if isinstance(accepted, str | None) else list(accepted)
+        groups = {name: str(columns[name]) for name in GROUP_COLUMNS if columns.get(name)}
+        name, asked = str(columns.get("clip_id") or row), columns[question] if question else prompt
+        clips.append(Clip(name, partial(data.__getitem__, row), accepted, asked, groups))
     return clips
 
 
@@ -86,13 +76,7 @@ def annotation_clips(path: str, prefix: str, prompts: dict[str, str]) -> list[Cl
     for number, entry in enumerate(annotation.read_examples(path, prefix)):
         if entry["task"] not in prompts:
             raise ValueError(f"{path}: entry {number} is of task {entry['task']!r}; expected {', '.join(prompts)}.")
-        clips.append(
-            Clip(
-                id=str(entry.get("testset_id", number)),
-                row=lambda entry=entry: entry,
-                references=[entry["text"]] if isinstance(entry["text"], str) else [],
-                prompt=prompts[entry["task"]],
-                groups={"source": entry["source"]},
-            )
-        )
+        texts = [entry["text"]] if isinstance(entry["text"], str) else []
+        name, groups = str(entry.get("testset_id", number)), {"source": entry["source"]}
+        clips.append(Clip(name, partial(dict, entry), texts, prompts[entry["task"]], groups))
     return clips

@@ -1,11 +1,8 @@
-"""
-Memory and latency of a model: bytes of its weights, peak of memory, time to the first token by part, time per further
-token, throughput.
-"""
+"""Memory and latency of a model: weights, peak of memory, times of the first and of further tokens, throughput."""
 
-import os
 import resource
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -43,23 +40,17 @@ def random_model(model_class, config, dtype: torch.dtype, device: str, quantizat
 
 def weights_by_module(model) -> dict[str, int]:
     """Bytes of parameters and buffers; tied matrices once."""
-    sizes = {"embedding and head": 0}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     vocabulary = {id(t) for m in (embedding, head) for t in [*m.parameters(), *m.buffers()]}
-    seen = set()
+    sizes = Counter({"embedding and head": 0})
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            part = "embedding and head" if id(tensor) in vocabulary else name.removeprefix("model.").split(".")[0]
-            sizes[part] = sizes.get(part, 0) + stored_bytes(tensor)
-    return sizes
+        part = "embedding and head" if id(tensor) in vocabulary else name.removeprefix("model.").split(".")[0]
+        sizes[part] += stored_bytes(tensor)
+    return dict(sizes)
 
 
 def stored_bytes(tensor: torch.Tensor) -> int:
-    """
-    Of a tensor, with the scales beside one of bitsandbytes' 4 bits; or of those that one of torchao's kind is made of,
-    which itself claims those of its precision.
-    """
+    """Of a tensor with the scales of bitsandbytes' 4 bits, or of the tensors that one of torchao's is made of."""
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
         return sum(stored_bytes(getattr(tensor, name)) for name in names)
@@ -67,26 +58,20 @@ def stored_bytes(tensor: torch.Tensor) -> int:
     return tensor.nbytes + sum(scale.nbytes for scale in scales if isinstance(scale, torch.Tensor))
 
 
-class Memory:
-    """Peak memory since `reset`, bytes: of the CUDA device, or else of the process."""
+def reset_peak_memory(device: str):
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    elif (references := Path("/proc/self/clear_refs")).exists():  # Linux: the peak starts again from what is resident
+        references.write_text("5")
 
-    def __init__(self, device: str):
-        self.on_cuda = device.startswith("cuda")
 
-    def reset(self):
-        if self.on_cuda:
-            torch.cuda.reset_peak_memory_stats()
-        elif os.path.exists("/proc/self/clear_refs"):
-            # Linux: the resident peak starts again from what is resident.
-            Path("/proc/self/clear_refs").write_text("5")
-
-    def peak(self) -> int:
-        if self.on_cuda:
-            return torch.cuda.max_memory_allocated()
-        status = Path("/proc/self/status")
-        if status.exists():
-            return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak_memory(device: str) -> int:
+    """Bytes since the last `reset_peak_memory`: of the CUDA device, or else resident bytes of the process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    if (status := Path("/proc/self/status")).exists():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Benchmark:
@@ -98,8 +83,8 @@ class Benchmark:
         prompt_tokens (`int`): text tokens around the audio.
     """
 
-    def __init__(self, model, speech: np.ndarray, prompt_tokens: int):
-        self.model, self.config, self.device = model, model.config, model.device
+    def __init__(self, model, speech: np.ndarray, prompt_tokens: int = 45):
+        self.model, self.config, self.device = model.eval(), model.config, model.device
         self.speech, self.prompt_tokens = speech, prompt_tokens
         self.extractor = self.make_extractor()
 
@@ -167,8 +152,8 @@ class Benchmark:
         token = output.logits[:, -1:].argmax(-1)
         marks.append(self.mark())
         for _ in range(decode_steps):
-            output = model(input_ids=token.clamp(min=self.config.audio_token_id + 1),
-                           past_key_values=output.past_key_values, use_cache=True)  # fmt: skip
+            token = token.clamp(min=self.config.audio_token_id + 1)
+            output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
             token = output.logits[:, -1:].argmax(-1)
             marks.append(self.mark())
         if cached:
@@ -181,11 +166,10 @@ class Benchmark:
         for _ in range(warmup):
             self.round(clip, min(decode_steps, 2), cache)
         timed = [self.round(clip, decode_steps, cache) for _ in range(rounds)]
-        first = [sum(parts.values()) for parts, _ in timed]
         steps = [step for _, steps in timed for step in steps]
         result = {
             "seconds_of_audio": seconds,
-            "ttft": percentiles(first),
+            "ttft": percentiles([sum(parts.values()) for parts, _ in timed]),
             "ttft_by_part": {part: float(np.median([parts[part] for parts, _ in timed])) for part in PARTS},
         }
         if steps:
@@ -197,19 +181,13 @@ class Benchmark:
     @torch.inference_mode()
     def throughput(self, seconds: float, batch_size: int, decode_steps: int) -> float:
         """Clips a second, features included, each with `decode_steps` tokens."""
-        clips = [self.clip(seconds) for _ in range(batch_size)]
+        clips = [self.clip(seconds)] * batch_size
         input_ids = self.input_ids(self.audio_tokens(clips[0]), batch_size)
-
-        def transcribe():
-            features = self.features(clips)
-            return self.model.generate(
-                input_ids, attention_mask=torch.ones_like(input_ids), **features, do_sample=False,
-                min_new_tokens=decode_steps, max_new_tokens=decode_steps,
-            )  # fmt: skip
-
-        transcribe()
-        start = self.mark()
-        transcribe()
+        settings = {"do_sample": False, "min_new_tokens": decode_steps, "max_new_tokens": decode_steps}
+        settings["attention_mask"] = torch.ones_like(input_ids)
+        for _ in range(2):  # the first to warm up
+            start = self.mark()
+            self.model.generate(input_ids, **self.features(clips), **settings)
         return batch_size / (self.mark() - start)
 
 

@@ -1,12 +1,7 @@
 """
 The engine of every evaluation: clips in batches of similar length, over any number of processes, each batch written as
-soon as it is done. A run that was killed continues, and its results are those of an uninterrupted one: which clips
-share a batch follows from the data and the batch size alone.
-
-    output/run.json            what was asked; a second run with other settings is refused
-    output/parts/*.jsonl       what each process has done so far
-    output/predictions.jsonl   one line a clip, in the order of the data, once all are done
-    output/speed.json          how long the last start took
+soon as it is done (which files there are: `docs/evaluation.md`). A run that was killed continues, and its results are
+those of an uninterrupted one: which clips share a batch follows from the data and the batch size alone.
 """
 
 import hashlib
@@ -47,7 +42,7 @@ def predict(
     Args:
         make_model: gives the model, a function of waveforms and prompts with `max_seconds`, `device` and `dtype` (see
             `inference.py`); called if there is anything left to do.
-        output (`Path`): directory, see above.
+        output (`Path`): directory of the run.
         settings (`dict`): what the results depend on. They are written down, and compared when the run goes on.
 
     Returns:
@@ -57,7 +52,9 @@ def predict(
         ValueError: if `output` holds a run with other settings, naming them.
     """
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
-    settings = settings | {"clips": len(clips), "batch_size": batch_size, "data_digest": digest(clips)}
+    asked = json.dumps([(clip.id, clip.references, clip.prompt) for clip in clips])
+    digest = hashlib.sha256(asked.encode()).hexdigest()[:16]
+    settings = settings | {"clips": len(clips), "batch_size": batch_size, "data_digest": digest}
     if state.is_main_process:
         begin(output, settings)
     state.wait_for_everyone()
@@ -70,11 +67,6 @@ def predict(
     return read_lines(output / "predictions.jsonl") if state.is_main_process else None
 
 
-def digest(clips: list[Clip]) -> str:
-    asked = [(clip.id, clip.references, clip.prompt) for clip in clips]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
-
-
 def begin(output: Path, settings: dict):
     """Write the settings down, or compare them with those of the run that is to go on: one that has answers."""
     output.mkdir(parents=True, exist_ok=True)
@@ -85,10 +77,8 @@ def begin(output: Path, settings: dict):
     before = json.loads(file.read_text())
     for name in sorted(before.keys() | settings.keys()):
         if before.get(name) != settings.get(name):
-            raise ValueError(
-                f"{output} holds a run with {name} {before.get(name)!r}; this one has {settings.get(name)!r}. Go on "
-                "with the same, or take another output directory."
-            )
+            found = f"{output} holds a run with {name} {before.get(name)!r}; this one has {settings.get(name)!r}"
+            raise ValueError(f"{found}. Go on with the same, or take another output directory.")
 
 
 def fill_part(clips: list[Clip], make_model: Callable, parts: Path, batches: list[list[int]], state):
@@ -113,15 +103,9 @@ def fill_part(clips: list[Clip], make_model: Callable, parts: Path, batches: lis
             progress.update(len(batch))
     seconds = time.perf_counter() - start
     if state.is_main_process:
-        speed = {
-            "clips": sum(map(len, todo)),
-            "audio_seconds": round(audio_seconds, 1),
-            "seconds": round(seconds, 1),
-            "real_time_factor": round(seconds / audio_seconds, 4) if audio_seconds else None,
-            "processes": state.num_processes,
-            "device": model.device,
-            "dtype": model.dtype,
-        }
+        speed = {"clips": sum(map(len, todo)), "audio_seconds": round(audio_seconds, 1), "seconds": round(seconds, 1)}
+        speed["real_time_factor"] = round(seconds / audio_seconds, 4) if audio_seconds else None
+        speed |= {"processes": state.num_processes, "device": model.device, "dtype": model.dtype}
         write_atomically(parts.parent / "speed.json", json.dumps(speed, indent=2) + "\n")
 
 
@@ -130,8 +114,7 @@ def predict_batch(model: Callable, batch: list[int], clips: list[Clip]) -> list[
     for row in batch:
         clip = clips[row]
         line = {"row": row, "id": clip.id, "seconds": 0.0, "references": clip.references, "hypothesis": ""}
-        line |= {"prompt": clip.prompt} if clip.prompt else {}
-        line |= {"groups": clip.groups}
+        line |= ({"prompt": clip.prompt} if clip.prompt else {}) | {"groups": clip.groups}
         try:
             waveform = clip.waveform()
         except (UnusableClip, OSError) as error:
@@ -143,18 +126,14 @@ def predict_batch(model: Callable, batch: list[int], clips: list[Clip]) -> list[
                 line["truncated_to"] = model.max_seconds
             waveforms[row] = waveform
         lines.append(line)
-    if waveforms:
-        hypotheses = model(list(waveforms.values()), [clips[row].prompt for row in waveforms])
-        answers = dict(zip(waveforms, hypotheses, strict=True))
-        for line in lines:
-            line["hypothesis"] = answers.get(line["row"], "")
-    return lines
+    prompts = [clips[row].prompt for row in waveforms]
+    answers = dict(zip(waveforms, model(list(waveforms.values()), prompts), strict=True)) if waveforms else {}
+    return [line | {"hypothesis": answers.get(line["row"], "")} for line in lines]
 
 
 def join_parts(output: Path, clips: int):
     lines = {line["row"]: line for file in (output / "parts").glob("*.jsonl") for line in read_lines(file)}
-    if sorted(lines) != list(range(clips)):
-        missing = sorted(set(range(clips)) - set(lines))
+    if missing := sorted(set(range(clips)) - set(lines)):
         raise ValueError(
             f"{output / 'parts'} lacks {len(missing)} clips, the first is row {missing[0]}; run it again."
         )

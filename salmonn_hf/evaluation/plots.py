@@ -5,24 +5,20 @@ import io
 import numpy as np
 
 from .results import Run, timings
-from .scoring import duration_order
+from .scoring import KINDS, duration_order
 
 LEGEND = {"loc": "outside upper left", "ncols": 3, "fontsize": 7}
 
 
 def plots(runs: list[Run]) -> dict[str, str]:
     """Titles and SVG pictures of what there are results for."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     pictures = {}
     if speech := [run for run in runs if run.task == "asr"]:
         pictures["WER by duration, with 95 % intervals"] = wer_by_duration(speech)
-        shares = {}
-        for run in speech:
-            counts = run.result["metrics"]["wer"]
-            kinds = ("substitutions", "deletions", "insertions")
-            shares[run.title] = {kind: 100 * counts[kind] / max(counts["words"], 1) for kind in kinds}
+        counts = {run.title: run.result["metrics"]["wer"] for run in speech}
+        shares = {
+            title: {kind: 100 * c[kind] / max(c["words"], 1) for kind in KINDS[:3]} for title, c in counts.items()
+        }
         pictures["Error types"] = stacked_bars(shares, "% of the reference words")
     for run in runs:
         labels = run.result["breakdowns"]["CIDEr-D"].get("label") if run.task == "aac" else None
@@ -35,20 +31,21 @@ def plots(runs: list[Run]) -> dict[str, str]:
     return pictures
 
 
-def new_figure(height: float):
-    import matplotlib.pyplot as plt
+def new_figure(height: float, width: float = 7):
+    """A figure of so many inches and its axes."""
+    from matplotlib.figure import Figure
 
-    return plt.subplots(figsize=(7, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
 
 
 def figure_svg(figure) -> str:
-    import matplotlib.pyplot as plt
+    import matplotlib
 
     stream = io.StringIO()
     # Without a date and with fixed ids the same results give the same file.
-    with plt.rc_context({"svg.hashsalt": "salmonn_hf", "svg.fonttype": "none"}):
+    with matplotlib.rc_context({"svg.hashsalt": "salmonn_hf", "svg.fonttype": "none"}):
         figure.savefig(stream, format="svg", metadata={"Date": None})
-    plt.close(figure)
     return stream.getvalue()[stream.getvalue().index("<svg") :]
 
 

@@ -1,8 +1,6 @@
 """Results as one Markdown and one self-contained HTML page, with plots and the worst clips to listen to."""
 
 import base64
-import html
-from collections.abc import Iterator
 from pathlib import Path
 
 from ..data.clip_audio import read_clip
@@ -13,9 +11,14 @@ from ..files import write_atomically
 from .challenge_table import challenge_table
 from .plots import plots
 from .results import Run, read_run
-from .tables import format_interval, format_number, html_table, markdown_table
+from .tables import format_interval, format_number, render
 
 WORST_CLIPS = 20
+CLIP_SCORES = {
+    "asr": "{substitutions} S, {deletions} D, {insertions} I",
+    "aac": "CIDEr-D {CIDEr-D:.2f}, METEOR {METEOR:.2f}",
+    "qa": "wrong",  # no other answers are listed
+}
 
 
 def metrics_table(run: Run) -> list[list[str]]:
@@ -33,44 +36,31 @@ def breakdown_tables(run: Run) -> dict[str, list[list[str]]]:
     for metric, breakdowns in run.result.get("breakdowns", {}).items():
         for key, parts in breakdowns.items():
             if len(parts) <= 20:
-                rows = [[key, "clips", metric, "95 % interval"]]
-                for part in parts:
-                    name, score = part["part"] or "(none)", format_number(part["value"])
-                    rows.append([name, str(part["clips"]), score, format_interval(part)])
-                tables[f"{metric} by {key}"] = rows
+                rows = [[p["part"] or "(none)", str(p["clips"]), format_number(p["value"]), format_interval(p)]
+                        for p in parts]  # fmt: skip
+                tables[f"{metric} by {key}"] = [[key, "clips", metric, "95 % interval"], *rows]
     return tables
 
 
 def worst_clips(run: Run) -> list[dict]:
     """The clips to listen to: most word errors, lowest CIDEr-D and METEOR, or wrong answers; the worst first."""
-    keys = {
-        "asr": lambda clip: -(clip["substitutions"] + clip["deletions"] + clip["insertions"]),
-        "aac": lambda clip: (clip["CIDEr-D"], clip["METEOR"]),
-        "qa": lambda clip: clip["correct"],
-    }
-    worst = sorted(run.clips, key=keys[run.task])[:WORST_CLIPS]
     if run.task == "asr":
-        return [clip for clip in worst if keys["asr"](clip) < 0]
-    return [clip for clip in worst if not clip.get("correct")]
-
-
-def clip_score(run: Run, clip: dict) -> str:
-    if run.task == "asr":
-        return f"{clip['substitutions']} S, {clip['deletions']} D, {clip['insertions']} I"
+        errors = [clip["substitutions"] + clip["deletions"] + clip["insertions"] for clip in run.clips]
+        rows = sorted(range(len(errors)), key=lambda row: -errors[row])
+        return [run.clips[row] for row in rows[:WORST_CLIPS] if errors[row]]
     if run.task == "aac":
-        return f"CIDEr-D {clip['CIDEr-D']:.2f}, METEOR {clip['METEOR']:.2f}"
-    return "right" if clip["correct"] else "wrong"
+        return sorted(run.clips, key=lambda clip: (clip["CIDEr-D"], clip["METEOR"]))[:WORST_CLIPS]
+    return [clip for clip in run.clips if not clip["correct"]][:WORST_CLIPS]
 
 
-def clip_audio(run: Run, rows: list[int]) -> dict[int, bytes]:
+def flac_base64(run: Run, rows: list[int]) -> dict[int, str]:
     """FLAC of the clips, from the data that they were evaluated on, where that is still there."""
-    files = run.result["settings"]["data"]
-    if not all(Path(file).suffix == ".parquet" and Path(file).exists() for file in files):
+    if not all(Path(file).suffix == ".parquet" and Path(file).exists() for file in run.files):
         return {}
-    data, found = parquet_rows(files), {}
+    data, found = parquet_rows(run.files), {}
     for row in rows:
         try:
-            found[row] = flac_bytes(read_clip(data[row]))
+            found[row] = base64.b64encode(flac_bytes(read_clip(data[row]))).decode()
         except (UnusableClip, OSError):  # its line in the report tells what is wrong with it
             continue
     return found
@@ -84,103 +74,25 @@ def remarks(run: Run) -> list[str]:
     return found + [f"Longer than the model's input, cut: {clip}" for clip in run.result["cut_clips"]]
 
 
-def statistics_lines(run: Run) -> list[str]:
-    return [
+def section(run: Run) -> dict:
+    """What both pages say of an evaluation, in order."""
+    statistics = [
         f"{name}: {values['distinct_words']} distinct words, {values['mean_words']:.1f} words each; "
         f"{values['distinct_captions']:.1%} of them distinct, {values['most_frequent_caption']:.1%} the commonest"
         for name, values in run.result.get("statistics", {}).items()
     ]
-
-
-# Pages
-
-
-def blocks(runs: list[Run], pictures: dict[str, str]) -> Iterator[tuple[str, object]]:
-    """What both pages hold, in order: the kind of each block and its content."""
-    table, origins = challenge_table(runs)
-    yield from (("h1", "Evaluation"), ("table", table), ("remarks", origins))
-    for title in pictures:
-        yield from (("h2", title), ("picture", title))
-    for run in runs:
-        if run.result is None:
-            continue
-        yield from (("h2", run.title), ("text", f"{run.result['clips']} clips, {run.result['audio_seconds']} s."))
-        yield from (("remarks", remarks(run) + statistics_lines(run)), ("table", metrics_table(run)))
-        for title, rows in breakdown_tables(run).items():
-            yield from (("h3", title), ("table", rows))
-        worst = worst_clips(run)
-        yield from (("h3", f"The worst {len(worst)} clips"), ("clips", (run, worst)))
-
-
-def report_markdown(runs: list[Run], pictures: dict[str, str]) -> str:
-    found = []
-    for kind, content in blocks(runs, pictures):
-        if kind in ("h1", "h2", "h3"):
-            found.append(f"{'#' * int(kind[1])} {content}")
-        elif kind == "text":
-            found.append(content)
-        elif kind == "remarks":
-            found.append("\n".join(f"- {remark}" for remark in content))
-        elif kind == "picture":
-            found.append(f"![{content}](plots/{list(pictures).index(content)}.svg)")
-        elif kind == "table":
-            found.append(markdown_table(content))
-        else:
-            run, clips = content
-            rows = [["clip", "score", "reference", "hypothesis"]]
-            rows += [[c["id"], clip_score(run, c), " / ".join(c["references"]), c["hypothesis"]] for c in clips]
-            found.append(markdown_table(rows))
-    return "\n\n".join(filter(None, found)) + "\n"
-
-
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #1c2330; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid #d5dae2; padding: .3rem .7rem; text-align: left; vertical-align: top; }
-th { background: #f3f5f8; } h2 { margin-top: 2.5rem; } svg { max-width: 100%; height: auto; }
-.clip { border: 1px solid #d5dae2; border-radius: 6px; padding: .6rem .9rem; margin: .6rem 0; }
-.clip b { display: inline-block; min-width: 6rem; } .error { color: #a11; } audio { height: 2rem; width: 100%; }
-.remark { color: #555; }
-"""
-
-
-def report_html(runs: list[Run], pictures: dict[str, str]) -> str:
-    body = []
-    for kind, content in blocks(runs, pictures):
-        if kind in ("h1", "h2", "h3"):
-            body.append(f"<{kind}>{html.escape(content)}</{kind}>")
-        elif kind == "text":
-            body.append(f"<p>{html.escape(content)}</p>")
-        elif kind == "remarks":
-            body += [f"<p class='remark'>{html.escape(remark)}</p>" for remark in content]
-        elif kind == "picture":
-            body.append(pictures[content])
-        elif kind == "table":
-            body.append(html_table(content))
-        else:
-            run, clips = content
-            audio = clip_audio(run, [clip["row"] for clip in clips])
-            body += [html_clip(run, clip, audio.get(clip["row"])) for clip in clips]
-    return (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Evaluation</title>"
-        f"<style>{STYLE}</style></head><body>{''.join(body)}</body></html>\n"
-    )
-
-
-def html_clip(run: Run, clip: dict, audio: bytes | None) -> str:
-    lines = [f"<p><b>{html.escape(clip['id'])}</b> {html.escape(clip_score(run, clip))}, {clip['seconds']:.1f} s</p>"]
-    if audio is not None:
-        source = base64.b64encode(audio).decode()
-        lines += [f"<audio controls preload='none' src='data:audio/flac;base64,{source}'></audio>"]
-    else:
-        lines += ["<p class='remark'>The clip's audio is not at hand.</p>"]
-    if clip.get("prompt"):
-        lines += [f"<p><b>asked</b> {html.escape(clip['prompt'])}</p>"]
-    lines += [f"<p><b>reference</b> {html.escape(text)}</p>" for text in clip["references"]]
-    if "error" in clip:
-        lines += [f"<p class='error'><b>broken</b> {html.escape(clip['error'])}</p>"]
-    lines += [f"<p><b>hypothesis</b> {html.escape(clip['hypothesis'])}</p>"]
-    return f"<div class='clip'>{''.join(lines)}</div>"
+    worst = [clip | {"score": CLIP_SCORES[run.task].format(**clip)} for clip in worst_clips(run)]
+    rows = [[clip["id"], clip["score"], " / ".join(clip["references"]), clip["hypothesis"]] for clip in worst]
+    return {
+        "title": run.title,
+        "size": f"{run.result['clips']} clips, {run.result['audio_seconds']} s.",
+        "remarks": remarks(run) + statistics,
+        "metrics": metrics_table(run),
+        "breakdowns": breakdown_tables(run),
+        "worst": worst,
+        "worst_table": [["clip", "score", "reference", "hypothesis"], *rows],
+        "audio": flac_base64(run, [clip["row"] for clip in worst]),
+    }
 
 
 def write_report(directories: list[Path], output: Path):
@@ -191,9 +103,12 @@ def write_report(directories: list[Path], output: Path):
         ValueError: for a directory without a result.
     """
     runs = [read_run(directory) for directory in directories]
+    challenge, origins = challenge_table(runs)
     pictures = plots(runs)
+    sections = [section(run) for run in runs if run.result is not None]
     (output / "plots").mkdir(parents=True, exist_ok=True)
     for index, picture in enumerate(pictures.values()):
         write_atomically(output / "plots" / f"{index}.svg", picture)
-    write_atomically(output / "report.md", report_markdown(runs, pictures))
-    write_atomically(output / "report.html", report_html(runs, pictures))
+    for name in ("report.md", "report.html"):
+        page = render(name, challenge=challenge, origins=origins, pictures=pictures, sections=sections)
+        write_atomically(output / name, page)

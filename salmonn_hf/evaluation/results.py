@@ -1,10 +1,4 @@
-"""
-What an evaluation leaves in its directory, written and read back.
-
-    output/scores.jsonl        each clip's own scores
-    output/result.json         scores of the whole, with intervals and breakdowns
-    output/efficiency.json     memory and times, by `eval/run_efficiency.py`
-"""
+"""What an evaluation leaves in its directory, written and read back; the files are listed in `docs/evaluation.md`."""
 
 import json
 import math
@@ -39,26 +33,18 @@ def write_result(output: Path, predictions: list[dict], result: dict, scores: li
     Args:
         predictions (`list[dict]`): of `engine.predict`.
         result (`dict`), scores (`list[dict]`): of the whole and of each clip, by one of the functions of `scoring`.
-
-    Returns:
-        What is in `result.json`.
     """
     broken = [f"{line['id']}: {line['error']}" for line in predictions if "error" in line]
-    cut = [f"{line['id']}: {line['truncated_to']} of {line['seconds']} s" for line in predictions
-           if "truncated_to" in line]  # fmt: skip
+    long = [line for line in predictions if "truncated_to" in line]
+    cut = [f"{line['id']}: {line['truncated_to']} of {line['seconds']} s" for line in long]
     for problem, clips in (("broken clip", broken), ("clip longer than the model's input", cut)):
         for clip in clips:
             print(f"{problem}, {clip}", file=sys.stderr)
     settings = json.loads((output / "run.json").read_text())
     settings |= {"torch": torch.__version__, "transformers": transformers.__version__}
-    result = {
-        "clips": len(predictions),
-        "audio_seconds": round(sum(line["seconds"] for line in predictions), 1),
-        "broken_clips": broken,
-        "cut_clips": cut,
-        **result,
-        "settings": settings,
-    }
+    seconds = round(sum(line["seconds"] for line in predictions), 1)
+    whole = {"clips": len(predictions), "audio_seconds": seconds, "broken_clips": broken, "cut_clips": cut}
+    result = whole | result | {"settings": settings}
     rows = [{"row": line["row"], "id": line["id"], **score} for line, score in zip(predictions, scores, strict=True)]
     write_atomically(output / "scores.jsonl", "".join(as_line(finite(row)) for row in rows))
     write_atomically(output / "result.json", json.dumps(finite(result), indent=2, ensure_ascii=False) + "\n")
@@ -76,14 +62,12 @@ def finite(value):
 
 @dataclass
 class Run:
-    """
-    What one directory holds: a `result.json` of an evaluation with its predictions and scores, or an
-    `efficiency.json` of `eval/run_efficiency.py`.
-    """
+    """What one directory holds: the result of an evaluation with its clips, or that of `eval/run_efficiency.py`."""
 
     directory: Path
     result: dict | None
     efficiency: dict | None
+    speed: dict | None
     clips: list[dict]
 
     @property
@@ -95,8 +79,12 @@ class Run:
         return "" if self.result is None else self.result["settings"]["task"]
 
     @property
+    def files(self) -> list[str]:
+        return self.result["settings"]["data"]
+
+    @property
     def data(self) -> str:
-        return ", ".join(Path(file).name for file in self.result["settings"]["data"])
+        return ", ".join(Path(file).name for file in self.files)
 
     @property
     def note(self) -> str:
@@ -112,15 +100,14 @@ def read_run(directory: Path) -> Run:
     Raises:
         ValueError: if the directory holds no result.
     """
-    files = [directory / f"{name}.json" for name in ("result", "efficiency")]
-    if not any(file.exists() for file in files):
-        raise ValueError(
-            f"{directory} holds neither result.json nor efficiency.json; give the --output of a finished evaluation."
-        )
-    result, efficiency = (json.loads(file.read_text()) if file.exists() else None for file in files)
+    files = [directory / f"{name}.json" for name in ("result", "efficiency", "speed")]
+    result, efficiency, speed = (json.loads(file.read_text()) if file.exists() else None for file in files)
+    if result is None and efficiency is None:
+        missing = f"{directory} holds neither result.json nor efficiency.json"
+        raise ValueError(f"{missing}; give the --output of a finished evaluation.")
     predictions, scores = (read_lines(directory / f"{name}.jsonl") for name in ("predictions", "scores"))
     clips = [prediction | score for prediction, score in zip(predictions, scores, strict=True)]
-    return Run(directory, result, efficiency, clips)
+    return Run(directory, result, efficiency, speed, clips)
 
 
 def timings(run: Run) -> dict[str, dict]:
@@ -131,6 +118,7 @@ def timings(run: Run) -> dict[str, dict]:
     if run.efficiency is None:
         return {}
     settings, machine = run.efficiency["settings"], run.efficiency["machine"]
+    conditions = f"{machine['device']}, {machine['threads']} threads, median of {settings['rounds']} rounds"
     found = {}
     for name, system in run.efficiency["systems"].items():
         protocol = system["protocol"]
@@ -140,10 +128,7 @@ def timings(run: Run) -> dict[str, dict]:
             "tpot_seconds": protocol["tpot"]["p50"],
             "parts_seconds": protocol["ttft_by_part"],
             "file": f"{run.directory}/efficiency.json",
-            "protocol": (
-                f"batch 1, {protocol['seconds_of_audio']:g} s of speech, {system['audio_tokens']} audio tokens, "
-                f"{system['dtype'].removeprefix('torch.')}, {machine['device']}, {machine['threads']} threads, median "
-                f"of {settings['rounds']} rounds"
-            ),
+            "protocol": f"batch 1, {protocol['seconds_of_audio']:g} s of speech, {system['audio_tokens']} audio "
+            f"tokens, {system['dtype'].removeprefix('torch.')}, {conditions}",
         }
     return found

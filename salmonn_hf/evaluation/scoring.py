@@ -2,47 +2,38 @@
 
 from collections.abc import Callable
 
+import jiwer
 import numpy as np
 
 from .answer_metrics import correct_answers
 from .bootstrap import mean_interval, rate_interval
-from .caption_metrics import (
-    CaptionMetricsError,
-    CaptionScore,
-    caption_statistics,
-    find_corenlp,
-    minilm_similarity,
-    score_captions,
-)
-from .word_error_rate import CerResult, WerResult, character_error_counts, corpus_rate, is_loop, word_error_counts
+from .caption_metrics import CaptionMetricsError, caption_statistics, find_corenlp, minilm_similarity, score_captions
+from .word_error_rate import corpus_rate, error_counts, is_loop
 
+KINDS = ("substitutions", "deletions", "insertions", "hits")
 DURATION_BOUNDS = (1, 2, 5, 10, 20, 30)  # seconds
 
 
 def score_transcripts(predictions: list[dict]) -> tuple[dict, list[dict]]:
     """
-    Speech recognition: "wer" and "cer" after Whisper's English normaliser, "wer_raw" and "cer_raw" of the texts as
-    they are, "loops" (share of clips with a hallucinated loop), their counts, and the WER by part.
-
-    Args:
-        predictions (`list[dict]`): of `evaluation.predict`. A broken clip counts with an empty transcript.
-
-    Returns:
-        The result, where each metric is `{"value", "low", "high"}`, and the scores of each clip.
+    Speech recognition, from the predictions of `engine.predict`: "wer" and "cer" after Whisper's English normaliser,
+    "wer_raw" and "cer_raw" of the texts as they are, "loops" (share of clips with a hallucinated loop), their counts,
+    and the WER by part. A broken clip counts with an empty transcript. Given are the result, where each metric is
+    `{"value", "low", "high"}`, and the scores of each clip.
     """
     references = [(line["references"] or [""])[0] for line in predictions]
     hypotheses = [line["hypothesis"] for line in predictions]
-    metrics, counts = {}, {}
-    for name, count, kind, normalise in (
-        ("wer", word_error_counts, WerResult, True),
-        ("wer_raw", word_error_counts, WerResult, False),
-        ("cer", character_error_counts, CerResult, True),
-        ("cer_raw", character_error_counts, CerResult, False),
-    ):
-        counts[name] = count(references, hypotheses, normalise)
-        whole = vars(kind(*corpus_rate(counts[name].sum(0))))
-        value = whole.pop(name.removesuffix("_raw"))
-        metrics[name] = metric(value, error_interval(counts[name])) | whole
+    counts = {
+        "wer": error_counts(references, hypotheses),
+        "wer_raw": error_counts(references, hypotheses, normalise=False),
+        "cer": error_counts(references, hypotheses, align=jiwer.process_characters),
+        "cer_raw": error_counts(references, hypotheses, normalise=False, align=jiwer.process_characters),
+    }
+    metrics = {}
+    for name, of_clips in counts.items():
+        rate, *whole = corpus_rate(of_clips.sum(0))
+        kinds = (*KINDS, "words" if name.startswith("wer") else "characters")
+        metrics[name] = metric(rate, error_interval(of_clips)) | dict(zip(kinds, whole, strict=True))
     loops = np.array([is_loop(h, [r]) for r, h in zip(references, hypotheses, strict=True)], dtype=float)
     metrics["loops"] = metric(loops.mean(), mean_interval(loops))
 
@@ -51,11 +42,7 @@ def score_transcripts(predictions: list[dict]) -> tuple[dict, list[dict]]:
         return metric(corpus_rate(part.sum(0))[0], error_interval(part))
 
     scores = [
-        {
-            "wer": corpus_rate(clip)[0],
-            **dict(zip(("substitutions", "deletions", "insertions", "hits"), map(int, clip), strict=True)),
-            "loop": bool(loop),
-        }
+        {"wer": corpus_rate(clip)[0], **dict(zip(KINDS, map(int, clip), strict=True)), "loop": bool(loop)}
         for clip, loop in zip(counts["wer"], loops, strict=True)
     ]
     return {"metrics": metrics, "breakdowns": {"wer": breakdowns(predictions, wer_of)}}, scores
@@ -78,17 +65,12 @@ def score_caption_predictions(
     try:
         corenlp = find_corenlp(corenlp)
     except CaptionMetricsError as error:
-        not_computed["SPICE, SPIDEr"] = str(error)
-        corenlp = None
+        not_computed["SPICE, SPIDEr"], corenlp = str(error), None
     scores = score_captions(references, hypotheses, corenlp)
-    if minilm is not None:
+    if minilm:
         scores["MiniLM similarity"] = minilm_similarity(references, hypotheses, minilm)
     else:
         not_computed["MiniLM similarity"] = "no --minilm was given"
-
-    def mean_of(score: CaptionScore) -> Callable:
-        return lambda rows: metric(score.clips[rows].mean(), mean_interval(score.clips[rows]))
-
     result = {
         "metrics": {name: metric(score.value, (score.low, score.high)) for name, score in scores.items()},
         "not_computed": not_computed,
@@ -97,9 +79,7 @@ def score_caption_predictions(
             "captions": caption_statistics(hypotheses),
             "references": caption_statistics([text for texts in references for text in texts]),
         },
-        "breakdowns": {
-            name: breakdowns(predictions, mean_of(scores[name])) for name in ("CIDEr-D", "METEOR") if name in scores
-        },
+        "breakdowns": {name: breakdowns(predictions, mean_of(scores[name].clips)) for name in ("CIDEr-D", "METEOR")},
     }
     clips = [{name: float(score.clips[row]) for name, score in scores.items()} for row in range(len(predictions))]
     return result, clips
@@ -107,24 +87,23 @@ def score_caption_predictions(
 
 def score_answers(predictions: list[dict]) -> tuple[dict, list[dict]]:
     """Questions: "accuracy" after normalisation, and by part; a question's own wording is a part too."""
-    correct = correct_answers(
-        [line["references"] for line in predictions], [line["hypothesis"] for line in predictions]
-    ).astype(float)
-
-    def accuracy_of(rows):
-        return metric(correct[rows].mean(), mean_interval(correct[rows]))
-
+    hypotheses = [line["hypothesis"] for line in predictions]
+    correct = correct_answers([line["references"] for line in predictions], hypotheses)
     for line in predictions:
         line["groups"] = {"question": line.get("prompt", ""), **line["groups"]}
-    result = {
-        "metrics": {"accuracy": accuracy_of(slice(None))},
-        "breakdowns": {"accuracy": breakdowns(predictions, accuracy_of)},
-    }
+    accuracy_of = mean_of(correct.astype(float))
+    parts = breakdowns(predictions, accuracy_of)
+    result = {"metrics": {"accuracy": accuracy_of(slice(None))}, "breakdowns": {"accuracy": parts}}
     return result, [{"correct": bool(value)} for value in correct]
 
 
 def metric(value: float, interval: tuple[float, float]) -> dict:
     return {"value": float(value), "low": interval[0], "high": interval[1]}
+
+
+def mean_of(values: np.ndarray) -> Callable[[list[int]], dict]:
+    """Gives the mean of some rows of `values`, shape `(clips,)`, as a metric."""
+    return lambda rows: metric(values[rows].mean(), mean_interval(values[rows]))
 
 
 def error_interval(counts: np.ndarray) -> tuple[float, float]:
@@ -140,9 +119,9 @@ def breakdowns(predictions: list[dict], score: Callable[[list[int]], dict]) -> d
     `{"duration": [{"part": "1-2 s", "clips": 12, "value", "low", "high"}, ...], "source": ...}`. `score` gets the rows
     of a part. Clips without the group, such as an unnamed speaker, are one part, "".
     """
-    keys = {key for line in predictions for key in line["groups"]}
     by = {"duration": [duration_part(line["seconds"]) for line in predictions]}
-    by |= {key: [line["groups"].get(key, "") for line in predictions] for key in sorted(keys)}
+    for key in sorted({key for line in predictions for key in line["groups"]}):
+        by[key] = [line["groups"].get(key, "") for line in predictions]
     result = {}
     for key, parts in by.items():
         names = sorted(set(parts), key=duration_order if key == "duration" else str)

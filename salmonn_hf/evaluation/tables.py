@@ -1,6 +1,8 @@
-"""Figures and tables as text."""
+"""Figures, tables and pages as text."""
 
-import html
+from pathlib import Path
+
+import jinja2
 
 
 def format_number(value: float | None, digits: int = 4) -> str:
@@ -12,14 +14,15 @@ def format_interval(metric: dict) -> str:
 
 
 def markdown_table(rows: list[list[str]]) -> str:
-    def line(cells):
-        return "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |"
-
-    return "\n".join([line(rows[0]), line(["---"] * len(rows[0])), *map(line, rows[1:])])
+    head, *body = (" | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in row) for row in rows)
+    return "\n".join(f"| {line} |" for line in (head, " | ".join(["---"] * len(rows[0])), *body))
 
 
-def html_table(rows: list[list[str]]) -> str:
-    def line(cells, tag):
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    return "<table>" + line(rows[0], "th") + "".join(line(row, "td") for row in rows[1:]) + "</table>"
+def render(name: str, **values) -> str:
+    """The page `name`, report.md for example, by the template beside this file: report_template.md."""
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=jinja2.select_autoescape(["html"]),
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    templates.filters["markdown_table"] = markdown_table
+    return templates.get_template(name.replace(".", "_template.")).render(values)

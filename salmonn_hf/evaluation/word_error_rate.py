@@ -12,8 +12,14 @@ LONGEST_PHRASE = 12  # words: a phrase that a model repeats without end is rarel
 LOOP_REPEATS = 4
 
 
+class ErrorCounts:
+    @property
+    def errors(self) -> int:
+        return self.substitutions + self.deletions + self.insertions
+
+
 @dataclass(frozen=True)
-class WerResult:
+class WerResult(ErrorCounts):
     """
     Word errors of a whole corpus.
 
@@ -31,13 +37,9 @@ class WerResult:
     hits: int
     words: int
 
-    @property
-    def errors(self) -> int:
-        return self.substitutions + self.deletions + self.insertions
-
 
 @dataclass(frozen=True)
-class CerResult:
+class CerResult(ErrorCounts):
     """Character errors of a whole corpus, spaces between words included; otherwise as [`WerResult`]."""
 
     cer: float
@@ -46,10 +48,6 @@ class CerResult:
     insertions: int
     hits: int
     characters: int
-
-    @property
-    def errors(self) -> int:
-        return self.substitutions + self.deletions + self.insertions
 
 
 def word_error_rate(references: Sequence[str], hypotheses: Sequence[str], normalise: bool = True) -> WerResult:
@@ -69,30 +67,22 @@ def word_error_rate(references: Sequence[str], hypotheses: Sequence[str], normal
     Raises:
         ValueError: if there are no pairs, the lengths differ, or a bare string was given for a list.
     """
-    return WerResult(*corpus_rate(word_error_counts(references, hypotheses, normalise).sum(0)))
+    return WerResult(*corpus_rate(error_counts(references, hypotheses, normalise).sum(0)))
 
 
 def character_error_rate(references: Sequence[str], hypotheses: Sequence[str], normalise: bool = True) -> CerResult:
     """Corpus-level character error rate; as [`word_error_rate`], with characters in place of words."""
-    return CerResult(*corpus_rate(character_error_counts(references, hypotheses, normalise).sum(0)))
+    return CerResult(*corpus_rate(error_counts(references, hypotheses, normalise, jiwer.process_characters).sum(0)))
 
 
-def word_error_counts(references: Sequence[str], hypotheses: Sequence[str], normalise: bool = True) -> np.ndarray:
+def error_counts(references, hypotheses, normalise: bool = True, align: Callable = jiwer.process_words) -> np.ndarray:
     """
-    Each pair's own counts, of which a corpus, a part of it or a bootstrap sample sums some.
+    Each pair's own counts, of which a corpus, a part of it or a bootstrap sample sums some; arguments and errors as of
+    [`word_error_rate`]. `align` is `jiwer.process_characters` for characters.
 
     Returns:
         `np.ndarray` of shape `(pairs, 4)`, int64: substitutions, deletions, insertions, hits.
     """
-    return error_counts(jiwer.process_words, references, hypotheses, normalise)
-
-
-def character_error_counts(references: Sequence[str], hypotheses: Sequence[str], normalise: bool = True) -> np.ndarray:
-    """As [`word_error_counts`], of characters."""
-    return error_counts(jiwer.process_characters, references, hypotheses, normalise)
-
-
-def error_counts(align: Callable, references, hypotheses, normalise: bool) -> np.ndarray:
     check_pairs(references, hypotheses)
     spell = normaliser() if normalise else str
     aligned = [align(spell(r), spell(h)) for r, h in zip(references, hypotheses, strict=True)]
@@ -103,10 +93,7 @@ def corpus_rate(counts: Sequence[int]) -> tuple[float, int, int, int, int, int]:
     """The rate of summed counts, the counts, and how many units the references have."""
     substitutions, deletions, insertions, hits = map(int, counts)
     errors, units = substitutions + deletions + insertions, hits + substitutions + deletions
-    if units:
-        rate = errors / units
-    else:
-        rate = float("inf") if errors else 0.0
+    rate = errors / units if units else float("inf") if errors else 0.0
     return rate, substitutions, deletions, insertions, hits, units
 
 

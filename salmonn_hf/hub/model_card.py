@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -19,15 +20,7 @@ from ..model.modeling_salmonn import SalmonnForConditionalGeneration
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 # As the base parts' own pages give them, by the beginning of a part's name; the longest that fits counts.
-LICENCES = {
-    "openai/whisper": "MIT",
-    "HuggingFaceTB/SmolLM2": "Apache-2.0",
-    "Qwen/Qwen2.5": "Apache-2.0",
-    "google/gemma": "Gemma Terms of Use",
-    "meta-llama/Llama-3.2": "Llama 3.2 Community License",
-    "lmsys/vicuna": "Llama 2 Community License",
-    "microsoft/BEATs": "MIT",
-}
+LICENCES = json.loads(Path(__file__).with_name("licences.json").read_text())
 TASKS = {
     "asr": ("automatic-speech-recognition", "Speech recognition"),
     "aac": ("audio-text-to-text", "Audio captioning"),
@@ -63,8 +56,9 @@ def parts_table(config: SalmonnConfig, bases: dict[str, str], licence: str) -> s
     kinds = {"audio_tower": "speech encoder", "sound_tower": "sound encoder", "language_model": "language model"}
     for part, kind in kinds.items():
         if part in counts:
-            origin = bases.get(part, "in this checkpoint")
-            terms = licence_of(origin) if part in bases else licence
+            origin, terms = (
+                (bases[part], licence_of(bases[part])) if part in bases else ("in this checkpoint", licence)
+            )
             rows.append([kind, origin, f"{counts[part] / 1e6:.1f} M", terms])
     projector = config.projector_config.description
     projector += ", CTC head" if config.projector_config.ctc_vocab_size else ""
@@ -87,7 +81,7 @@ def data_table(files: list[str]) -> str:
     import pyarrow.parquet
 
     rows = [["file", "clips", "hours", "source", "licence"]]
-    for file in map(Path, files):
+    for file in map(Path, dict.fromkeys(files)):  # a file at several speeds is as many sources
         if file.suffix != ".parquet" or not file.exists():  # audio in a directory, or an annotation, is not counted
             rows.append([file.name, "—", "—", "—" if file.exists() else "not at hand when the card was made", "—"])
             continue
@@ -107,106 +101,43 @@ def training_state(checkpoint: Path) -> str:
     if not states:
         return ""
     state = max(states, key=lambda state: state["global_step"])
-    losses = [entry for entry in state["log_history"] if "loss" in entry]
-    errors = [entry for entry in state["log_history"] if "eval_wer" in entry]
-    lines = [f"Trained for {state['global_step']} steps ({state['epoch']:.2f} epochs)."]
-    if losses:
-        first, last = (f"{entry['loss']:.3f} at step {entry['step']}" for entry in (losses[0], losses[-1]))
-        lines.append(f"Training loss {first}, {last}.")
-    if errors:
-        rates = ", ".join(f"{100 * entry['eval_wer']:.1f} % at step {entry['step']}" for entry in errors)
-        lines.append(f"Word error rate on held-out clips while training: {rates}.")
-    return " ".join(lines)
+    losses = [f"{entry['loss']:.3f} at step {entry['step']}" for entry in state["log_history"] if "loss" in entry]
+    rates = [f"{100 * e['eval_wer']:.1f} % at step {e['step']}" for e in state["log_history"] if "eval_wer" in e]
+    text = f"Trained for {state['global_step']} steps ({state['epoch']:.2f} epochs)."
+    text += f" Training loss {losses[0]}, {losses[-1]}." if losses else ""
+    return text + (f" Word error rate on held-out clips while training: {', '.join(rates)}." if rates else "")
 
 
 def data_name(run: Run) -> str:
-    return ", ".join(Path(file).stem for file in run.result["settings"]["data"])
+    return ", ".join(Path(file).stem for file in run.files)
 
 
 def model_index(runs: list[Run]) -> list[EvalResult]:
     """The metrics as the hub's `model-index` has them: error rates and accuracy in percent, intervals in `args`."""
     results = []
     for run in runs:
-        task, name = TASKS[run.task]
-        note = run.result["settings"].get("note")
-        about = {
-            "task_type": task,
-            "task_name": name,
-            "dataset_type": data_name(run),
-            "dataset_name": data_name(run),
-            "dataset_config": run.task,
-            "dataset_args": {"clips": run.result["clips"]} | ({"note": note} if note else {}),
-        }
+        about = dict(zip(("task_type", "task_name"), TASKS[run.task], strict=True))
+        about |= {"dataset_type": data_name(run), "dataset_name": data_name(run), "dataset_config": run.task}
+        about["dataset_args"] = {"clips": run.result["clips"]} | ({"note": run.note} if run.note else {})
         for metric, found in run.result["metrics"].items():
-            if found["value"] is None:
-                continue
             factor, unit = (100, " (%)") if metric in PERCENT else (1, "")
-            low, high = (None if b is None else round(factor * b, 4) for b in (found["low"], found["high"]))
-            about |= {"metric_type": metric.lower(), "metric_name": f"{metric}{unit}"}
-            about |= {"metric_value": round(factor * found["value"], 4), "metric_args": {"interval_95": [low, high]}}
-            results.append(EvalResult(**about))
+            value, *interval = (
+                None if found[bound] is None else round(factor * found[bound], 4) for bound in ("value", "low", "high")
+            )
+            if value is not None:
+                about |= {"metric_type": metric.lower(), "metric_name": f"{metric}{unit}"}
+                about |= {"metric_value": value, "metric_args": {"interval_95": interval}}
+                results.append(EvalResult(**about))
     return results
 
 
-def run_section(run: Run) -> str:
-    lines = [f"### {TASKS[run.task][1]}: {data_name(run)}", ""]
-    lines += [f"{run.result['clips']} clips, {run.result['audio_seconds']} s, greedy.", ""]
-    lines += [f"- {remark}" for remark in remarks(run)]
-    return "\n".join([*lines, "", markdown_table(metrics_table(run))])
-
-
-def efficiency_lines(runs: list[Run]) -> list[str]:
-    lines = []
-    for run in runs:
-        for name, found in timings(run).items():
-            lines.append(
-                f"{name}: {found['memory_gb']:.2f} GB peak memory, {found['ttft_seconds']:.3f} s to the first token, "
-                f"{found['tpot_seconds']:.4f} s a token ({found['protocol']})"
-            )
-        speed = run.directory / "speed.json"
-        if run.result is not None and speed.exists():
-            found = json.loads(speed.read_text())
-            if found["real_time_factor"]:
-                lines.append(
-                    f"real-time factor {found['real_time_factor']} on {data_name(run)}, in batches of "
-                    f"{run.result['settings']['batch_size']} ({found['device']}, {found['dtype']}, "
-                    f"{found['processes']} processes)"
-                )
-    return lines or ["not measured"]
-
-
-def limits(config: SalmonnConfig, runs: list[Run]) -> list[str]:
-    """Errors that the results show: their types, loops, the parts of the data with the worst scores."""
-    lines = []
-    for run in runs:
-        metrics, name = run.result["metrics"], data_name(run)
-        if run.task == "asr":
-            wer = metrics["wer"]
-            errors = {kind: wer[kind] for kind in ("substitutions", "deletions", "insertions")}
-            kinds = ", ".join(f"{count} {kind}" for kind, count in errors.items())
-            lines.append(f"{name}: {sum(errors.values())} errors in {wer['words']} words ({kinds}).")
-            lines.append(f"{name}: {metrics['loops']['value']:.1%} of the transcripts repeat a phrase endlessly.")
-        for metric, breakdowns in run.result["breakdowns"].items():
-            for key, parts in breakdowns.items():
-                parts = [part for part in parts if part["clips"] >= 5 and part["value"] is not None]
-                if len(parts) > 1:
-                    worst = max(parts, key=lambda part: part["value"] * (1 if metric == "wer" else -1))
-                    lines.append(
-                        f"{name}: worst by {key}: {worst['part'] or '(none)'}, {metric} {worst['value']:.3f} on "
-                        f"{worst['clips']} clips ({metrics[metric]['value']:.3f} on all)."
-                    )
-        if run.result["broken_clips"]:
-            lines.append(f"{name}: {len(run.result['broken_clips'])} clips could not be read and count as errors.")
-    missing = [name for task, (_, name) in TASKS.items() if task not in {run.task for run in runs}]
-    lines += [f"{name} was not evaluated." for name in missing]
-    lines.append("The encoder takes 30 s at once; `pipeline()` cuts longer audio at pauses.")
-    return lines
-
-
-def intended_use(runs: list[Run], languages: list[str]) -> list[str]:
-    lines = [f"{TASKS[run.task][1]}, measured below on {data_name(run)}." for run in runs] or ["Nothing was measured."]
-    lines.append(f"Languages: {', '.join(languages)}.")
-    return lines + ["Not for transcripts or descriptions that anybody relies on unread: see the error rates below."]
+def worst_parts(run: Run) -> Iterator[tuple[str, str, dict]]:
+    """Metric, breakdown and the part of the data with the worst score, of parts with five clips or more."""
+    for metric, breakdowns in run.result["breakdowns"].items():
+        for key, parts in breakdowns.items():
+            parts = [part for part in parts if part["clips"] >= 5 and part["value"] is not None]
+            if len(parts) > 1:
+                yield metric, key, max(parts, key=lambda part: part["value"] * (1 if metric == "wer" else -1))
 
 
 def make_card(
@@ -239,7 +170,6 @@ def make_card(
     evaluated = [run for run in runs if run.result is not None]
     settings = yaml.safe_load(recipe.read_text()) if recipe else {}
     files = settings.get("train_files", []) + [source["path"] for source in settings.get("sources", [])]
-    files = list(dict.fromkeys(files))  # a file at several speeds is as many sources
     bases = config.base_parts or merged_parts or {}
     data = ModelCardData(
         model_name=name,
@@ -265,14 +195,15 @@ def make_card(
         summary=summary,
         prompt=TEST_PROMPTS["audiocaption"],
         base_parts=" and ".join(dict.fromkeys((config.base_parts or {}).values())),
-        intended_use=intended_use(evaluated, list(languages)),
         parts=parts_table(config, bases, licence),
         data=data_table(files) if files else "",
         recipe=recipe.read_text().strip() if recipe else "",
         state=training_state(checkpoint),
-        runs=[run_section(run) for run in evaluated],
-        efficiency=efficiency_lines(runs),
-        limits=limits(config, evaluated),
+        runs=evaluated,
+        tasks={task: title for task, (_, title) in TASKS.items()},
+        timings=[system for run in runs for system in timings(run).items()],
+        speeds=[run for run in evaluated if run.speed and run.speed["real_time_factor"]],
+        **{f.__name__: f for f in (data_name, markdown_table, metrics_table, remarks, worst_parts)},
     )
 
 

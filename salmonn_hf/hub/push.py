@@ -4,16 +4,11 @@ Push a checkpoint to the Hugging Face hub, and see that what lies there is what 
     python -m salmonn_hf.push runs/mine user/name
     python -m salmonn_hf.push runs/mine user/name --private --audio clip.wav
 
-The package's code is written into the directory. Before anything is created on the hub, the checkpoint must be
-complete, name no path of this machine, and transcribe a clip with that code. Then its files go to the hub in one
-commit. Then a process with an empty cache downloads that commit and transcribes the clip: every file and the
-transcript must be the local ones. Base parts are not pushed; both processes get those that were found here.
-
-The commit is made when all the weights have arrived. A push that was cut off before leaves none, and the same command
-goes on: the hub keeps the files (with Xet, the pieces of files) that it has, and asks for the others alone.
-
-Directories inside the checkpoint (trainer checkpoints, logs, caches) stay here, and so do hidden files, optimizer
-states and lists of training data.
+Before anything is created on the hub, the checkpoint must be complete, name no path of this machine, and transcribe a
+clip with the code that it carries. Then its files go to the hub in one commit, which a process with an empty cache
+downloads: every file and the transcript must be the local ones. Base parts and directories inside the checkpoint are
+not pushed, nor are hidden files, optimizer states and lists of training data. After an interruption the same command
+uploads what is missing.
 """
 
 import argparse
@@ -76,7 +71,7 @@ def push_to_hub(
     token: str | None = None,
 ) -> str:
     """
-    Push a checkpoint and verify it, see above.
+    Push a checkpoint and verify it, see above; gives the commit's hash.
 
     Args:
         directory: as `save_pretrained` of model and processor write it.
@@ -84,9 +79,6 @@ def push_to_hub(
         private (*optional*): for a repository that is made; default: the account's own.
         audio (*optional*): the clip that is transcribed; default: one of the repository's recordings.
         token (*optional*): default: that of `hf auth login` or HF_TOKEN.
-
-    Returns:
-        The commit's hash.
 
     Raises:
         PushError: naming what stands in the way, or the files that differ, and the remedy.
@@ -127,19 +119,12 @@ def push_to_hub(
 
 
 def check_directory(directory: Path):
-    """
-    Check that a directory is a complete SALMONN checkpoint that others can load.
-
-    Raises:
-        PushError: naming the file, or the key of config.json that names a path of this machine.
-    """
+    """Check that a directory is a complete SALMONN checkpoint that others can load, without a path of this machine."""
     if not (directory / "config.json").is_file():
         raise PushError(f"{directory} is no checkpoint: it has no config.json. Save model and processor there.")
     config = json.loads((directory / "config.json").read_text())
-    if config.get("model_type") != "salmonn":
-        raise PushError(
-            f"{directory} holds a model of type {config.get('model_type')!r}, not 'salmonn'; push it with `hf upload`."
-        )
+    if (kind := config.get("model_type")) != "salmonn":
+        raise PushError(f"{directory} holds a model of type {kind!r}, not 'salmonn'; push it with `hf upload`.")
     if not is_complete(directory):
         raise PushError(f"{directory} is no complete checkpoint: weights are missing. Save the model there again.")
     if not (directory / "processor_config.json").is_file():
@@ -148,30 +133,24 @@ def check_directory(directory: Path):
         check_weight_files(directory)
     except OSError as error:
         raise PushError(str(error)) from error
-    for key, path in local_paths(config):
-        remedy = "Name a repository of the hub in its place, or remove the key."
-        if key.startswith("base_parts."):
-            remedy = (
-                f"Upload that part (`hf upload user/part {path}`) and name its repository there, or push a full "
-                "checkpoint, as model.merge_lora().save_pretrained makes it."
-            )
+    local = [(key, path, "Name a repository of the hub in its place, or remove the key.")
+             for key, path in local_paths(config | {"base_parts": None})]  # fmt: skip
+    for part, name in (config.get("base_parts") or {}).items():
+        if Path(name).expanduser().is_dir() or not is_hub_id(name):
+            remedy = f"Upload that part (`hf upload user/part {name}`) and name its repository there, or push a full "
+            remedy += "checkpoint, as model.merge_lora().save_pretrained makes it."
+            local.append((f"base_parts.{part}", name, remedy))
+    for key, path, remedy in local:
         raise PushError(f"{directory / 'config.json'}: {key} is {path!r}, a path of this machine. {remedy}")
 
 
 def local_paths(value, key: str = "") -> Iterator[tuple[str, str]]:
-    """Keys and values of a config's strings that are absolute paths, and of base parts that are directories."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from local_paths(inner, f"{key}.{name}" if key else name)
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from local_paths(inner, f"{key}[{index}]")
-    elif isinstance(value, str):
-        is_local = value.startswith(("/", "~/")) and len(value) > 2
-        if key.startswith("base_parts."):
-            is_local = Path(value).expanduser().is_dir() or not is_hub_id(value)
-        if is_local:
-            yield key, value
+    """Keys and values of a config's strings that are absolute paths."""
+    if isinstance(value, dict | list):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from local_paths(inner, f"{key}.{name}".removeprefix("."))
+    elif isinstance(value, str) and value.startswith(("/", "~/")) and len(value) > 2:
+        yield key, value
 
 
 def pushed_files(directory: Path) -> list[str]:
@@ -180,63 +159,44 @@ def pushed_files(directory: Path) -> list[str]:
 
 
 def upload(api: HfApi, directory: Path, files: list[str], repo_id: str) -> str:
-    """
-    Make one commit with `files` that deletes weights which are not among them, and return its hash. Without a change
-    it is that of the last commit.
-    """
+    """The hash of a commit with `files` that deletes other weights; without a change it is that of the last commit."""
     # Not upload_folder: with Xet it commits in batches, also after some minutes, and a push that is cut off may leave
     # the config of one model beside the weights of another.
     operations = [CommitOperationAdd(file, str(directory / file)) for file in files]
-    for file in api.list_repo_files(repo_id):
-        if file not in files and any(fnmatch(file, pattern) for pattern in WEIGHTS):
-            operations.append(CommitOperationDelete(file))
+    stale = set(api.list_repo_files(repo_id)) - set(files)
+    operations += [CommitOperationDelete(file) for file in sorted(stale) if any(fnmatch(file, p) for p in WEIGHTS)]
     return api.create_commit(repo_id, operations, commit_message="Upload model and processor").oid
 
 
 @contextmanager
 def temporary_cache(base_parts: dict[str, Path]) -> Iterator[Path]:
     """A directory for caches; the hub's holds the base parts, directories by repository, and nothing else."""
-    with TemporaryDirectory() as root:
-        cache = Path(root)
-        (cache / "hub").mkdir()
+    with TemporaryDirectory() as cache:
         for name, directory in base_parts.items():
-            repository = cache / "hub" / repo_folder_name(repo_id=name, repo_type="model")
+            repository = Path(cache, "hub", repo_folder_name(repo_id=name, repo_type="model"))
             for folder in ("refs", "snapshots"):
                 (repository / folder).mkdir(parents=True)
             (repository / "refs" / "main").write_text("local")
             (repository / "snapshots" / "local").symlink_to(directory)
-        yield cache
+        yield Path(cache)
 
 
 def transcribe(model: str, audio: Path, cache: Path, token: str, revision: str = "") -> str:
-    """
-    Transcribe a clip with `pipeline`, in a process of its own with its caches in `cache`.
-
-    Raises:
-        PushError: with the error of that process.
-    """
+    """The transcript of a clip by `pipeline`, in a process of its own with its caches in `cache`."""
     caches = {"HF_HUB_CACHE": "hub", "HF_MODULES_CACHE": "modules", "HF_XET_CACHE": "xet"}
     environment = os.environ | {name: str(cache / folder) for name, folder in caches.items()} | {"HF_TOKEN": token}
     command = [sys.executable, "-c", TRANSCRIBE, model, revision, str(audio)]
     # Not here, where "user/name" might be a directory.
     result = subprocess.run(command, cwd=cache, env=environment, capture_output=True, text=True)
-    if result.returncode != 0:
-        raise PushError(f"{model} cannot transcribe {audio}: exit code {result.returncode}\n{result.stderr[-2000:]}")
-    answer = json.loads(result.stdout.splitlines()[-1])
+    crash = {"error": f"exit code {result.returncode}\n{result.stderr[-2000:]}"}
+    answer = crash if result.returncode else json.loads(result.stdout.splitlines()[-1])
     if "error" in answer:
         raise PushError(f"{model} cannot transcribe {audio}: {answer['error']}")
     return answer["text"]
 
 
-def verify(
-    api: HfApi, directory: Path, files: list[str], repo_id: str, commit: str, audio: Path, expected: str, cache: Path
-):
-    """
-    Check that a commit of the hub, downloaded anew, has the directory's files and gives the `expected` transcript.
-
-    Raises:
-        PushError: naming the files that differ, or both transcripts.
-    """
+def verify(api, directory: Path, files: list[str], repo_id: str, commit: str, audio: Path, expected: str, cache: Path):
+    """Check that a commit, downloaded anew, has the directory's files and gives the `expected` transcript."""
     text = failure = None
     try:
         text = transcribe(repo_id, audio, cache, api.token, revision=commit)
@@ -246,19 +206,15 @@ def verify(
         # What the pipeline has downloaded is not downloaded again, only the card and the like.
         snapshot = Path(api.snapshot_download(repo_id, revision=commit, cache_dir=cache / "hub"))
     remedy = "Push again; if that does not help, delete the repository and push anew."
+    bad_state = f"{repo_id} holds a bad state: at commit {commit}"
     _, differing, missing = cmpfiles(snapshot, directory, files, shallow=False)
     if differing or missing:
-        raise PushError(
-            f"{repo_id} holds a bad state: at commit {commit}, {', '.join(differing + missing)} came back other than "
-            f"in {directory}. {remedy}"
-        )
+        names = ", ".join(differing + missing)
+        raise PushError(f"{bad_state}, {names} came back other than in {directory}. {remedy}")
     if failure is not None:
         raise PushError(f"{repo_id} holds the files of {directory}, but does not work: {failure}") from failure
     if text != expected:
-        raise PushError(
-            f"{repo_id} holds a bad state: of {audio.name}, commit {commit} makes {text!r}, {directory} {expected!r}. "
-            f"{remedy}"
-        )
+        raise PushError(f"{bad_state}, {audio.name} makes {text!r}, in {directory} {expected!r}. {remedy}")
 
 
 @contextmanager
@@ -271,10 +227,8 @@ def explained(what: str) -> Iterator[None]:
     except OfflineModeIsEnabled as error:
         raise PushError(f"{what}: HF_HUB_OFFLINE is set. Unset it.") from error
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        cause = error.__cause__ if isinstance(error, RuntimeError) else error  # of an upload that failed
-        if cause is not error and cause is not None:
-            reason += f" ({type(cause).__name__}: {' '.join(str(cause).split())})"
+        cause = (error.__cause__ or error) if isinstance(error, RuntimeError) else error  # of an upload that failed
+        reasons = [f"{type(each).__name__}: {' '.join(str(each).split())}" for each in dict.fromkeys((error, cause))]
         status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
         remedy = f"If {constants.ENDPOINT} can be reached, the same command goes on."
         if status == 401:
@@ -283,7 +237,7 @@ def explained(what: str) -> Iterator[None]:
             remedy = "The repository is somebody else's, or the token may not write: choose another name or token."
         elif isinstance(error, ValueError) or (status is not None and status < 500):
             remedy = "The hub refused it."
-        raise PushError(f"{what}. {reason} {remedy}") from error
+        raise PushError(f"{what}. {'; '.join(reasons)} {remedy}") from error
 
 
 def main(argv: list[str] | None = None) -> int:
