@@ -277,7 +277,9 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "order", [pytest.param(order, marks=[pytest.mark.slow] * order.startswith("the package")) for order in ORDERS]
+)
 def test_the_package_and_a_checkpoints_own_code_in_one_process(quantised, order, tmp_path):
     directory, model = quantised
     tiny_processor(model.config).save_pretrained(directory)
