@@ -82,10 +82,8 @@ def prepare_row(arguments: PrepareArguments, row: dict) -> dict | UnusableClip:
             elif arguments.embed:
                 data = flac_bytes(read_clip(row))
             elif "start" in row or "expand_wav" in row:
-                raise CorpusError(
-                    f"{path} holds more or less than one clip, so its path is not enough; give --flac DIRECTORY to "
-                    "have the clips written there, or --embed to have them in the Parquet file."
-                )
+                remedy = "give --flac DIRECTORY to have the clips written there, or --embed for the Parquet file"
+                raise CorpusError(f"{path} holds more or less than one clip, so its path is not enough; {remedy}.")
         if arguments.embed:
             data = data or Path(path).read_bytes()
             path = f"{row['clip_id']}.flac" if "clip_id" in row else os.path.basename(path)

@@ -58,7 +58,7 @@ class Source:
     def __post_init__(self):
         _check_names(f"columns of source {self.path!r}: column", self.columns, COLUMNS)
         _check_names(f"source {self.path!r}: task", [] if self.task is None else [self.task], TRAIN_PROMPTS)
-        if self.weight <= 0 or self.speed <= 0:
+        if min(self.weight, self.speed) <= 0:
             found = f"has weight {self.weight} and speed {self.speed}"
             raise ValueError(f"Source {self.path!r} {found}; both must be above 0. Leave out a source not to be used.")
         if self.prefix and not self.path.endswith(".json"):
