@@ -11,9 +11,7 @@ from ..files import complete_or_absent
 
 # Of training/prepare_data.py.
 INDEX_COLUMNS = ("audio", "text", "task", "question", "source", "language", "testset_id", "clip_id", "seconds")
-# Each group of rows is held in memory once.
-CLIPS_PER_GROUP = 200  # of embedded audio
-PATHS_PER_GROUP = 20_000
+CLIPS_PER_GROUP, PATHS_PER_GROUP = 200, 20_000  # each group of rows, with embedded audio or paths, is held in memory
 
 
 def write_clips(path: Path, rows: Iterable[dict], columns: Iterable[str], clips_per_group: int = CLIPS_PER_GROUP):

@@ -10,8 +10,6 @@ import numpy as np
 
 from .skipped_clips import LISTED_PATHS, SkippedClips
 
-LISTED_WORDS = 20
-
 
 class CorpusStatistics:
     """Lengths, words and groups of clips, a row at a time. It holds four bytes a clip, and counts."""
@@ -59,7 +57,7 @@ def report(title: str, command: str, statistics: CorpusStatistics, dropped: Skip
     page += [
         "## Vocabulary\n",
         f"{total} words, {total / len(seconds):.1f} a clip; {len(words)} different, {once} of them once.\n",
-        f"Most common: {', '.join(f'{word} ({count})' for word, count in words.most_common(LISTED_WORDS))}.\n",
+        f"Most common: {', '.join(f'{word} ({count})' for word, count in words.most_common(20))}.\n",
         f"{len(characters)} different characters: `` {' '.join(characters[:200].split())} ``\n",
         "## Dropped\n",
     ]

@@ -99,9 +99,9 @@ class Source:
             dataset = Dataset.from_generator(_annotation_rows, features=features, gen_kwargs=arguments)
         elif self.path.endswith(".parquet"):
             if "://" not in self.path and not glob(self.path):
+                remedy = "other data is named by --train_files, --eval_file or --sources"
                 raise FileNotFoundError(
-                    f"There is no {self.path}. The head of a recipe says which files to bring; other data is named by "
-                    "--train_files, --eval_file or --sources."
+                    f"There is no {self.path}. A recipe's head says which files to bring; {remedy}."
                 )
             dataset = load_dataset("parquet", data_files=self.path, split="train", streaming=self.streaming)
         elif metadata := _audiofolder_metadata(self.path, self.split):

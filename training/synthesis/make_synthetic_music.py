@@ -91,8 +91,8 @@ def variable_length(number: int) -> bytes:
     """Seven bits a byte, the highest first, with the eighth set on all but the last."""
     data = [number & 0x7F]
     while number := number >> 7:
-        data.append(0x80 | number & 0x7F)
-    return bytes(reversed(data))
+        data.insert(0, 0x80 | number & 0x7F)
+    return bytes(data)
 
 
 def render(midi: bytes, soundfont: Path) -> np.ndarray:
