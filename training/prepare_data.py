@@ -82,10 +82,8 @@ def prepare_row(arguments: PrepareArguments, row: dict) -> dict | UnusableClip:
             elif arguments.embed:
                 data = flac_bytes(read_clip(row))
             elif "start" in row or "expand_wav" in row:
-                raise CorpusError(
-                    f"{path} holds more or less than one clip, so its path is not enough; give --flac DIRECTORY to "
-                    "have the clips written there, or --embed to have them in the Parquet file."
-                )
+                remedy = "give --flac DIRECTORY to have the clips written there, or --embed for the Parquet file"
+                raise CorpusError(f"{path} holds more or less than one clip, so its path is not enough; {remedy}.")
         if arguments.embed:
             data = data or Path(path).read_bytes()
             path = f"{row['clip_id']}.flac" if "clip_id" in row else os.path.basename(path)
@@ -95,9 +93,7 @@ def prepare_row(arguments: PrepareArguments, row: dict) -> dict | UnusableClip:
     return {**row, "audio": {"bytes": data, "path": path}, "seconds": seconds, "testset_id": testset_id}
 
 
-def prepare_rows(
-    rows: Iterator[dict], arguments: PrepareArguments, dropped: SkippedClips, statistics: CorpusStatistics
-) -> Iterator[dict]:
+def prepare_rows(rows: Iterator[dict], arguments: PrepareArguments, dropped, statistics) -> Iterator[dict]:
     """`prepare_row` of all, in order, by a few threads, which wait for disks and decoders side by side."""
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
         while batch := list(islice(rows, ROWS_AT_A_TIME)):
@@ -125,8 +121,8 @@ def prepare(corpus: str, root: str, arguments: PrepareArguments, command: str = 
         group = CLIPS_PER_GROUP if arguments.embed else PATHS_PER_GROUP
         write_clips(work / "index.parquet", rows, INDEX_COLUMNS, group)
         if not statistics.seconds:
-            counts = dropped.counts.items()
-            reasons = (f"{count} {reason} (first {dropped.first_paths[reason][0]})" for reason, count in counts)
+            first = dropped.first_paths
+            reasons = (f"{count} {reason} (first {first[reason][0]})" for reason, count in dropped.counts.items())
             raise CorpusError(f"{root} has no usable clip: {'; '.join(reasons)}. Check the paths and the limits.")
         (work / "index.md").write_text(report(output.stem, command, statistics, dropped), encoding="utf-8")
         plot(work / "index.png", statistics)

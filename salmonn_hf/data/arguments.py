@@ -54,10 +54,8 @@ class DataArguments:
         if not self.sources and not self.train_files:
             raise ValueError("The recipe has neither sources nor train_files; name what is to be trained on.")
         if not 0 <= self.min_seconds < self.max_seconds <= 30:
-            raise ValueError(
-                f"min_seconds {self.min_seconds} and max_seconds {self.max_seconds} must be in order, from 0 to the "
-                "30 s that the encoder takes."
-            )
+            limits = f"min_seconds {self.min_seconds} and max_seconds {self.max_seconds}"
+            raise ValueError(f"{limits} must be in order, from 0 to the 30 s that the encoder takes.")
         if not 0 <= self.masked_frames < 1:
             raise ValueError(f"masked_frames is {self.masked_frames}; give a share from 0 to below 1.")
 
@@ -75,8 +73,8 @@ class DataArguments:
 
     def load(self, skipped: SkippedClips | None = None) -> tuple[list[ClipTable] | list[Source], list[ClipTable]]:
         """
-        The training tables, one for each source (and one for a file's joined clips), and the evaluation tables. If
-        any source is a stream, all are: in place of the training tables come then the sources themselves.
+        Tables of each training source (and each file's joined clips), and of each evaluation source. If one training
+        source is a stream, all are: then the sources themselves come in place of their tables.
         """
         skipped = skipped or SkippedClips()
         limits = {"min_seconds": self.min_seconds, "max_seconds": self.max_seconds, "skipped": skipped}

@@ -50,10 +50,8 @@ class Augmentation:
             if not Path(file).is_file():
                 raise FileNotFoundError(f"noise_files has {file}, which is no file; check the path.")
         if self.time_masks * self.time_mask_share >= 1:
-            raise ValueError(
-                f"{self.time_masks} time masks of up to {self.time_mask_share} of a clip could cover all of it; lower "
-                "time_masks or time_mask_share."
-            )
+            masks = f"{self.time_masks} time masks of up to {self.time_mask_share} of a clip"
+            raise ValueError(f"{masks} could cover all of it; lower time_masks or time_mask_share.")
 
     def augment(self, waveform: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """
@@ -102,10 +100,8 @@ class Augmentation:
         """
         _, bins, frames = features.shape
         if self.frequency_masks * self.frequency_mask_bins >= bins:
-            raise ValueError(
-                f"{self.frequency_masks} frequency masks of up to {self.frequency_mask_bins} bins could cover all "
-                f"{bins} mel bins; lower frequency_masks or frequency_mask_bins."
-            )
+            masks = f"{self.frequency_masks} frequency masks of up to {self.frequency_mask_bins} bins"
+            raise ValueError(f"{masks} could cover all {bins} mel bins; lower frequency_masks or frequency_mask_bins.")
         own, lengths = mask.bool()[:, None], mask.bool().sum(-1)
         widest = (lengths.double() * self.time_mask_share).long().clamp(max=self.time_mask_frames)
         times = _spans(widest, lengths, self.time_masks, frames, generator)
@@ -125,11 +121,7 @@ class Augmentation:
 
 
 def change_speed(waveform: np.ndarray, speed: float) -> np.ndarray:
-    """
-    A `(samples,)` waveform played at `speed` times its own, tempo and pitch alike: `(samples / speed,)`.
-
-    Ko, Peddinti, Povey, Khudanpur: Audio augmentation for speech recognition. Interspeech 2015.
-    """
+    """A `(samples,)` waveform at `speed` times tempo and pitch: `(samples / speed,)` (Ko et al., Interspeech 2015)."""
     return soxr.resample(waveform, speed, 1.0)
 
 

@@ -82,10 +82,8 @@ class ClipDataset(torch.utils.data.Dataset):
         task = source.task or row.get("task")
         draw = None if pass_number is None else (self.seed, pass_number, index)
         text = source.choose_text(texts, 0 if draw is None else self._seed(pass_number, index, "text"))
-        messages = None
-        if task:
-            prompt = {"system": self.system, "draw": draw, "system_turn": self.system_turn}
-            messages = task_prompts.messages(task, row.get("question") or "", **prompt)
+        prompt = {"system": self.system, "draw": draw, "system_turn": self.system_turn}
+        messages = task_prompts.messages(task, row.get("question") or "", **prompt) if task else None
         example = {"clip": clip, "messages": messages, "task": task or "asr", "text": text, "texts": texts}
         return example | {"path": path, "seconds": seconds}
 

@@ -11,27 +11,24 @@ from ..files import complete_or_absent
 
 # Of training/prepare_data.py.
 INDEX_COLUMNS = ("audio", "text", "task", "question", "source", "language", "testset_id", "clip_id", "seconds")
-# Each group of rows is held in memory once.
-CLIPS_PER_GROUP = 200  # of embedded audio
-PATHS_PER_GROUP = 20_000
+CLIPS_PER_GROUP, PATHS_PER_GROUP = 200, 20_000  # each group of rows, with embedded audio or paths, is held in memory
 
 
-def clip_schema(columns: Iterable[str]) -> pa.Schema:
-    """The types of columns by their names: `audio`, `seconds`, `captions`, a list of strings; all others strings."""
+def write_clips(path: Path, rows: Iterable[dict], columns: Iterable[str], clips_per_group: int = CLIPS_PER_GROUP):
+    """
+    Write rows to a file that appears once it is complete: `audio` as `{"bytes", "path"}`, `seconds` as a number,
+    `captions` as a list of strings, all others as strings.
+    """
     from datasets import Audio, Features, List, Value  # slow to import
 
     types = {"audio": Audio(), "seconds": Value("float32"), "captions": List(Value("string"))}
     # The schema's metadata makes `load_dataset` see the column as Audio, not as a struct.
-    return Features({name: types.get(name, Value("string")) for name in columns}).arrow_schema
-
-
-def write_clips(path: Path, rows: Iterable[dict], columns: Iterable[str], clips_per_group: int = CLIPS_PER_GROUP):
-    """Write rows, `audio` as `{"bytes", "path"}`, to a file that appears once it is complete."""
+    schema = Features({name: types.get(name, Value("string")) for name in columns}).arrow_schema
     path.parent.mkdir(parents=True, exist_ok=True)
     rows, settings = iter(rows), {"compression": "zstd", "compression_level": 1}  # the audio is compressed already
-    with complete_or_absent(path) as partial, pq.ParquetWriter(partial, clip_schema(columns), **settings) as writer:
+    with complete_or_absent(path) as partial, pq.ParquetWriter(partial, schema, **settings) as writer:
         while group := list(islice(rows, clips_per_group)):
-            writer.write_table(pa.Table.from_pylist(group, schema=writer.schema))
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
 
 
 def parquet_rows(files: list[str], *columns: str):

@@ -22,7 +22,8 @@ class ClipTable:
 
     Args:
         rows (`datasets.Dataset`, *optional*): the source's rows, if not those of `source.open()`.
-        min_seconds, max_seconds (`float`): shorter and longer clips are skipped, and listed in `skipped`.
+        min_seconds, max_seconds (`float`): shorter and longer clips are skipped.
+        skipped ([`SkippedClips`], *optional*): where they are listed.
         max_clips (`int`, *optional*): no more than the first so many.
 
     Attributes:
@@ -31,15 +32,7 @@ class ClipTable:
             the headers of the files, which takes a while for many: `training/prepare_data.py` makes an index.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        rows=None,
-        min_seconds: float = 0.0,
-        max_seconds: float = 30.0,
-        skipped: SkippedClips | None = None,
-        max_clips: int | None = None,
-    ):
+    def __init__(self, source: Source, rows=None, min_seconds=0.0, max_seconds=30.0, skipped=None, max_clips=None):
         self.source, self.rows = source, source.open() if rows is None else rows
         skipped = skipped if skipped is not None else SkippedClips()
         measured = _seconds(self.rows) / source.speed

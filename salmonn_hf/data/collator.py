@@ -16,6 +16,11 @@ from .encoder_features import num_frames
 from .task_prompts import CAPTION_TASKS, is_transcript
 
 
+@lru_cache(maxsize=4096)
+def _rendered(processor: SalmonnProcessor, messages: str) -> str:
+    return processor.apply_chat_template(json.loads(messages), add_generation_prompt=True, tokenize=False)
+
+
 @dataclass(eq=False)
 class ClipCollator:
     """
@@ -76,7 +81,7 @@ class ClipCollator:
             said = [example["text"] if is_transcript(example["task"]) else None for example in examples]
             batch["ctc_labels"] = pad_sequence([self.ctc_labels(text) for text in said], **right)
             described = [self.caption_labels(example) for example in examples] if self.caption_bags else []
-            if any(len(labels) for labels in described):
+            if any(map(len, described)):
                 batch["caption_labels"] = pad_sequence(described, **right)
         if self.alignment_only:
             return batch
@@ -98,20 +103,10 @@ class ClipCollator:
 
     def prompt_ids(self, frames: int, messages: list[dict] | None = None) -> list[int]:
         """The tokens of a prompt about one clip of so many encoder frames; `None`: a request for a transcript."""
-        prompt = self._prompt(json.dumps(messages or self.processor.transcription_messages()))
+        prompt = _rendered(self.processor, json.dumps(messages or self.processor.transcription_messages()))
         audio_tokens = self.processor.audio_token * self.processor.num_audio_tokens(frames)
         text = prompt.replace(self.processor.audio_token, audio_tokens)
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    @cached_property
-    def _prompt(self):
-        def render(messages: str) -> str:
-            return self.processor.apply_chat_template(json.loads(messages), add_generation_prompt=True, tokenize=False)
-
-        return lru_cache(4096)(render)
-
-    def __getstate__(self):  # for worker processes
-        return {name: value for name, value in self.__dict__.items() if name != "_prompt"}
 
     def answer_ids(self, text: str | None) -> list[int]:
         tokenizer = self.processor.tokenizer

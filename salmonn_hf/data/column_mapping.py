@@ -25,9 +25,8 @@ def map_columns(dataset, names: dict[str, str], path: str):
         if column not in found and (ours in ("audio", "text") or ours in names):
             nearest = difflib.get_close_matches(column, found, n=1)
             hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-            raise ValueError(
-                f"{path} has no column {column!r}; it has {found}.{hint} Map it: columns: {{{ours}: NAME}}."
-            )
+            remedy = f"Map it: columns: {{{ours}: NAME}}."
+            raise ValueError(f"{path} has no column {column!r}; it has {found}.{hint} {remedy}")
     theirs = {ours: column for ours, column in theirs.items() if column in found}
     # Of a stream, `datasets` would encode an Audio column anew, undecoded or not, which needs torchcodec; and
     # decode it when it renames columns, if it were not cast before.

@@ -50,10 +50,8 @@ def json_items(path: Path, key: str) -> Iterator:
             for item in ijson.items(file, f"{key}.item", use_float=True):
                 yield item
         except ijson.JSONError as error:
-            raise CorpusError(
-                f"{path} is not valid JSON ({str(error).splitlines()[0]}); if it is complete, look for NaN, which "
-                "JSON writes as null."
-            ) from error
+            remedy = "if it is complete, look for NaN, which JSON writes as null"
+            raise CorpusError(f"{path} is not valid JSON ({str(error).splitlines()[0]}); {remedy}.") from error
     if item is None:
         raise CorpusError(f"{path} has no items under {key!r}; check that it is the file that is meant.")
 

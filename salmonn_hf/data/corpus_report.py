@@ -10,8 +10,6 @@ import numpy as np
 
 from .skipped_clips import LISTED_PATHS, SkippedClips
 
-LISTED_WORDS = 20
-
 
 class CorpusStatistics:
     """Lengths, words and groups of clips, a row at a time. It holds four bytes a clip, and counts."""
@@ -42,9 +40,9 @@ def report(title: str, command: str, statistics: CorpusStatistics, dropped: Skip
     """The Markdown page; its plot and its list of dropped clips lie beside it, called by `title`."""
     seconds = np.frombuffer(statistics.seconds, dtype=np.float32)
     words, hours = statistics.words, seconds.sum(dtype=np.float64) / 3600
-    page = [f"# {title}\n", f"`{command}`\n"]
-    page.append(f"{len(seconds)} clips, {hours:.2f} hours; {dropped.counts.total()} dropped.\n")
-    page.append(f"![seconds per clip, words per clip, hours by task]({title}.png)\n")
+    clips = f"{len(seconds)} clips, {hours:.2f} hours; {dropped.counts.total()} dropped.\n"
+    image = f"![seconds per clip, words per clip, hours by task]({title}.png)\n"
+    page = [f"# {title}\n", f"`{command}`\n", clips, image]
     for name, group in statistics.groups.items():
         if set(group) != {""}:
             ranked = sorted(group.items(), key=lambda item: -item[1][1])
@@ -59,18 +57,15 @@ def report(title: str, command: str, statistics: CorpusStatistics, dropped: Skip
     page += [
         "## Vocabulary\n",
         f"{total} words, {total / len(seconds):.1f} a clip; {len(words)} different, {once} of them once.\n",
-        f"Most common: {', '.join(f'{word} ({count})' for word, count in words.most_common(LISTED_WORDS))}.\n",
+        f"Most common: {', '.join(f'{word} ({count})' for word, count in words.most_common(20))}.\n",
         f"{len(characters)} different characters: `` {' '.join(characters[:200].split())} ``\n",
         "## Dropped\n",
     ]
-    reasons = [
-        (reason, count, ", ".join(f"`{path}`" for path in dropped.first_paths[reason]))
-        for reason, count in dropped.counts.items()
-    ]
-    if reasons:
-        page.append(table(["reason", "clips", f"the first {LISTED_PATHS}"], reasons))
-    page.append(f"All of them: [{title}.dropped.tsv]({title}.dropped.tsv).\n" if reasons else "None.\n")
-    return "\n".join(page)
+    first = {reason: ", ".join(f"`{path}`" for path in paths) for reason, paths in dropped.first_paths.items()}
+    rows = [(reason, count, first[reason]) for reason, count in dropped.counts.items()]
+    lines = [table(["reason", "clips", f"the first {LISTED_PATHS}"], rows)]
+    lines.append(f"All of them: [{title}.dropped.tsv]({title}.dropped.tsv).\n")
+    return "\n".join(page + (lines if rows else ["None.\n"]))
 
 
 def plot(path: Path, statistics: CorpusStatistics):

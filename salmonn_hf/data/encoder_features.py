@@ -19,8 +19,8 @@ def encode_clips(model, clips: list[dict], cache: FeatureCache | None = None) ->
     The frames of each clip, without padding: `{"audio_frames": (frames, width)}`, with a sound encoder also
     `"sound_frames"`.
 
-    Clips that have them already are passed on. On a CPU the others are encoded one at a time, which costs nothing:
-    their frames are then the same to the last bit in any batch. Elsewhere they are one batch.
+    Clips that have them already are passed on. On a CPU the others are encoded one at a time, for their frames to be
+    the same to the last bit in any batch, which costs nothing. Elsewhere they are one batch.
 
     Args:
         model ([`SalmonnModel`]): its encoders, in the precision that they have.

@@ -125,10 +125,9 @@ class FeatureCache:
             with suppress(FileNotFoundError):  # removed by another process
                 status = file.stat()
                 files.append((status.st_mtime_ns, status.st_size, file))
-        excess = sum(size for _, size, _ in files) - self.max_bytes
-        for _, size, file in sorted(files):
-            if excess <= 0:
-                break
+        excess, files = sum(size for _, size, _ in files) - self.max_bytes, sorted(files)
+        while excess > 0 and files:
+            _, size, file = files.pop(0)
             file.unlink(missing_ok=True)
             if file.parent == self.directory:
                 self._forget(file.name)

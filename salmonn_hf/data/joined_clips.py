@@ -31,7 +31,7 @@ def join_clips(dataset, count: int, seconds: tuple[float, float], seed: int = 0)
             row = dataset[int(rng.integers(len(dataset)))]
             waveform = load_audio(row["audio"])
             silence = np.zeros(int(rng.uniform(0.1, 0.6) * SAMPLING_RATE), np.float32)
-            if sum(map(len, parts)) + len(silence) + len(waveform) > max(target, len(silence) + len(waveform)):
+            if parts and sum(map(len, [*parts, silence, waveform])) > target:
                 break
             parts += [silence, waveform]
             texts.append(row["text"].strip())

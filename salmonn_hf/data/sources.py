@@ -58,7 +58,7 @@ class Source:
     def __post_init__(self):
         _check_names(f"columns of source {self.path!r}: column", self.columns, COLUMNS)
         _check_names(f"source {self.path!r}: task", [] if self.task is None else [self.task], TRAIN_PROMPTS)
-        if self.weight <= 0 or self.speed <= 0:
+        if min(self.weight, self.speed) <= 0:
             found = f"has weight {self.weight} and speed {self.speed}"
             raise ValueError(f"Source {self.path!r} {found}; both must be above 0. Leave out a source not to be used.")
         if self.prefix and not self.path.endswith(".json"):
@@ -99,9 +99,9 @@ class Source:
             dataset = Dataset.from_generator(_annotation_rows, features=features, gen_kwargs=arguments)
         elif self.path.endswith(".parquet"):
             if "://" not in self.path and not glob(self.path):
+                remedy = "other data is named by --train_files, --eval_file or --sources"
                 raise FileNotFoundError(
-                    f"There is no {self.path}. The head of a recipe says which files to bring; other data is named by "
-                    "--train_files, --eval_file or --sources."
+                    f"There is no {self.path}. A recipe's head says which files to bring; {remedy}."
                 )
             dataset = load_dataset("parquet", data_files=self.path, split="train", streaming=self.streaming)
         elif metadata := _audiofolder_metadata(self.path, self.split):

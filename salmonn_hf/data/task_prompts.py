@@ -37,12 +37,7 @@ def draw_prompt(task: str, question: str, seed: int, epoch: int, index: int) -> 
 
 
 def messages(
-    task: str,
-    question: str = "",
-    audio=None,
-    system: str | None = None,
-    draw: tuple[int, int, int] | None = None,
-    system_turn: bool = True,
+    task: str, question: str = "", audio=None, system: str | None = None, draw=None, system_turn: bool = True
 ) -> list[dict]:
     """
     The turns that put a task to the model about one clip, for `SalmonnProcessor.apply_chat_template`.

@@ -55,8 +55,7 @@ def main():
     recipe = {key: value for key, value in recipe.items() if key not in UNTIMED}
     recipe |= {"per_device_train_batch_size": arguments.batch, "max_steps": -(-arguments.clips // arguments.batch)}
     recipe |= {"save_strategy": "no", "eval_strategy": "no"}
-    if arguments.bf16 is not None:
-        recipe["bf16"] = arguments.bf16
+    recipe |= {} if arguments.bf16 is None else {"bf16": arguments.bf16}
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
         clips = pq.read_table(recipe["train_files"][0]).slice(0, arguments.clips)

@@ -17,7 +17,6 @@ SKIPPED_SUFFIXES, SKIPPED_NAMES = {".dat", ".u8"}, {"ascii-art", "perl", "transl
 
 _WORDS = yaml.safe_load(Path(__file__).with_name("english_words.yaml").read_text(encoding="utf-8"))
 ABBREVIATIONS, COMMON_WORDS = set(_WORDS["abbreviations"].split()), set(_WORDS["common"].split())
-SINGLE_LETTER_WORDS = {"a", "i", "o"}
 WORD = re.compile(r"'?[A-Za-z]+(?:['-][A-Za-z]+)*'?")
 CLIP_TEXT = re.compile(r"[A-Za-z' .,?!-]+")
 
@@ -45,7 +44,7 @@ def speakable_word(word: str) -> bool:
     lower, parts = word.lower().strip("'"), re.split(r"['-]", word.strip("'"))
     return bool(
         WORD.fullmatch(word)
-        and (len(lower) > 1 or lower in SINGLE_LETTER_WORDS)
+        and (len(lower) > 1 or lower in ("a", "i", "o"))
         # Capitals inside a word mark acronyms and names of programs ("USA", "XTerm"), often spelled out.
         and all(part[1:].islower() for part in parts if len(part) > 1)
         and lower not in ABBREVIATIONS
@@ -65,12 +64,9 @@ def speakable(text: str) -> bool:
 def split_clips(paragraph: str, rng: np.random.Generator) -> Iterator[str]:
     """Cut one paragraph in sentences, and long or randomly chosen sentences further at their commas."""
     paragraph = paragraph.replace("\u2019", "'").replace('"', "").replace("``", "").replace("''", "")
-    # The full stop of an abbreviation or initial does not end the sentence. Turned into a character that is not
-    # speakable, it drops the sentence.
+    # The full stop of an abbreviation or initial ends no sentence. As a character that is not speakable, it drops it.
     paragraph = re.sub(rf"(?i)(?<![\w'])({'|'.join(sorted(ABBREVIATIONS))}|[a-z])\.(?=\s)", r"\1_", paragraph)
-    for sentence in re.split(r"(?<=[.?!])\s+|\s*(?:[;:]|\.\.+|--+)\s*|\s-\s", paragraph):
-        if not sentence:
-            continue
+    for sentence in filter(None, re.split(r"(?<=[.?!])\s+|\s*(?:[;:]|\.\.+|--+)\s*|\s-\s", paragraph)):
         parts = [sentence]
         if len(sentence.split()) > MAX_WORDS or rng.random() < 0.25:
             target, parts = rng.integers(3, 15), []

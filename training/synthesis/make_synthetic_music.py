@@ -4,10 +4,9 @@ Make short pieces of music by known General MIDI instruments, with captions, as 
     apt-get install fluidsynth timgm6mb-soundfont
     python training/synthesis/make_synthetic_music.py --output data/music-train.parquet --clips 400 --seed 1
 
-Each is a melody, chords or a rising scale, slow, at a moderate tempo or fast, in a major or minor key, on one of 29
-instruments, in some with drums; so its captions say nothing but what is heard. Columns: `audio` (16 kHz mono 16-bit
-FLAC), `captions` (five strings), `label` (the instrument), `kind` ("music") and `seconds`. The same seed gives the
-same pieces.
+Each is a melody, chords or a rising scale at one of three tempos, in a major or minor key, on one of 29 instruments,
+some with drums; so its captions say nothing but what is heard. Columns: `audio` (16 kHz mono 16-bit FLAC), `captions`
+(five strings), `label` (the instrument), `kind` ("music") and `seconds`. The same seed gives the same pieces.
 """
 
 import argparse
@@ -69,9 +68,8 @@ def compose(rng: np.random.Generator, seconds: float) -> Piece:
 
 def captions(piece: Piece) -> list[str]:
     a = ("an " if piece.instrument[0] in "aeiou" else "a ") + piece.instrument
-    words = {"a": a, "A": a.capitalize(), "tempo": piece.tempo, "mode": piece.mode}
-    drums = " over a drum beat" if piece.drums else ""
-    return [text.format(drums=drums, **words) for text in CAPTIONS[piece.texture]]
+    words = {"a": a, "A": a.capitalize(), "drums": " over a drum beat" if piece.drums else ""}
+    return [text.format(tempo=piece.tempo, mode=piece.mode, **words) for text in CAPTIONS[piece.texture]]
 
 
 def midi_file(piece: Piece, rng: np.random.Generator) -> bytes:
@@ -86,15 +84,15 @@ def midi_file(piece: Piece, rng: np.random.Generator) -> bytes:
         track += variable_length(tick - now) + event
         now = tick
     track += b"\x00\xff\x2f\x00"
-    return b"MThd" + struct.pack(">IHHH", 6, 0, 1, TICKS) + b"MTrk" + struct.pack(">I", len(track)) + track
+    return struct.pack(">4sIHHH4sI", b"MThd", 6, 0, 1, TICKS, b"MTrk", len(track)) + track
 
 
 def variable_length(number: int) -> bytes:
     """Seven bits a byte, the highest first, with the eighth set on all but the last."""
     data = [number & 0x7F]
     while number := number >> 7:
-        data.append(0x80 | number & 0x7F)
-    return bytes(reversed(data))
+        data.insert(0, 0x80 | number & 0x7F)
+    return bytes(data)
 
 
 def render(midi: bytes, soundfont: Path) -> np.ndarray:

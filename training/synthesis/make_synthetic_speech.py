@@ -1,9 +1,8 @@
 """Make synthetic English speech with exact transcripts, as one Parquet file.
 
 Sentences and clauses are cut out of plain English text, each is spoken by a randomly drawn eSpeak NG or Flite voice,
-half of the clips are lightly degraded (level, speed, room, noise, bandwidth), and the result is written with the
-columns `audio` (16 kHz mono 16-bit FLAC, the `datasets` Audio form), `text`, `clip_id`, `source`, `speaker` and
-`seconds`. The same seed, text and engine versions give the same clips, whatever the number of workers.
+and half of the clips are lightly degraded (level, speed, room, noise, bandwidth). Columns: `audio` (16 kHz mono 16-bit
+FLAC), `text`, `clip_id`, `source`, `speaker` and `seconds`. The same seed, text and engines give the same clips.
 
     apt-get install espeak-ng flite fortunes
     python training/synthesis/make_synthetic_speech.py --output data/synth-train.parquet --clips 12000 --seed 1

@@ -39,20 +39,21 @@ def add_reverb(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.fft.irfft(np.fft.rfft(samples, size) * np.fft.rfft(response, size), size)[: len(samples)]
 
 
+def divide_spectrum(samples: np.ndarray, by) -> np.ndarray:
+    frequencies = np.fft.rfftfreq(len(samples), 1 / SAMPLING_RATE)
+    return np.fft.irfft(np.fft.rfft(samples) / by(frequencies), len(samples))
+
+
 def add_noise(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     noise = rng.standard_normal(len(samples))
     if rng.random() < 0.5:  # pink: power falls with frequency
-        spectrum = np.fft.rfft(noise)
-        frequencies = np.fft.rfftfreq(len(noise), 1 / SAMPLING_RATE)
-        noise = np.fft.irfft(spectrum / np.sqrt(np.maximum(frequencies, 50)), len(noise))
+        noise = divide_spectrum(noise, lambda frequencies: np.sqrt(np.maximum(frequencies, 50)))
     return augmentation.add_noise(samples, noise, rng.uniform(15, 35))
 
 
 def low_pass(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    spectrum = np.fft.rfft(samples)
-    frequencies = np.fft.rfftfreq(len(samples), 1 / SAMPLING_RATE)
     cutoff = rng.uniform(3500, 8000)
-    return np.fft.irfft(spectrum / np.sqrt(1 + (frequencies / cutoff) ** 16), len(samples))
+    return divide_spectrum(samples, lambda frequencies: np.sqrt(1 + (frequencies / cutoff) ** 16))
 
 
 def with_silence(samples: np.ndarray, text: str, rng, max_words_per_second: float) -> np.ndarray | None:

@@ -20,12 +20,10 @@ def plain_text(text_tn: str) -> str:
     """
     text = ""
     for token in text_tn.split():
-        if token in GARBAGE:
-            raise UnusableClip("garbage utterance", token)
         if token in PUNCTUATION:
             text += PUNCTUATION[token] if text else ""
         elif token.startswith("<"):
-            raise UnusableClip("unknown tag", token)
+            raise UnusableClip("garbage utterance" if token in GARBAGE else "unknown tag", token)
         else:
             text += " " * bool(text) + token.lower()
     return text
