@@ -115,7 +115,9 @@ def in_library_format(model, args: QuantizeArguments, directory: str):
     The model with its language model's layers in the format of a library, and its other parts rounded, as it is loaded
     again from a checkpoint in `directory`.
     """
-    others = [name for name, _ in model.named_children() if name != "language_model"] + ["lm_head"]
+    others = [name for name, _ in model.named_children() if name != "language_model"]
+    others += [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+    others.append(r".*\.lora_[AB]")
     if args.method == "torchao-int8":
         from torchao.quantization import Int8WeightOnlyConfig
 

@@ -73,19 +73,25 @@ def test_command_writes_a_checkpoint_that_the_pipeline_loads(trained, merge_lora
     assert not [key for key in sizes if key.endswith("_proj.weight")]
 
 
-@pytest.mark.parametrize("method", ["nf4", "int8", "torchao-int8"])
-def test_other_libraries_formats(trained, method, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "merge_lora"),
+    [("nf4", True), ("nf4", False), ("int8", True), ("torchao-int8", True), ("torchao-int8", False)],
+)
+def test_other_libraries_formats(trained, method, merge_lora, tmp_path, monkeypatch):
     library = pytest.importorskip(SCRIPT["LIBRARIES"][method], reason="needs the extra `quant`")
     output, written = tmp_path / "quantised", []
     save = SCRIPT["save"]
     monkeypatch.setitem(save.__globals__, "save", lambda model, *a: (written.append(model), save(model, *a)))
     quantize(
         monkeypatch, "--model_name_or_path", trained / "model", "--output_dir", output, "--method", method,
+        "--merge_lora", str(merge_lora).lower(),
     )  # fmt: skip
     model = AutoModel.from_pretrained(output)
     for linear in linears(model.language_model).values():
         holder = linear if method != "torchao-int8" else linear.weight
         assert type(holder).__module__.startswith(library.__name__)
+    lora = [p for name, p in model.named_parameters() if ".lora_" in name]
+    assert len(lora) == (0 if merge_lora else 8) and all(type(p) is torch.nn.Parameter for p in lora)
     assert all(isinstance(linear, QuantizedLinear) for linear in linears(model.audio_tower).values())
     inputs = tiny_processor().apply_transcription_request([noise(0.5)])
     assert torch.equal(model(**inputs).logits, written[0](**inputs).logits)
