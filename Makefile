@@ -31,8 +31,9 @@ style: $(STAMP) ## Fix style and formatting in place.
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
 
+# Two workers of one thread each: the tests' models are too small to share a matrix product out over cores.
 test: $(STAMP) ## Run the quick tests: minutes. What was skipped is listed with the reason, here and below.
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-all: $(STAMP) ## Run every test, those too that take minutes or download models.
 	$(BIN)/python -m pytest -q -m ''
