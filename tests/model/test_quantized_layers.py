@@ -22,7 +22,7 @@ from salmonn_hf.model.quantized_layers import (
     linears,
     quantize_parts,
 )
-from salmonn_hf.model.quantizer_salmonn import quantize_in_place, set_quantized_parts
+from salmonn_hf.model.quantizer_salmonn import quantize_in_place
 
 DEVICES = [
     "cpu",
@@ -321,27 +321,6 @@ def test_training_leaves_quantised_weights_as_they_are_and_the_checkpoint_reload
         assert torch.equal(AutoModel.from_pretrained(tmp_path)(**inputs).logits, expected)
     with pytest.raises(ValueError, match="before quantising"):
         model.merge_lora()
-
-
-def test_a_quantised_projector_is_dequantized_to_be_trained(tmp_path):
-    """Its values stay; all of it then has a gradient and is saved as it is."""
-    quantization = QLORA | {"projector": {"bits": 8}}
-    model = qlora_model(quantization=quantization)
-    layer = model.projector.proj
-    assert isinstance(layer, QuantizedLinear)
-    values = layer.dequantize()
-    dequantize_linears(model.projector)
-    set_quantized_parts(model.config, QLORA)
-    assert not any(isinstance(module, QuantizedLinear) for module in model.projector.modules())
-    assert torch.equal(model.projector.proj.weight, values)
-    freeze_base_parts(model)
-    found = gradients(model, tiny_processor().apply_transcription_request([noise(1.0)]), True)
-    assert {name for name in found if name.startswith("projector")} == {
-        name for name, _ in tiny_model().named_parameters() if name.startswith("projector")
-    }
-    assert found["projector.proj.weight"].abs().sum() > 0
-    model.to(torch.bfloat16).save_pretrained(tmp_path)
-    assert AutoModel.from_pretrained(tmp_path).projector.proj.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("model_type", LANGUAGE_MODELS)

@@ -10,6 +10,7 @@ from test_whisper_projector import frames_of
 from transformers import AutoModel
 
 from salmonn_hf.data.streamed_clips import StreamedClips
+from salmonn_hf.model.quantized_layers import QuantizedLinear
 from salmonn_hf.training.freezing import freeze_base_parts
 from salmonn_hf.training.initialization import start_sound_summary
 
@@ -25,9 +26,14 @@ def test_the_language_models_loss_reaches_the_marker_alone(monkeypatch):
 
 
 def test_a_quantised_projector_is_dequantised_to_be_trained(tmp_path):
+    """Its values stay; all of it then has a gradient and is saved as it is."""
     model = qlora_model(quantization=QLORA | {"projector": {"bits": 8}})
+    assert isinstance(model.projector.proj, QuantizedLinear)
+    values = model.projector.proj.dequantize()
     freeze_base_parts(model)
     assert model.config.quantized_parts == QLORA
+    assert not any(isinstance(module, QuantizedLinear) for module in model.projector.modules())
+    assert torch.equal(model.projector.proj.weight, values)
     found = gradients(model, tiny_processor().apply_transcription_request([noise(1.0)]), True)
     assert {name for name in found if name.startswith("projector")} == {
         name for name, _ in tiny_model().named_parameters() if name.startswith("projector")
