@@ -1,0 +1,41 @@
+"""transformers' tests of a model on SALMONN: with each projector, with LoRA, with BEATs."""
+
+import unittest
+
+from .model_testers import ConfigTester, SalmonnModelTester, tiny_beats_config
+from transformers_tests.generation.test_utils import GenerationTesterMixin
+from transformers_tests.test_modeling_common import ModelTesterMixin
+from transformers_tests.test_training_mixin import TrainingTesterMixin
+
+from salmonn_hf import SalmonnConfig, SalmonnForConditionalGeneration, SalmonnModel
+
+
+class SalmonnContract(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
+    all_model_classes = (SalmonnModel, SalmonnForConditionalGeneration)
+    _is_composite = True
+    test_can_init_all_missing_weights_before_2023 = True  # the name is older than the model
+    config_kwargs = {}
+    model_tester = None  # an abstract property of the training mixin
+
+    def setUp(self):
+        self.model_tester = SalmonnModelTester(**self.config_kwargs)
+        self.config_tester = ConfigTester(self, config_class=SalmonnConfig, has_text_modality=False)
+
+    def test_config(self):
+        self.config_tester.run_common_tests()
+
+
+class SalmonnWindowQFormerTest(SalmonnContract, unittest.TestCase):
+    pass
+
+
+class SalmonnWhisperProjectorTest(SalmonnContract, unittest.TestCase):
+    config_kwargs = {"num_layers": 1}
+
+
+class SalmonnLoraTest(SalmonnContract, unittest.TestCase):
+    config_kwargs = {"lora": {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}}
+
+
+class SalmonnBeatsTest(SalmonnContract, unittest.TestCase):
+    config_kwargs = {"sound_config": tiny_beats_config()}
