@@ -10,7 +10,12 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils.generic import merge_with_config_defaults
@@ -42,16 +47,25 @@ BASE_PART_KWARGS = ("cache_dir", "token", "local_files_only")
 
 
 @dataclass
+class SalmonnModelOutput(BaseModelOutputWithPast):
+    r"""
+    last_hidden_state, past_key_values, hidden_states, attentions: the language model's.
+    audio_embeds (`torch.Tensor` of shape `(audio tokens of the batch, hidden size)`): what the projector gives.
+    """
+
+    audio_embeds: torch.Tensor | None = None
+
+
+@dataclass
 class SalmonnOutput(CausalLMOutputWithPast):
     r"""
     loss (`torch.Tensor`, *optional*): next-token loss; the alignment loss where the language model is not run.
     logits (`torch.Tensor` of shape `(batch, kept positions, vocabulary)`).
     alignment_loss (`torch.Tensor`, *optional*): with `ctc_labels`, nats per target token.
-    last_hidden_state, past_key_values, hidden_states, attentions: the language model's.
+    past_key_values, hidden_states, attentions: the language model's.
     audio_embeds (`torch.Tensor` of shape `(audio tokens of the batch, hidden size)`): what the projector gives.
     """
 
-    last_hidden_state: torch.Tensor | None = None
     audio_embeds: torch.Tensor | None = None
     alignment_loss: torch.Tensor | None = None
 
@@ -107,7 +121,8 @@ class SalmonnPreTrainedModel(PreTrainedModel):
         Raises:
             OSError: if the checkpoint or one of its base parts cannot be had, or a file was cut off; the message says
                 what was tried, or names the file.
-            ValueError: if the files lack tensors, naming them.
+            ValueError: if the files lack tensors, naming them; with `output_loading_info` a full checkpoint's report
+                names them instead.
         """
         base_kwargs = {name: kwargs[name] for name in BASE_PART_KWARGS if name in kwargs}
         hub_kwargs = base_kwargs | ({"revision": kwargs["revision"]} if "revision" in kwargs else {})
@@ -123,8 +138,10 @@ class SalmonnPreTrainedModel(PreTrainedModel):
             with_report = kwargs.pop("output_loading_info", False)
             kwargs |= {"config": config, "output_loading_info": True}
             model, report = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            if with_report:
+                return model, report
             check_loaded(pretrained_model_name_or_path, report)
-            return (model, report) if with_report else model
+            return model
 
         with torch.device("meta"):
             skeleton = cls(config)
@@ -273,7 +290,7 @@ class SalmonnModel(SalmonnPreTrainedModel, LoraMixin):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         **kwargs,
-    ) -> SalmonnOutput:
+    ) -> SalmonnModelOutput:
         """The language model's last hidden state over text and audio; arguments as in the class below."""
         audio = self.project_audio(input_features, input_features_mask, input_values, input_values_mask)
         if input_ids is not None and inputs_embeds is None:
@@ -281,7 +298,7 @@ class SalmonnModel(SalmonnPreTrainedModel, LoraMixin):
             inputs_embeds, attention_mask = prompt["inputs_embeds"], prompt["attention_mask"]
         outputs = self.language_model.base_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
         passed_on = {name: getattr(outputs, name) for name in ("last_hidden_state", *PASSED_ON)}
-        return SalmonnOutput(**passed_on, audio_embeds=None if audio is None else audio.embeds)
+        return SalmonnModelOutput(**passed_on, audio_embeds=None if audio is None else audio.embeds)
 
 
 class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):

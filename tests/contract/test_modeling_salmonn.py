@@ -14,6 +14,7 @@ class SalmonnContract(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMix
     all_model_classes = (SalmonnModel, SalmonnForConditionalGeneration)
     _is_composite = True
     test_can_init_all_missing_weights_before_2023 = True  # the name is older than the model
+    additional_model_inputs = ("input_features", "input_features_mask", "input_values", "input_values_mask")
     config_kwargs = {}
     model_tester = None  # an abstract property of the training mixin
 
