@@ -7,7 +7,7 @@ from conftest import tiny_config, tiny_text_config
 from transformers_tests.test_configuration_common import ConfigTester
 from transformers_tests.test_modeling_common import floats_tensor, global_rng, ids_tensor
 
-from salmonn_hf import BeatsConfig
+from salmonn_hf import BeatsConfig, SalmonnForConditionalGeneration
 
 MEL_FRAMES = 64  # 32 encoder frames
 SAMPLES = 10_240  # as long: 0.64 s
@@ -31,6 +31,7 @@ def tiny_beats_config(**kwargs):
 class SalmonnModelTester:
     """Rows of a padding token, text and one clip each, all of one length."""
 
+    causal_lm_class = SalmonnForConditionalGeneration
     is_training = True
     batch_size = 7  # as many rows as a test makes of fewer, without clips for the new ones
     seq_length = 24

@@ -8,6 +8,7 @@ from transformers_tests.test_modeling_common import ModelTesterMixin
 from transformers_tests.test_training_mixin import TrainingTesterMixin
 
 from salmonn_hf import SalmonnConfig, SalmonnForConditionalGeneration, SalmonnModel
+from salmonn_hf.model.lora import encoder_lora
 
 
 class SalmonnContract(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
@@ -36,7 +37,9 @@ class SalmonnWhisperProjectorTest(SalmonnContract, unittest.TestCase):
 
 
 class SalmonnLoraTest(SalmonnContract, unittest.TestCase):
-    config_kwargs = {"lora": {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}}
+    linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
+    config_kwargs = {"lora": {"r": 16, "lora_alpha": 64, "target_modules": linears}, "audio_lora": encoder_lora(2)}
+    training_overfit_learning_rate = 1e-2
 
 
 class SalmonnBeatsTest(SalmonnContract, unittest.TestCase):
