@@ -238,11 +238,12 @@ class SalmonnModel(SalmonnPreTrainedModel, LoraMixin):
     def encode_speech(self, input_features, input_features_mask=None):
         return self.speech_frames(self.run_audio_tower(input_features, input_features_mask), input_features_mask)
 
-    def run_audio_tower(self, input_features, input_features_mask=None, output_hidden_states=False, **kwargs):
+    def run_audio_tower(self, input_features, input_features_mask=None, **kwargs):
         """The speech encoder's output, with all layers' where they are asked for or are sound frames."""
         if input_features_mask is None:
             input_features_mask = torch.ones_like(input_features[:, 0], dtype=torch.int32)
-        kwargs |= {"output_hidden_states": output_hidden_states or self.config.sound_layers is not None}
+        if self.config.sound_layers is not None:
+            kwargs["output_hidden_states"] = True
         input_features = input_features.to(self.audio_tower.dtype)
         return self.audio_tower(input_features, attention_mask=input_features_mask, return_dict=True, **kwargs)
 
@@ -298,13 +299,14 @@ class SalmonnModel(SalmonnPreTrainedModel, LoraMixin):
             padding; `last_hidden_state`, `hidden_states`, `attentions`: the speech encoder's.
         """
         encoded = self.run_audio_tower(input_features, input_features_mask, **kwargs)
+        with_layers = kwargs.get("output_hidden_states", self.audio_tower.config.output_hidden_states)
         frames = self.speech_frames(encoded, input_features_mask)
         if self.config.sound_config is not None:
             frames |= self.encode_sound(input_values, input_values_mask)
         return BaseModelOutputWithPooling(
             last_hidden_state=encoded.last_hidden_state,
             pooler_output=self.project_audio(**frames).embeds,
-            hidden_states=encoded.hidden_states if kwargs.get("output_hidden_states") else None,
+            hidden_states=encoded.hidden_states if with_layers else None,
             attentions=encoded.attentions,
         )
 

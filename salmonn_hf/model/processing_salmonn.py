@@ -220,7 +220,9 @@ class SalmonnProcessor(ProcessorMixin):
             settings = json.loads(file.read_text("utf-8")) | {"transcription_ids": self.transcription_ids()}
             settings.pop("_from_model_config", None)  # with this mark they would not be read
             file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        files = super().save_pretrained(save_directory, *args, **kwargs)
+        vars(self).pop("auto_map", None)  # which saving leaves on the processor, and loading does not set
+        return files
 
     def prompt_ids(self, messages: list[dict]) -> list[int]:
         """The tokens of a prompt for an answer, with one `audio_token` for each whole clip."""

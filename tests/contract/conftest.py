@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from .archive import directory
 from .known_failures import KNOWN_FAILURES
 from transformers.models.auto import modeling_auto
@@ -19,6 +20,7 @@ modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["salmonn"] = "SalmonnForConditio
 
 
 def pytest_configure(config):
+    torch.set_printoptions(threshold=0, edgeitems=1)  # for each tensor that is compared, a message is made at once
     config.addinivalue_line("filterwarnings", "ignore::pytest.PytestUnknownMarkWarning")  # transformers' own marks
 
 

@@ -49,8 +49,9 @@ class SalmonnModelTester:
         self.vocab_size = config.text_config.vocab_size
 
     def get_config(self):
-        kwargs = {"text_config": tiny_text_config(max_position_embeddings=64), "audio_token_id": self.audio_token_id}
-        return tiny_config(**kwargs | copy.deepcopy(self.config_kwargs))
+        kwargs = copy.deepcopy(self.config_kwargs)
+        text_config = tiny_text_config(max_position_embeddings=64, **kwargs.pop("text", {}))
+        return tiny_config(text_config=text_config, audio_token_id=self.audio_token_id, **kwargs)
 
     def prepare_config_and_inputs_for_common(self):
         config = self.get_config()
