@@ -428,8 +428,9 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
         alignment_loss = None
         if ctc_labels is not None:
             alignment_loss = self.alignment_loss(frames, ctc_labels, caption_labels, num_alignment_labels, audio)
-        past_key_values = kwargs.get("past_key_values")
-        given = {"attention_mask": mask_as_cut(past_key_values, attention_mask), "position_ids": position_ids}
+        if input_ids is not None:
+            attention_mask = mask_as_cut(kwargs.get("past_key_values"), attention_mask, input_ids.shape[1])
+        given = {"attention_mask": attention_mask, "position_ids": position_ids}
         given |= {"labels": labels, "inputs_embeds": inputs_embeds}
         prompt = given
         if input_ids is not None or inputs_embeds is not None:
@@ -450,7 +451,7 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
             **positions,
             **kwargs,
         )
-        if input_ids is not None and prompt["input_ids"].shape != input_ids.shape:
+        if input_ids is not None and prompt["input_ids"] is not input_ids:
             keep_prompt(outputs.past_key_values, input_ids, prompt["input_ids"], prompt["attention_mask"])
         loss, vocab_size = None, self.config.text_config.vocab_size
         if labels is not None:
