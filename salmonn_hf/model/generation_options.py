@@ -14,8 +14,8 @@ OF_HUB_CODE = ("penalty_alpha", "dola_layers", "num_beam_groups", "constraints",
 
 class GenerationOptions:
     """
-    What a call of `generate` asks for, by name: in its arguments, else in its `generation_config`, else in the model's.
-    A change is made where the call has the option, or may have it.
+    What a call of `generate` asks for, by name: in its arguments, else in its `generation_config`, else in the
+    model's. A change is made where the call has the option, or may have it.
 
     Args:
         default (`GenerationConfig`): the model's.
@@ -54,7 +54,7 @@ class GenerationOptions:
             raise ValueError("use_mtp needs a model with layers that predict several tokens; leave it out.")
         by_hub_code = self["trust_remote_code"] or self["custom_generate"] is not None
         if name := next((name for name in OF_HUB_CODE if self[name] and not by_hub_code), None):
-            raise ValueError(f"{name} is decoded by code of the hub; allow that by trust_remote_code=True, or leave it out.")
+            raise ValueError(f"{name} needs code of the hub: allow that by trust_remote_code=True, or leave it out.")
         drafting = next((name for name in DRAFTS if self[name] is not None), None)
         if drafting and (in_cache or self["cache_implementation"] not in (None, "dynamic")):
             which = "past_key_values" if in_cache else "cache_implementation"
@@ -66,13 +66,13 @@ class GenerationOptions:
         if given["input_ids"] is None and given["inputs_embeds"] is not None:
             for name in NEEDS_IDS:
                 if self[name] is not None:
-                    raise ValueError(f"{name} needs the input_ids beside the inputs_embeds; give both, or leave it out.")
+                    raise ValueError(f"{name} needs input_ids beside the inputs_embeds; give both, or leave it out.")
         ids = given["input_ids"]
         if ids is not None and len(ids) > 1 and drafting:
             raise ValueError(f"{drafting} drafts for one prompt at a time; there are {len(ids)}. Leave it out.")
 
     def lengthen(self, tokens: int):
-        """Have `max_length` and `min_length` count so many tokens more: those of a prompt that the caller knows not."""
+        """Have `max_length` and `min_length` count so many tokens more: those that the caller does not see."""
         for name, instead in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
             if self[name] and self[instead] is None:
                 self[name] = max(self[name] + tokens, 0)

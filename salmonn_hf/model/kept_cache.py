@@ -24,7 +24,7 @@ def kept_prompt(cache, like: torch.LongTensor) -> tuple[torch.LongTensor, torch.
 
 
 def mask_as_cut(cache, attention_mask: torch.Tensor | None, new_tokens: int) -> torch.Tensor | None:
-    """A mask `(batch, tokens)` of a conversation as it was given, for the positions that the cache and what is new have."""
+    """Of a conversation as it was given, a mask `(batch, tokens)` for what the cache has of it and what is new."""
     if attention_mask is None or attention_mask.ndim != 2 or not hasattr(cache, ATTRIBUTE):
         return attention_mask
     given, _, mask = getattr(cache, ATTRIBUTE)
@@ -39,8 +39,8 @@ def split_at_cache(cache, input_ids: torch.LongTensor, attention_mask: torch.Ten
     A conversation's tokens, and mask, in those that the cache holds and those behind.
 
     Args:
-        input_ids (`torch.LongTensor` of shape `(batch, tokens)`): the whole conversation, as it was given and answered;
-            or, with an `attention_mask` that is longer, what is new alone.
+        input_ids (`torch.LongTensor` of shape `(batch, tokens)`): the whole conversation, as it was given and
+            answered; or, with an `attention_mask` that is longer, what is new alone.
 
     Returns:
         `(ids, mask)` of both; the first's ids are `None` where what is new alone was given.
