@@ -220,6 +220,7 @@ class SalmonnProcessor(ProcessorMixin):
             settings = json.loads(file.read_text("utf-8")) | {"transcription_ids": self.transcription_ids()}
             settings.pop("_from_model_config", None)  # with this mark they would not be read
             file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
+        self.tokenizer.init_kwargs.pop("dtype", None)  # left there by `pipeline(..., dtype=...)`, and no JSON
         return super().save_pretrained(save_directory, *args, **kwargs)
 
     def prompt_ids(self, messages: list[dict]) -> list[int]:
