@@ -60,7 +60,9 @@ class GenerationOptions:
             which = "past_key_values" if in_cache else "cache_implementation"
             raise ValueError(f"{drafting} needs a cache that is empty at first and grows; leave out it or {which}.")
         if drafting and self["stop_strings"] is not None:
-            raise ValueError(f"{drafting} takes several tokens at a time, and could pass over stop_strings; leave out one.")
+            raise ValueError(
+                f"{drafting} takes several tokens at a time, and could pass over stop_strings; leave out one."
+            )
         if has_clips and self["cache_implementation"] == "paged":
             raise ValueError('cache_implementation="paged" takes token ids alone, no audio; leave it out.')
         if has_clips and self["token_healing"]:
