@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.models.auto import modeling_auto
+
 from .archive import directory
 from .known_failures import KNOWN_FAILURES
-from transformers.models.auto import modeling_auto
 
 sys.path[:0] = [str(Path(__file__).parent / "stand_ins"), str(directory())]
 

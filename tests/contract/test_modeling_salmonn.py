@@ -2,13 +2,14 @@
 
 import unittest
 
-from .model_testers import ConfigTester, SalmonnModelTester, tiny_beats_config
 from transformers_tests.generation.test_utils import GenerationTesterMixin
 from transformers_tests.test_modeling_common import ModelTesterMixin
 from transformers_tests.test_training_mixin import TrainingTesterMixin
 
 from salmonn_hf import SalmonnConfig, SalmonnForConditionalGeneration, SalmonnModel
 from salmonn_hf.model.lora import encoder_lora
+
+from .model_testers import ConfigTester, SalmonnModelTester, tiny_beats_config
 
 
 class SalmonnContract(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
