@@ -48,4 +48,5 @@ class SalmonnLoraTest(SalmonnContract, unittest.TestCase):
 
 
 class SalmonnBeatsTest(SalmonnContract, unittest.TestCase):
-    config_kwargs = {"sound_config": tiny_beats_config()}
+    # The language model is one with masks for each type of layer.
+    config_kwargs = {"sound_config": tiny_beats_config(), "text": {"model_type": "qwen2"}}
