@@ -219,3 +219,16 @@ def test_with_local_files_alone_nothing_is_fetched(adapter, monkeypatch):
     with pytest.raises(BasePartNotFoundError, match="(?s)whisper-tiny.*local_files_only was given"):
         AutoModel.from_pretrained(directory, local_files_only=True)
     assert looked_up == [("openai/whisper-tiny", False)]
+
+
+def test_who_asks_what_was_loaded_is_told_what_lacked(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    lacking = next(key for key in weights if key.startswith("projector."))
+    del weights[lacking]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="lacks projector"):
+        SalmonnForConditionalGeneration.from_pretrained(tmp_path)
+    _, report = SalmonnForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert report["missing_keys"] == {lacking}
