@@ -4,7 +4,9 @@ Adapters of PEFT, beside the checkpoint's own LoRA or alone, and their directori
 them. A checkpoint with LoRA of its own has an `adapter_config.json` as well, which says what that is.
 """
 
+import copy
 import json
+import logging
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +17,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME, cached_file
 
 from .configuration_salmonn import SalmonnConfig
-from .lora import OWN, LoraMixin, adapted_parts, require_peft, tuner_layers
+from .lora import OWN, OWN_MARK, LoraMixin, adapted_parts, require_peft, tuner_layers
 from .quantized_layers import replace_module
 
 
@@ -28,7 +30,9 @@ def find_file(name_or_path, file: str, **hub_kwargs) -> str | None:
 
 
 def has_adapter_weights(name_or_path, **hub_kwargs) -> bool:
-    return any(find_file(name_or_path, file, **hub_kwargs) for file in (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME))
+    return any(
+        find_file(name_or_path, file, **hub_kwargs) for file in (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
+    )
 
 
 def base_of_adapter(name_or_path, **hub_kwargs) -> str | None:
@@ -44,8 +48,8 @@ def base_of_adapter(name_or_path, **hub_kwargs) -> str | None:
         return None
     base = json.loads(Path(file).read_text()).get("base_model_name_or_path")
     remedy = (
-        f"Load that with from_pretrained, then the adapter with model.load_adapter({str(name_or_path)!r}); or name the "
-        f"checkpoint as base_model_name_or_path in {ADAPTER_CONFIG_NAME}."
+        f"Load that with from_pretrained, then the adapter with model.load_adapter({str(name_or_path)!r}); or name "
+        f"the checkpoint as base_model_name_or_path in {ADAPTER_CONFIG_NAME}."
     )
     if not base:
         raise ValueError(f"{name_or_path} is an adapter that does not say for which checkpoint. {remedy}")
@@ -54,7 +58,9 @@ def base_of_adapter(name_or_path, **hub_kwargs) -> str | None:
         raise ValueError(f"{name_or_path} is an adapter for {base!r}, which is not there. {remedy}")
     kind = PreTrainedConfig.get_config_dict(base, **of_base)[0].get("model_type")
     if kind != SalmonnConfig.model_type:
-        raise ValueError(f"{name_or_path} is an adapter for {base!r}, a model of type {kind!r}, not 'salmonn'. {remedy}")
+        raise ValueError(
+            f"{name_or_path} is an adapter for {base!r}, a model of type {kind!r}, not 'salmonn'. {remedy}"
+        )
     return base
 
 
@@ -67,6 +73,14 @@ def name_adapter_base(directory: str | os.PathLike, checkpoint: str):
     if file.exists() and file.with_name("config.json").exists():
         settings = json.loads(file.read_text()) | {"base_model_name_or_path": checkpoint}
         file.write_text(json.dumps(settings, indent=2, sort_keys=True))
+
+
+def without_mark(config):
+    """A config that `PeftConfig.from_pretrained` has read of a checkpoint, to be used for an adapter elsewhere."""
+    if getattr(config, "auto_mapping", None) == OWN_MARK:
+        config = copy.copy(config)
+        config.auto_mapping = None
+    return config
 
 
 class AdapterMixin(LoraMixin):
@@ -83,20 +97,33 @@ class AdapterMixin(LoraMixin):
 
     @contextmanager
     def beside_active(self, name: str, is_trainable: bool):
-        """The adapter `name`, that is put in within, and no other is trained; the active ones stay active."""
-        active = self.active_adapters() if self._hf_peft_config_loaded else []
-        configs = dict(getattr(self, "peft_config", {}))
+        """The adapter `name`, that is put in within, is trained, if any; those that were active stay active."""
+        configs, functional = dict(getattr(self, "peft_config", {})), require_peft().functional
+        if name in configs:
+            raise ValueError(f"Adapter with name {name} already exists. Please use a different name.")
+        active = self.active_adapters() if configs else []
+        trainable = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
         if configs:
-            self.__dict__["_adapter_configs"] = configs  # the checkpoint's own stays: PEFT may add to them
+            self.__dict__["_adapter_configs"] = dict(configs)  # to which PEFT may add
+        self.requires_grad_(False)
         try:
             yield
-            from_peft = require_peft().functional
-            from_peft.set_adapter(self, [*active, name], inference_mode=not is_trainable)
-            from_peft.set_requires_grad(self, active, False)
+            functional.set_adapter(self, [*active, name], inference_mode=not is_trainable)
+            functional.set_requires_grad(self, active, False)
+            configs = self.peft_config
+        except Exception:  # the model is as it was
+            functional.delete_adapter(self, name, "lora_")
+            self.take_out_empty_layers()
+            if active:
+                functional.set_adapter(self, active)
+            for parameter, was_trainable in trainable:
+                parameter.requires_grad_(was_trainable)
+            raise
         finally:
-            if hasattr(self, "peft_config"):
-                configs = self.peft_config
-                self.peft_config = {name: config for name, config in configs.items()}
+            self.peft_config = configs
+            self._hf_peft_config_loaded = bool(configs)
+            if not configs:
+                del self.__dict__["_adapter_configs"]
 
     def add_adapter(self, adapter_config, adapter_name: str | None = None):
         """
@@ -106,7 +133,7 @@ class AdapterMixin(LoraMixin):
             ValueError: if there is an adapter of that name.
         """
         with self.beside_active(adapter_name or OWN, is_trainable=True):
-            super().add_adapter(adapter_config, adapter_name)
+            super().add_adapter(without_mark(adapter_config), adapter_name)
 
     def load_adapter(self, peft_model_id=None, adapter_name: str | None = None, *args, **kwargs):
         """
@@ -116,23 +143,39 @@ class AdapterMixin(LoraMixin):
             ValueError: if there is an adapter of that name; if the adapter does not fit the model, naming a tensor.
         """
         name, hub_kwargs = adapter_name or OWN, kwargs.get("adapter_kwargs") or {}
+        if kwargs.get("hotswap") is True:
+            if name not in self.adapters_beside():
+                raise ValueError(
+                    f"{name!r} is the checkpoint's own LoRA; delete_adapter({name!r}), then load another."
+                )
+            return super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
         if peft_model_id is not None and not has_adapter_weights(peft_model_id, **hub_kwargs):
             if find_file(peft_model_id, "config.json", **hub_kwargs):
-                lora = self.own_adapter_of(peft_model_id, **hub_kwargs)
-                peft_model_id, kwargs = None, kwargs | lora
+                peft_model_id, kwargs = None, kwargs | self.own_adapter_of(peft_model_id, **hub_kwargs)
+        if "peft_config" in kwargs:
+            kwargs["peft_config"] = without_mark(kwargs["peft_config"])
+        logger = logging.getLogger("transformers.integrations.peft")
+        level, conversions = logger.level, getattr(self, "_weight_conversions", None)
         with self.beside_active(name, kwargs.get("is_trainable", False)):
-            report = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
-        lacking = sorted(key for key in report.missing_keys if f".{name}." in key)
-        if unfit := lacking + sorted(report.unexpected_keys) + sorted(report.mismatched_keys):
-            self.delete_adapter(name)
-            raise ValueError(
-                f"The adapter does not fit this model: {unfit[0]} and {len(unfit) - 1} other tensors are missing, left "
-                "over or of another shape. Load it into the checkpoint that it was made for."
-            )
+            logger.setLevel(logging.ERROR)  # it reports the tensors of all other adapters as missing
+            try:
+                kwargs["ignore_mismatched_sizes"] = True  # which are then in its report
+                report = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
+            finally:
+                logger.setLevel(level)
+                # It leaves the renaming of the adapter's tensors here, by which the model's would be saved.
+                self._weight_conversions = conversions
+            unfit = sorted(key for key in report.missing_keys if f".{name}." in key)
+            unfit += sorted(report.unexpected_keys) + sorted(key for key, *_ in report.mismatched_keys)
+            if unfit:
+                raise ValueError(
+                    f"The adapter does not fit this model: {unfit[0]} and {len(unfit) - 1} other tensors are missing, "
+                    "left over or of another shape. Load it into the checkpoint that it was made for."
+                )
         return report
 
     def own_adapter_of(self, name_or_path, **hub_kwargs) -> dict:
-        """`peft_config` and `adapter_state_dict`, as `load_adapter` takes them, of the LoRA in a SALMONN checkpoint."""
+        """The LoRA of a SALMONN checkpoint, as `peft_config` and `adapter_state_dict` for `load_adapter`."""
         config = SalmonnConfig.from_pretrained(name_or_path, **hub_kwargs)
         if not adapted_parts(config):
             raise ValueError(f"{name_or_path} has no LoRA; load it with from_pretrained.")
@@ -149,10 +192,7 @@ class AdapterMixin(LoraMixin):
         loses_own = OWN in names and bool(adapted_parts(self.config))
         checkpoint, base_parts = self.name_or_path, self.config.base_parts
         super().delete_adapter(names)
-        for name, module in list(self.named_modules()):
-            if hasattr(module, "_get_available_adapters") and not module._get_available_adapters():
-                layer = module.get_base_layer() if hasattr(module, "get_base_layer") else module.original_module
-                replace_module(self, name, layer)
+        self.take_out_empty_layers()
         if loses_own:
             for part in adapted_parts(self.config):
                 del getattr(self, part).peft_config
@@ -162,6 +202,13 @@ class AdapterMixin(LoraMixin):
         self.name_or_path = self.config.name_or_path = checkpoint
         if hasattr(self, "peft_config"):
             self.peft_config = dict(self.peft_config)
+
+    def take_out_empty_layers(self):
+        """Put the layers back that PEFT has wrapped for adapters of which none is left."""
+        for name, module in list(self.named_modules()):
+            if hasattr(module, "_get_available_adapters") and not module._get_available_adapters():
+                layer = module.get_base_layer() if hasattr(module, "get_base_layer") else module.original_module
+                replace_module(self, name, layer)
 
     def check_unmerged(self, what: str):
         """
@@ -177,7 +224,7 @@ class AdapterMixin(LoraMixin):
     @contextmanager
     def adapter_to_save(self):
         """
-        Within, `save_pretrained` of transformers finds one adapter, which it saves alone, or none, and saves the model.
+        Within, transformers' `save_pretrained` finds one adapter, which it saves alone, or none and saves the model.
 
         Raises:
             ValueError: if what would be loaded again is not this model.
@@ -219,7 +266,7 @@ class AdapterMixin(LoraMixin):
         Path(directory, ADAPTER_CONFIG_NAME).unlink(missing_ok=True)
         if adapted_parts(self.config):
             self.describe_lora()
-            self.peft_config[OWN].save_pretrained(directory)
+            self.peft_config[OWN].save_pretrained(directory, auto_mapping_dict=OWN_MARK)
             name_adapter_base(directory, os.path.abspath(directory))
 
     def _upload_modified_files(self, working_dir, repo_id: str, *args, **kwargs):

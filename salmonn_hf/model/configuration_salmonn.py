@@ -82,7 +82,7 @@ class SalmonnConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """As in transformers, but what is no SALMONN is refused, where the defaults of all fields would stand for it."""
+        """As in transformers, but what is no SALMONN is refused; it would become a model of defaults, of 32 layers."""
         settings, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if (kind := settings.get("model_type")) != cls.model_type:
             found = f"holds a model of type {kind!r}" if kind else "has no config.json of a model"

@@ -10,6 +10,8 @@ from .quantized_layers import QuantizedMatrix, replace_module
 # The parts that can have it, and where the config says how.
 LORA_FIELDS = {"language_model": "lora", "audio_tower": "audio_lora"}
 OWN = "default"  # the adapter's name for transformers and PEFT, and in the keys of a checkpoint
+# In `adapter_config.json` of a checkpoint, whose LoRA is in model.safetensors, where PEFT does not look.
+OWN_MARK = {"base_model_class": "SalmonnForConditionalGeneration", "parent_library": "salmonn_hf"}
 
 
 def adapted_parts(config) -> list[str]:
@@ -30,6 +32,7 @@ def require_peft():
     """
     try:
         import peft
+        import peft.functional
     except ImportError as error:
         raise ImportError("This model has LoRA beside its weights, which needs PEFT: pip install peft") from error
     return peft
@@ -66,8 +69,9 @@ class OwnAdapter(dict):
 
 def refuse_to_merge(part: str, *args, **kwargs):
     raise ValueError(
-        f"LoRA cannot be merged into 4 or 8 bits, as {part} is; merge it into the model before quantising that. An "
-        "adapter checkpoint loads without: config.quantization_config = None, then from_pretrained(..., config=config)."
+        f"LoRA cannot be merged into 4 or 8 bits, as {part} is; merge it into the model before quantising that. "
+        "An adapter checkpoint loads without: config.quantization_config = None, then "
+        "from_pretrained(..., config=config)."
     )
 
 
@@ -83,7 +87,19 @@ class LoraMixin:
 
     @peft_config.setter
     def peft_config(self, configs: dict):
-        """Set by PEFT whenever it has put an adapter in."""
+        """
+        Set by PEFT whenever it has put an adapter in.
+
+        Raises:
+            ValueError: if PEFT has read its config of a checkpoint, where it will not find the weights.
+        """
+        for config in configs.values():
+            if getattr(config, "auto_mapping", None) == OWN_MARK:
+                directory = config.base_model_name_or_path
+                raise ValueError(
+                    f"{directory} is a whole checkpoint, not an adapter alone: load it with AutoModel."
+                    f"from_pretrained, or its LoRA with model.load_adapter({directory!r}); both need no PeftModel."
+                )
         self.__dict__["_adapter_configs"] = OwnAdapter(configs) if adapted_parts(self.config) else configs
         self.refuse_to_merge_into_bits()
 
@@ -115,7 +131,7 @@ class LoraMixin:
 
     def describe_lora(self):
         """Bring `peft_config` up to date with the layers: one `peft.LoraConfig` for LoRA in both parts."""
-        layers = {name: m for name, m in tuner_layers(self).items() if OWN in m.r}
+        layers = {name: m for name, m in tuner_layers(self).items() if OWN in getattr(m, "r", ())}
         settings = next(getattr(self.config, LORA_FIELDS[part]) for part in adapted_parts(self.config))
         own = require_peft().LoraConfig(**settings, inference_mode=True)
         own.layers_to_transform = own.layers_pattern = own.exclude_modules = None  # the names of the layers say it
@@ -127,12 +143,19 @@ class LoraMixin:
         self._hf_peft_config_loaded = True
         self.peft_config = {**getattr(self, "peft_config", {}), OWN: own}
 
+    def parts_in_bits(self) -> list[str]:
+        """Parts of 4 or 8 bits that have an adapter."""
+        parts = [part for part in adapted_parts(self.config) if part in self.config.quantized_parts]
+        layers = tuner_layers(self).items()
+        return parts + [name.split(".")[0] for name, m in layers if isinstance(m.get_base_layer(), QuantizedMatrix)]
+
     def refuse_to_merge_into_bits(self):
-        """Have PEFT refuse it, which would add floats to integers."""
-        for name, layer in tuner_layers(self).items():
+        """Have PEFT refuse it, which would add floats to integers, before it has merged the first layer."""
+        parts = self.parts_in_bits()
+        for layer in tuner_layers(self).values():
             layer.__dict__.pop("merge", None)
-            if isinstance(layer.get_base_layer(), QuantizedMatrix):
-                layer.merge = partial(refuse_to_merge, name.split(".")[0])
+            if parts:
+                layer.merge = partial(refuse_to_merge, parts[0])
 
     def merge_lora(self):
         """
@@ -142,13 +165,14 @@ class LoraMixin:
             ValueError: if such a part is quantised.
         """
         layers, adapted = tuner_layers(self), adapted_parts(self.config)
-        quantized = [part for part in adapted if part in self.config.quantized_parts]
-        quantized += [n.split(".")[0] for n, layer in layers.items() if isinstance(layer.get_base_layer(), QuantizedMatrix)]
-        if quantized:
-            refuse_to_merge(quantized[0])
+        if in_bits := self.parts_in_bits():
+            refuse_to_merge(in_bits[0])
         for name, layer in layers.items():
             layer.merge(safe_merge=True)
             replace_module(self, name, layer.get_base_layer())
+        for name, module in list(self.named_modules()):
+            if hasattr(module, "unload_and_optionally_merge_module"):  # of a config with modules_to_save
+                replace_module(self, name, module.unload_and_optionally_merge_module(True, True, None))
         if layers:
             checkpoint = self.name_or_path
             for part in adapted:

@@ -118,7 +118,9 @@ class SalmonnPreTrainedModel(AdapterMixin, PreTrainedModel):
         # The Auto classes come with an adapter's base, and name the adapter beside it.
         of_adapter = kwargs.pop("adapter_kwargs", None) or {}
         asked, base = of_adapter.get("_adapter_model_path"), str(pretrained_model_name_or_path)
-        revision = kwargs.get("revision") if asked in (None, pretrained_model_name_or_path) else of_adapter.get("revision")
+        revision = (
+            kwargs.get("revision") if asked in (None, pretrained_model_name_or_path) else of_adapter.get("revision")
+        )
         asked = str(asked or pretrained_model_name_or_path)
         hub_kwargs = base_kwargs | ({} if revision is None else {"revision": revision})
         if found := base_of_adapter(asked, **hub_kwargs):
@@ -147,7 +149,10 @@ class SalmonnPreTrainedModel(AdapterMixin, PreTrainedModel):
             config = SalmonnConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
         check_weight_files(pretrained_model_name_or_path)
         if not config.base_parts:
-            kwargs |= {"config": config, "adapter_kwargs": {"subfolder": "none"}}  # where it looks for one, and finds none
+            kwargs |= {
+                "config": config,
+                "adapter_kwargs": {"subfolder": "none"},
+            }  # where it looks for one, and finds none
             model, report = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
             check_loaded(pretrained_model_name_or_path, report)
             return model, report
