@@ -5,7 +5,7 @@ transformers and PEFT. Others can be put beside it, see `adapters.py`.
 
 from functools import partial
 
-from .quantized_layers import QuantizedMatrix, replace_module
+from .quantized_layers import replace_module
 
 # The parts that can have it, and where the config says how.
 LORA_FIELDS = {"language_model": "lora", "audio_tower": "audio_lora"}
@@ -146,8 +146,14 @@ class LoraMixin:
     def parts_in_bits(self) -> list[str]:
         """Parts of 4 or 8 bits that have an adapter."""
         parts = [part for part in adapted_parts(self.config) if part in self.config.quantized_parts]
-        layers = tuner_layers(self).items()
-        return parts + [name.split(".")[0] for name, m in layers if isinstance(m.get_base_layer(), QuantizedMatrix)]
+        for name, layer in tuner_layers(self).items():
+            weight = getattr(layer.get_base_layer(), "weight", None)  # of GPTQ there is none
+            # PEFT has layers of its own for what was in a library's format before LoRA was put in: these can merge it.
+            if type(layer).__module__ == "peft.tuners.lora.layer" and (
+                weight is None or not weight.is_floating_point()
+            ):
+                parts.append(name.split(".")[0])
+        return parts
 
     def refuse_to_merge_into_bits(self):
         """Have PEFT refuse it, which would add floats to integers, before it has merged the first layer."""

@@ -185,6 +185,11 @@ class SalmonnPreTrainedModel(AdapterMixin, PreTrainedModel):
             ValueError: if what would be loaded again is not this model; the message says what to do.
         """
         with self.adapter_to_save() as is_adapter:
+            if not is_adapter and getattr(self, "hf_quantizer", None) is not None:
+                # In a library's format the base parts have other weights, and transformers writes all of them; from
+                # nf4 that was loaded it has no way back to what it takes for the original format.
+                self.config.base_parts = None
+                kwargs = {"save_original_format": False} | kwargs
             if not is_adapter:
                 state_dict = without_base_parts(self.state_dict() if state_dict is None else state_dict, self.config)
             super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)

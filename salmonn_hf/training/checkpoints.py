@@ -52,7 +52,7 @@ def save_checkpoint(trainer, save: Callable[[], None]):
             if (output_dir / name).exists():
                 shutil.rmtree(output_dir / name)
             os.replace(staging / name, output_dir / name)
-            name_adapter_base(output_dir / name, trainer.hub_model_id or os.path.abspath(output_dir / name))
+            name_adapter_base(output_dir / name, os.path.abspath(output_dir / name))
             staging.rmdir()
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)
@@ -64,6 +64,8 @@ def save_checkpoint(trainer, save: Callable[[], None]):
     finally:
         trainer.args = args
     if args.push_to_hub:
+        if args.should_save:
+            name_adapter_base(output_dir / name, trainer.hub_model_id)
         trainer._push_from_checkpoint(str(output_dir / name))
     if args.should_save:
         rotate_checkpoints(str(output_dir), args.save_total_limit, best_model_checkpoint=state.best_model_checkpoint)

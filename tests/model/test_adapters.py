@@ -17,7 +17,7 @@ from conftest import (
     tiny_text_config,
 )  # fmt: skip
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
-from transformers import AutoModel, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, WhisperForConditionalGeneration, pipeline
 
 from salmonn_hf import SalmonnConfig, SalmonnForConditionalGeneration
 from salmonn_hf.model.quantizer_salmonn import quantize_in_place
@@ -429,3 +429,32 @@ def test_peft_does_not_merge_into_few_bits(bare, settings, safe_merge):
         with pytest.raises(ValueError, match="cannot be merged into 4 or 8 bits"):
             merge(safe_merge=safe_merge)
     assert torch.equal(logits(model.unload()), before)
+
+
+@pytest.mark.parametrize("base_parts", [True, False])
+@pytest.mark.parametrize("double", [True, False])
+def test_lora_beside_nf4_is_saved_again(base_parts, double, tmp_path):
+    """In bitsandbytes' format the language model is no base part any more. Before any inference: see the docs."""
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install -e .[quant]")
+    text = tiny_text_config(hidden_size=64, head_dim=16, num_key_value_heads=4, intermediate_size=128)
+    model = randomise_lora(tiny_model(tiny_config(text_config=text, lora=LORA)))
+    if base_parts:
+        WhisperForConditionalGeneration(model.config.audio_config).save_pretrained(tmp_path / "whisper")
+        AutoModelForCausalLM.from_config(text).save_pretrained(tmp_path / "llm")
+        parts = {"audio_tower": str(tmp_path / "whisper"), "language_model": str(tmp_path / "llm")}
+        model.config.base_parts = parts
+    model.save_pretrained(tmp_path / "wide")
+    kept = ["audio_tower", "projector", "language_model.lm_head", r".*\.lora_[AB]"]
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_use_double_quant=double, llm_int8_skip_modules=kept,
+    )  # fmt: skip
+    model = AutoModel.from_pretrained(tmp_path / "wide", quantization_config=nf4, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "one")
+    AutoModel.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")
+    again = AutoModel.from_pretrained(tmp_path / "two")
+    with pytest.raises(ValueError, match="cannot be merged into 4 or 8 bits"):
+        again.merge_lora()
+    assert again.active_adapters() == ["default"]
+    assert type(again.language_model.model.layers[0].mlp.down_proj.base_layer).__name__ == "Linear4bit"
+    assert torch.equal(logits(again), logits(model))
