@@ -29,6 +29,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
+from ..model.adapters import name_adapter_base
 from ..model.base_part_resolver import is_complete, is_hub_id, resolve_base_part
 from ..model.checkpoint import check_weight_files
 from ..model.remote_code import save_code
@@ -96,6 +97,7 @@ def push_to_hub(
         user = api.whoami()["name"]
         validate_repo_id(repo_id)
         repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
+        name_adapter_base(directory, repo_id)
         names = (json.loads((directory / "config.json").read_text()).get("base_parts") or {}).values()
         base_parts = {name: resolve_base_part(name, token=api.token) for name in set(names)}
     size = sum((directory / file).stat().st_size for file in files)

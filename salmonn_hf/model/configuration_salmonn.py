@@ -80,6 +80,15 @@ class SalmonnConfig(PreTrainedConfig):
                 f"{self.text_config.vocab_size} tokens; name a token that it has and text never uses."
             )
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As in transformers, but what is no SALMONN is refused; it would become a model of defaults, of 32 layers."""
+        settings, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if (kind := settings.get("model_type")) != cls.model_type:
+            found = f"holds a model of type {kind!r}" if kind else "has no config.json of a model"
+            raise ValueError(f"{pretrained_model_name_or_path} {found}, not of a SALMONN; name a checkpoint of that.")
+        return settings, kwargs
+
     @property
     def quantized_parts(self) -> dict[str, dict]:
         """`parts` of the quantization_config, see [`SalmonnQuantizationConfig`]; empty for none."""

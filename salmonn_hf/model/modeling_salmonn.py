@@ -10,8 +10,11 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ADAPTER_CONFIG_NAME
 from transformers.utils.generic import can_return_tuple
 
+
+from .adapters import AdapterMixin, base_of_adapter, find_file, has_adapter_weights
 from .checkpoint import (
     adapter_state_dict,
     base_state_dict,
@@ -23,7 +26,7 @@ from .checkpoint import (
 from .configuration_salmonn import SalmonnConfig
 from .generation_salmonn import SalmonnGenerationMixin
 from .kept_cache import keep_prompt, mask_as_cut
-from .lora import LORA_FIELDS, LoraMixin, adapted_parts
+from .lora import LORA_FIELDS, OWN, adapted_parts
 from .modeling_beats import BeatsModel
 from .placeholders import check_placeholders, drop_spare_placeholders, embed_prompt
 from .processing_salmonn import keep_transcription_ids
@@ -56,7 +59,7 @@ class SalmonnOutput(CausalLMOutputWithPast):
     alignment_loss: torch.Tensor | None = None
 
 
-class SalmonnPreTrainedModel(PreTrainedModel):
+class SalmonnPreTrainedModel(AdapterMixin, PreTrainedModel):
     config: SalmonnConfig
     config_class = SalmonnConfig
     base_model_prefix = ""
@@ -74,13 +77,40 @@ class SalmonnPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         """
         As `PreTrainedModel.from_pretrained`. A checkpoint whose config names `base_parts` holds only what was trained;
-        the frozen parts are then found by [`resolve_base_part`] and put together with it.
+        the frozen parts are then found by [`resolve_base_part`] and put together with it. Of an adapter of PEFT the
+        checkpoint that it was made for is loaded, and the adapter into it.
 
         Raises:
             OSError: if the checkpoint or one of its base parts cannot be had, or a file was cut off; the message says
                 what was tried, or names the file.
-            ValueError: if the files lack tensors, naming them.
+            ValueError: if the files lack tensors, naming them; if an adapter's checkpoint is none.
         """
+        if pretrained_model_name_or_path is None:
+            return cls.from_files(None, *model_args, config=config, **kwargs)
+        base_kwargs = {name: kwargs[name] for name in BASE_PART_KWARGS if name in kwargs}
+        # The Auto classes come with an adapter's base, and name the adapter beside it.
+        of_adapter = kwargs.pop("adapter_kwargs", None) or {}
+        asked, base = of_adapter.get("_adapter_model_path"), str(pretrained_model_name_or_path)
+        revision = (
+            kwargs.get("revision") if asked in (None, pretrained_model_name_or_path) else of_adapter.get("revision")
+        )
+        asked = str(asked or pretrained_model_name_or_path)
+        hub_kwargs = base_kwargs | ({} if revision is None else {"revision": revision})
+        if found := base_of_adapter(asked, **hub_kwargs):
+            base = found if base == asked else base
+            kwargs.pop("revision", None)  # the adapter's own
+        elif base != asked:  # a checkpoint itself, whose adapter_config.json names another place
+            base, config, kwargs["revision"] = asked, None, revision
+        name, with_report = kwargs.pop("adapter_name", None), kwargs.pop("output_loading_info", False)
+        model, report = cls.from_files(base, *model_args, config=config, output_loading_info=True, **kwargs)
+        if find_file(asked, ADAPTER_CONFIG_NAME, **hub_kwargs) and has_adapter_weights(asked, **hub_kwargs):
+            name = name or ("adapter" if OWN in getattr(model, "peft_config", {}) else OWN)
+            model.load_adapter(asked, name, adapter_kwargs=hub_kwargs)
+        return (model, report) if with_report else model
+
+    @classmethod
+    def from_files(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """`from_pretrained` of a checkpoint, without another adapter that may lie there."""
         base_kwargs = {name: kwargs[name] for name in BASE_PART_KWARGS if name in kwargs}
         hub_kwargs = base_kwargs | ({"revision": kwargs["revision"]} if "revision" in kwargs else {})
         if hasattr(settings := getattr(config, "quantization_config", None), "to_dict"):
@@ -92,11 +122,13 @@ class SalmonnPreTrainedModel(PreTrainedModel):
             config = SalmonnConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
         check_weight_files(pretrained_model_name_or_path)
         if not config.base_parts:
-            with_report = kwargs.pop("output_loading_info", False)
-            kwargs |= {"config": config, "output_loading_info": True}
+            kwargs |= {
+                "config": config,
+                "adapter_kwargs": {"subfolder": "none"},
+            }  # where it looks for one, and finds none
             model, report = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
             check_loaded(pretrained_model_name_or_path, report)
-            return (model, report) if with_report else model
+            return model, report
 
         with torch.device("meta"):
             skeleton = cls(config)
@@ -111,24 +143,37 @@ class SalmonnPreTrainedModel(PreTrainedModel):
             state_dict = round_matrices(state_dict, skeleton)
         state_dict |= base_state_dict(skeleton, **base_kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in hub_kwargs}
-        model = super().from_pretrained(None, *model_args, config=config, state_dict=state_dict, **kwargs)
+        model, report = super().from_pretrained(None, *model_args, config=config, state_dict=state_dict, **kwargs)
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         if model.can_generate():
             model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
-        return model
+        return model, report
 
     def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):
-        """As `PreTrainedModel.save_pretrained`, but a model with `config.base_parts` leaves those frozen parts out."""
-        state_dict = self.state_dict() if state_dict is None else state_dict
-        state_dict = without_base_parts(state_dict, self.config)
-        if self.can_generate():
-            keep_transcription_ids(self.generation_config, save_directory)
-        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
-        if kwargs.get("is_main_process", True):
+        """
+        As `PreTrainedModel.save_pretrained`, but a model with `config.base_parts` leaves those frozen parts out. With
+        another adapter beside the checkpoint's own LoRA, that adapter alone is saved, as transformers does.
+
+        Raises:
+            ValueError: if what would be loaded again is not this model; the message says what to do.
+        """
+        with self.adapter_to_save() as is_adapter:
+            if not is_adapter and getattr(self, "hf_quantizer", None) is not None:
+                # In a library's format the base parts have other weights, and transformers writes all of them; from
+                # nf4 that was loaded it has no way back to what it takes for the original format.
+                self.config.base_parts = None
+                kwargs = {"save_original_format": False} | kwargs
+            if not is_adapter:
+                state_dict = without_base_parts(self.state_dict() if state_dict is None else state_dict, self.config)
+                if self.can_generate():
+                    keep_transcription_ids(self.generation_config, save_directory)
+            super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+        if kwargs.get("is_main_process", True) and not is_adapter:
+            self.save_own_adapter_config(save_directory)
             save_code(save_directory)
 
 
-class SalmonnModel(VocabularyMixin, SalmonnPreTrainedModel, LoraMixin):
+class SalmonnModel(VocabularyMixin, SalmonnPreTrainedModel):
     """Encoders, projector and language model, up to its last hidden state."""
 
     def __init__(self, config: SalmonnConfig):
@@ -146,6 +191,7 @@ class SalmonnModel(VocabularyMixin, SalmonnPreTrainedModel, LoraMixin):
         """Round the weights of parts to few bits, in place, see [`quantize_parts`]; the config is left as it is."""
         # A method, since a process with the package and a checkpoint's own code has these layers' classes twice.
         quantize_parts(self, parts)
+        self.refuse_to_merge_into_bits()
 
     def train(self, mode: bool = True):
         """As `nn.Module.train`, but an encoder without a trainable weight stays in evaluation mode."""
