@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 import soundfile
 
-from ..model.audio import BLOCK_FRAMES, SAMPLING_RATE, UNKNOWN_FRAMES, _ForwardReader, load_audio
+from ..model.audio import SAMPLING_RATE, load_audio
 from .augmentation import change_speed
 from .skipped_clips import UnusableClip
 

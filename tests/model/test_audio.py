@@ -111,7 +111,6 @@ def test_channels_are_averaged():
     waveform = load_audio(encoded(tones, 48_000, subtype="FLOAT"))
     expected = soxr.resample(tones.mean(axis=1), 48_000, RATE)
     np.testing.assert_allclose(waveform, expected, atol=1e-6)
-    np.testing.assert_array_equal(load_audio(encoded(np.stack([tone(), -tone()], axis=1), subtype="FLOAT")), 0)
 
 
 @needs_ffmpeg
@@ -151,7 +150,7 @@ def test_mp3_without_length_header_is_read_whole_or_refused():
 
 
 def test_blocks_of_a_long_file_join_without_seams(monkeypatch):
-    monkeypatch.setattr("salmonn_hf.model.audio.BLOCK_FRAMES", 1000)
+    monkeypatch.setattr("salmonn_hf.model.audio_file.BLOCK_SAMPLES", 1000)
     samples = speech_like(2, 44_100)
     waveform = load_audio(encoded(samples, 44_100, subtype="FLOAT"))
     np.testing.assert_array_equal(waveform, soxr.resample(samples, 44_100, RATE, quality="HQ"))
