@@ -76,13 +76,13 @@ def chunk_parts(stream: BinaryIO, start: int, end: int) -> list[StreamPart] | No
         if family is None:
             return parts or None
         position += family.first
-        while (chunk := family.at(stream, position)) and chunk[0] not in family.samples:
+        while position < end and (chunk := family.at(stream, position)) and chunk[0] not in family.samples:
             if chunk[0] == b"ds64":
                 long_size = int.from_bytes(read_at(stream, position + 16, 8), "little")
             if chunk[1] < 0 or family.after(position, chunk[1]) <= position:
                 return parts or None
             position = family.after(position, chunk[1])
-        if not chunk:
+        if position >= end or not chunk:
             return parts or None
         size, content = chunk[1], position + struct.calcsize(family.head)
         if magic in (b"RF64", b"BW64") and long_size is not None and size == 0xFFFFFFFF:
@@ -211,6 +211,8 @@ def _expected_bytes(stream: BinaryIO, start: int, end: int) -> int | None:
         return _voc_bytes(stream, start, end, start + int.from_bytes(head[20:22], "little"))
     if head.startswith(b"MATLAB 5.0") and len(head) > 128:
         return _mat5_bytes(stream, start, end, "<" if head[126:128] == b"IM" else ">")
+    if head[20:30] == b"samplerate" and start + 38 < end:
+        return _mat4_bytes(stream, start, end)
     if head.startswith(b"ALawSoundFile**") and len(head) > 32:  # WVE
         return 32 + int.from_bytes(head[18:22], "big")
     if head.startswith(b"\x01\x04") and len(head) > 42:  # MPC2K
@@ -241,4 +243,14 @@ def _mat5_bytes(stream: BinaryIO, start: int, end: int, order: str) -> int:
     while after + 8 <= end:
         position = after + 8 + struct.unpack(f"{order}4xI", read_at(stream, after, 8))[0]
         after = after + 8 + -(-(position - after - 8) // 8) * 8
-    return min(after, max(end, position)) - start  # libsndfile does not pad the last
+    return (min(after, end) if position <= end + 8 else position) - start  # libsndfile counts 8 bytes too many
+
+
+def _mat4_bytes(stream: BinaryIO, start: int, end: int) -> int:
+    position = start
+    for _ in range(2):  # the rate and the samples
+        head = read_at(stream, position, 20).ljust(20, b"\0")
+        order = "<" if head[2:4] == b"\0\0" else ">"
+        kind, rows, columns, _, name = struct.unpack(f"{order}5I", head)
+        position += 20 + name + rows * columns * {0: 8, 1: 4, 2: 4, 5: 1}.get(kind // 10 % 10, 2)
+    return position - start

@@ -20,6 +20,7 @@ from .stream_part import AudioFileError, StreamPart, read_at
 
 RATES = (1000, 1_000_000)  # others are no audio; resampled, a few bytes of them could fill the memory
 FLAC_START = b"fLaC\0\0\0\x22"  # and the head of the block that tells the length
+FLAC_RATES = {4: 8000, 5: 16_000, 6: 22_050, 7: 24_000, 8: 32_000, 9: 44_100, 10: 48_000, 11: 96_000}
 
 
 class UnknownFormat(AudioFileError):
@@ -72,9 +73,22 @@ def _flac_streams(stream: BinaryIO, start: int, end: int) -> list[StreamPart]:
         # 36 bits from the middle of byte 21: with 0, libsndfile reads on until no frame follows.
         length = read_at(stream, first + 21, 5)
         total = int.from_bytes(length, "big") & (1 << 36) - 1
+        _check_flac_rate(data[first - start : last - start])
         unknown = {first + 21: bytes([length[0] & 0xF0 if length else 0, 0, 0, 0, 0])}
         parts.append(StreamPart(stream, first, last, unknown, total=total))
     return parts
+
+
+def _check_flac_rate(data: bytes):
+    """Each frame may tell the rate too; libsndfile looks at the header of the file alone."""
+    at, last = 4, False
+    while not last and at + 4 <= len(data):
+        last, at = data[at] >= 0x80, at + 4 + int.from_bytes(data[at + 1 : at + 4], "big")
+    head = data[at : at + 4]
+    rate = FLAC_RATES.get(head[2] & 15) if len(head) == 4 and head[0] == 0xFF and head[1] >> 2 == 0x3E else None
+    told = int.from_bytes(data[18:21], "big") >> 4
+    if rate not in (None, told):
+        raise AudioFileError(f"is damaged: its header tells of {told} Hz, its frames of {rate} Hz")
 
 
 def _tags_behind(stream: BinaryIO, end: int) -> int:
