@@ -5,6 +5,7 @@ libsndfile stops at the end of the first of joined streams, or where a wrong hea
 are looked through first (`ogg_pages.py`, `mpeg_frames.py`, `audio_containers.py`), and it is given each stream alone.
 """
 
+import re
 from collections.abc import Iterator
 from io import SEEK_END, BytesIO
 from typing import BinaryIO
@@ -19,7 +20,7 @@ from .ogg_pages import ogg_streams
 from .stream_part import AudioFileError, StreamPart, read_at
 
 RATES = (1000, 1_000_000)  # others are no audio; resampled, a few bytes of them could fill the memory
-FLAC_START = b"fLaC\0\0\0\x22"  # and the head of the block that tells the length
+FLAC_START = re.compile(rb"fLaC[\0\x80]\0\0\x22")  # and the head of the block that tells the length
 FLAC_RATES = {4: 8000, 5: 16_000, 6: 22_050, 7: 24_000, 8: 32_000, 9: 44_100, 10: 48_000, 11: 96_000}
 
 
@@ -42,13 +43,11 @@ def audio_streams(stream: BinaryIO) -> list[StreamPart]:
         AudioFileError: if it is damaged or cut short, as far as that is seen without decoding it.
     """
     end = stream.seek(0, SEEK_END)
-    start = 0
-    while read_at(stream, start, 3) == b"ID3" and start < end:
-        start += tag_bytes(read_at(stream, start, 10), 0) or end
+    start = _tags_before(stream, end)
     head = read_at(stream, start, 4)
     if head == b"OggS":
         return ogg_streams(stream, start, end)
-    if head == FLAC_START[:4]:
+    if head == b"fLaC":
         return _flac_streams(stream, start, end)
     if head in FAMILIES:
         return chunk_parts(stream, start, end) or [StreamPart(stream, start, end)]
@@ -61,21 +60,17 @@ def audio_streams(stream: BinaryIO) -> list[StreamPart]:
 
 def _flac_streams(stream: BinaryIO, start: int, end: int) -> list[StreamPart]:
     end -= _tags_behind(stream, end)
-    data, starts = read_at(stream, start, end - start), []
-    at = data.find(FLAC_START)
-    while at >= 0:
-        starts.append(start + at)
-        at = data.find(FLAC_START, at + 1)
+    data = read_at(stream, start, end - start)
+    starts = [start + found.start() for found in FLAC_START.finditer(data)]
     if starts[:1] != [start]:
         return [StreamPart(stream, start, end)]
     parts = []
     for first, last in zip(starts, [*starts[1:], end], strict=True):
         # 36 bits from the middle of byte 21: with 0, libsndfile reads on until no frame follows.
-        length = read_at(stream, first + 21, 5)
-        total = int.from_bytes(length, "big") & (1 << 36) - 1
-        _check_flac_rate(data[first - start : last - start])
-        unknown = {first + 21: bytes([length[0] & 0xF0 if length else 0, 0, 0, 0, 0])}
-        parts.append(StreamPart(stream, first, last, unknown, total=total))
+        content = data[first - start : last - start]
+        _check_flac_rate(content)
+        unknown = {first + 21: bytes([content[21] & 0xF0, 0, 0, 0, 0])} if len(content) > 21 else {}
+        parts.append(StreamPart(stream, first, last, unknown, total=_flac_header(content)[1]))
     return parts
 
 
@@ -86,9 +81,8 @@ def _check_flac_rate(data: bytes):
         last, at = data[at] >= 0x80, at + 4 + int.from_bytes(data[at + 1 : at + 4], "big")
     head = data[at : at + 4]
     rate = FLAC_RATES.get(head[2] & 15) if len(head) == 4 and head[0] == 0xFF and head[1] >> 2 == 0x3E else None
-    told = int.from_bytes(data[18:21], "big") >> 4
-    if rate not in (None, told):
-        raise AudioFileError(f"is damaged: its header tells of {told} Hz, its frames of {rate} Hz")
+    if rate not in (None, _flac_header(data)[0]):
+        raise AudioFileError(f"is damaged: its header tells of {_flac_header(data)[0]} Hz, its frames of {rate} Hz")
 
 
 def _tags_behind(stream: BinaryIO, end: int) -> int:
@@ -146,16 +140,35 @@ def sample_blocks(part: StreamPart) -> Iterator[tuple[int, np.ndarray]]:
 
 def file_seconds(stream: BinaryIO) -> float:
     """
-    The length of a file without decoding it, but for a FLAC whose header does not tell it.
+    The length of a file, without decoding it. That of a FLAC is what its header tells, of which more may follow; it
+    is decoded only if the header tells none.
 
     Raises:
         AudioFileError: as `audio_streams` and `sample_blocks`.
     """
+    start = _tags_before(stream, stream.seek(0, SEEK_END))
+    if FLAC_START.match(read_at(stream, start, 8)):
+        rate, total = _flac_header(read_at(stream, start, 26))
+        if rate and total:
+            return total / rate
     seconds = 0.0
     for part in audio_streams(stream):
         with _open(part) as file:
             rate, frames = file.samplerate, file.frames
-        if part.total is not None:
-            frames = part.total or sum(len(block) for _, block in sample_blocks(part))
-        seconds += frames / rate
+        if part.total == 0:
+            frames = sum(len(block) for _, block in sample_blocks(part))
+        seconds += (part.total or frames) / rate
     return seconds
+
+
+def _tags_before(stream: BinaryIO, end: int) -> int:
+    """The length of the ID3 tags at the start of a file."""
+    start = 0
+    while read_at(stream, start, 3) == b"ID3" and start < end:
+        start += tag_bytes(read_at(stream, start, 10), 0) or end
+    return min(start, end)
+
+
+def _flac_header(data: bytes) -> tuple[int, int]:
+    """Sampling rate and number of samples (0: unknown), by the first 26 bytes."""
+    return int.from_bytes(data[18:21], "big") >> 4, int.from_bytes(data[21:26], "big") & (1 << 36) - 1

@@ -9,12 +9,15 @@ import numpy as np
 
 BLOCK_SAMPLES = 1 << 20  # of all channels, mixed at a time: hours of audio need little memory
 WINDOW = 1024  # samples of a spectrum
+WINDOWS = 256  # of a block are looked at, at most
+EXCERPT = 1 << 17  # samples in which a delay is looked for
 BANDS = 8  # of equal width in octaves
+QUIET = 1e-4  # of the loudest channel's power: a channel that takes nothing away
 CANCELLED = 0.25  # of the channels' mean power: two channels that have nothing in common keep 0.5
-CANCELLED_SHARE = 0.15  # of the power of a channel, band by band
+CANCELLED_SHARE = 0.08  # of the power of a channel, band by band
 COPY = 0.6  # correlation with a later or earlier copy
 IN_PHASE = 0.7  # of that correlation, without any delay
-PREFERRED = 2.0  # times the power that a later channel must have to be taken for the loudest
+CLEARER_DB = 3.0  # more between its loud and its quiet moments, for a later channel to be taken for the clearer
 
 
 def mix_down(samples: np.ndarray) -> np.ndarray:
@@ -26,7 +29,7 @@ def mix_down(samples: np.ndarray) -> np.ndarray:
 
     Returns:
         `np.ndarray` of shape `(samples,)`, float32: the mean of the channels, less those that are a delayed copy of
-        the loudest, or would cancel it.
+        a clearer one, or would cancel it.
     """
     channels = samples.shape[1]
     if channels == 1:
@@ -34,32 +37,51 @@ def mix_down(samples: np.ndarray) -> np.ndarray:
     mean = samples.mean(axis=1, dtype=np.float32)
     if len(samples) < WINDOW or not np.isfinite(mean).all():
         return mean
-    power = samples.var(axis=0, dtype=np.float64)
-    loudest = int(np.argmax(power > power.max() / PREFERRED))
-    others = [index for index in range(channels) if index != loudest and power[index] > 1e-4 * power[loudest]]
-    reference = samples[:, loudest]
-    spoilt = [index for index in others if cancels(reference, samples[:, index])]
-    if not spoilt:
+    tracks = np.ascontiguousarray(samples.T)
+    power = tracks.var(axis=1)
+    tracks = tracks[power > QUIET * power.max()]
+    if (tracks == tracks[:1]).all():
         return mean
-    return samples[:, [index for index in range(channels) if index not in spoilt]].mean(axis=1, dtype=np.float32)
+    windows, excerpts = spectra(tracks), excerpt_spectra(tracks)
+    kept = []
+    for index in sorted(range(len(tracks)), key=lambda index: -round(range_db(tracks[index]) / CLEARER_DB)):
+        if not any(
+            cancelled_share(windows[index], windows[other]) > CANCELLED_SHARE
+            or is_delayed_copy(excerpts[index], excerpts[other])
+            for other in kept
+        ):
+            kept.append(index)
+    return mean if len(kept) == len(tracks) else tracks[kept].mean(axis=0, dtype=np.float32)
 
 
-def cancels(first: np.ndarray, second: np.ndarray) -> bool:
-    """Whether the mean of two channels lacks much of what both have."""
-    if np.array_equal(first, second):
-        return False
-    return cancelled_share(first, second) > CANCELLED_SHARE or is_delayed_copy(first, second)
+def range_db(track: np.ndarray) -> float:
+    """How far the quiet moments of a channel lie below its loud ones: the less, the more noise is in it."""
+    levels = track[: len(track) // WINDOW * WINDOW].reshape(-1, WINDOW).var(axis=1)
+    quiet, loud = np.percentile(levels, [10, 95])
+    return float(10 * np.log10(max(loud, 1e-20) / max(quiet, 1e-6 * loud, 1e-20)))
+
+
+def spectra(tracks: np.ndarray) -> np.ndarray:
+    """Spectra of windows of each channel: `(channels, windows, frequencies)`."""
+    count = tracks.shape[1] // WINDOW
+    windows = tracks[:, : count * WINDOW].reshape(len(tracks), count, WINDOW)[:, :: -(-count // WINDOWS)]
+    return np.fft.rfft(windows * np.hanning(WINDOW).astype(np.float32))
+
+
+def excerpt_spectra(tracks: np.ndarray) -> np.ndarray:
+    """One spectrum of each channel, of where they are loudest: `(channels, frequencies)`, each of power 1."""
+    starts = range(0, max(1, tracks.shape[1] - EXCERPT + 1), EXCERPT)
+    start = max(starts, key=lambda start: tracks[:, start : start + EXCERPT].var())
+    differences = np.diff(tracks[:, start : start + EXCERPT])  # as loud at high frequencies as at low ones
+    differences /= np.maximum(np.linalg.norm(differences, axis=1, keepdims=True), 1e-20)
+    return np.fft.rfft(differences, 1 << (2 * differences.shape[1] - 1).bit_length())
 
 
 def cancelled_share(first: np.ndarray, second: np.ndarray) -> float:
-    """The share of the power, the mean over bands of the spectrum, that is where the mean of the two has little."""
-    count = len(first) // WINDOW
-    window = np.hanning(WINDOW).astype(np.float32)
-    spectra = [np.fft.rfft(channel[: count * WINDOW].reshape(count, WINDOW) * window) for channel in (first, second)]
-    mean = (spectra[0] + spectra[1]) / 2
+    """The share of the power, the mean over bands of the spectrum, that is where the mean of two channels has little."""
     edges = np.unique(np.geomspace(4, WINDOW // 2, BANDS + 1).round().astype(int))[:-1]
-    own = np.add.reduceat(sum(np.abs(spectrum) ** 2 for spectrum in spectra) / 2, edges, axis=1)
-    left = np.add.reduceat(np.abs(mean) ** 2, edges, axis=1)
+    own = np.add.reduceat((np.abs(first) ** 2 + np.abs(second) ** 2) / 2, edges, axis=1)
+    left = np.add.reduceat(np.abs((first + second) / 2) ** 2, edges, axis=1)
     total = own.sum(axis=0)
     lost = np.where(left < CANCELLED * own, own, 0).sum(axis=0)
     heard = total > 1e-6 * total.max()
@@ -68,11 +90,5 @@ def cancelled_share(first: np.ndarray, second: np.ndarray) -> float:
 
 def is_delayed_copy(first: np.ndarray, second: np.ndarray) -> bool:
     """Whether two channels are much more alike when one of them is moved."""
-    whitened = [np.diff(channel) for channel in (first, second)]  # as loud at high frequencies as at low ones
-    length = 1 << (2 * len(first) - 1).bit_length()
-    products = np.fft.rfft(whitened[0], length) * np.fft.rfft(whitened[1], length).conj()
-    norm = np.sqrt(np.prod([np.square(channel, dtype=np.float64).sum() for channel in whitened]))
-    if norm == 0:
-        return False
-    correlation = np.abs(np.fft.irfft(products, length)) / norm
+    correlation = np.abs(np.fft.irfft(first * second.conj()))
     return bool(correlation.max() > COPY and correlation[0] < IN_PHASE * correlation.max())
