@@ -132,7 +132,10 @@ def _read_part(path: str, start: float, end: float) -> np.ndarray:
     rate = found.samplerate
     if abs(found.frames / rate - _path_seconds(path, modified)) > END_TOLERANCE_SECONDS:
         # soundfile would not find the place, or stop before it: several joined files, or a header that tells less.
-        rate, samples = SAMPLING_RATE, load_audio(path)[round(start * SAMPLING_RATE) : round(end * SAMPLING_RATE), None]
+        rate, samples = (
+            SAMPLING_RATE,
+            load_audio(path)[round(start * SAMPLING_RATE) : round(end * SAMPLING_RATE), None],
+        )
     else:
         with soundfile.SoundFile(path) as file:
             file.seek(round(start * rate))

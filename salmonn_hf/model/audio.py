@@ -128,7 +128,7 @@ def _from_stream(stream: BinaryIO, name: str, sampling_rate: int) -> np.ndarray:
     except UnknownFormat:
         return _from_torchcodec(stream, name, sampling_rate)
     except AudioFileError as error:
-        raise AudioError(f"{name} {error}; get a whole copy of it, or convert it: {CONVERSION}") from error
+        raise AudioError(f"{name} {error}.") from error
     if not waveforms:
         return _from_torchcodec(stream, name, sampling_rate)
     return _checked(waveforms, name)

@@ -106,8 +106,10 @@ def _sample_part(stream, family: Chunks, start: int, position: int, content: int
     for rest in {samples_end, family.after(position, size)}:
         if read_at(stream, rest, 4) in FAMILIES and rest + family.first < end:
             return StreamPart(stream, start, rest), rest
-        if rest >= end or _holds_chunks(stream, family, rest, end):
+        if rest < end and _holds_chunks(stream, family, rest, end):
             return StreamPart(stream, start, end), end
+        if rest >= end or _is_padding_or_tag(stream, rest, end):
+            return StreamPart(stream, start, samples_end), end
     check_rest(stream, samples_end, end, size)
     return StreamPart(stream, start, samples_end), end
 
@@ -147,8 +149,8 @@ def check_rest(stream: BinaryIO, position: int, end: int, size: int):
     """
     if not _is_padding_or_tag(stream, position, end):
         raise AudioFileError(
-            f"has a header that tells of {size} bytes of samples, which {end - position} other bytes follow; if these "
-            "are samples too, give it as raw samples: ffmpeg -f s16le -ar RATE -ac CHANNELS -i INPUT output.flac"
+            f"has a header that tells of {size} bytes of samples, which {end - position} other bytes follow",
+            "correct the size in its header; of a WAV, all is read by: ffmpeg -ignore_length 1 -i INPUT output.flac",
         )
 
 
@@ -156,7 +158,9 @@ def _with_size(stream, family: Chunks, start: int, position: int, size: int, end
     """A part whose header tells that the chunk of samples reaches to the end."""
     if family.head == "<16sQ":
         content = (size + 24).to_bytes(8, "little")
-        return StreamPart(stream, start, end, {start + 16: (end - start).to_bytes(8, "little"), position + 16: content})
+        return StreamPart(
+            stream, start, end, {start + 16: (end - start).to_bytes(8, "little"), position + 16: content}
+        )
     if family.head == ">4sq":
         return StreamPart(stream, start, end, {position + 4: size.to_bytes(8, "big")})
     if end - start >= 1 << 32:
@@ -234,7 +238,8 @@ def _voc_bytes(stream: BinaryIO, start: int, end: int, position: int) -> int:
         sounds += kind in (1, 2, 9)
         position += 4 + int.from_bytes(size, "little")
     if sounds > 1:
-        raise AudioFileError("is a VOC of several blocks, of which libsndfile takes the heads for samples")
+        fault = "is a VOC of several blocks, of which libsndfile takes the heads for samples"
+        raise AudioFileError(fault, "convert it first: ffmpeg -i INPUT output.flac")
     return position - start
 
 

@@ -105,7 +105,7 @@ def _open(part: StreamPart) -> _ForwardReader:
         raise UnknownFormat(f"is no audio file ({error})") from error
     if not RATES[0] <= file.samplerate <= RATES[1]:
         file.close()
-        raise AudioFileError(f"has a sampling rate of {file.samplerate} Hz; correct what made it")
+        raise AudioFileError(f"has a sampling rate of {file.samplerate} Hz", "correct what made it")
     return file
 
 

@@ -78,7 +78,7 @@ def excerpt_spectra(tracks: np.ndarray) -> np.ndarray:
 
 
 def cancelled_share(first: np.ndarray, second: np.ndarray) -> float:
-    """The share of the power, the mean over bands of the spectrum, that is where the mean of two channels has little."""
+    """The share of two channels' power, averaged over bands, in windows and bands where their mean has little."""
     edges = np.unique(np.geomspace(4, WINDOW // 2, BANDS + 1).round().astype(int))[:-1]
     own = np.add.reduceat((np.abs(first) ** 2 + np.abs(second) ** 2) / 2, edges, axis=1)
     left = np.add.reduceat(np.abs((first + second) / 2) ** 2, edges, axis=1)

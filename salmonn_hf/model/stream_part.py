@@ -1,11 +1,14 @@
-"""A part of a binary stream as a stream of its own: decoders are shown one of several joined files, or a mended header."""
+"""A part of a binary stream as a stream: decoders are shown one of several joined files, or a mended header."""
 
 import io
 from typing import BinaryIO
 
 
 class AudioFileError(ValueError):
-    """A file that does not hold all it should. The message says what is wrong with it, without its name."""
+    """A file that does not hold what it should. The message, without the name, says what is wrong, and a remedy."""
+
+    def __init__(self, fault: str, remedy: str = "get a whole copy of it"):
+        super().__init__(f"{fault}; {remedy}")
 
 
 class StreamPart(io.RawIOBase):
