@@ -7,11 +7,14 @@ Each directory is the `--output` of a finished `run_asr.py`, `run_aac.py`, `run_
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from salmonn_hf.evaluation.report import write_report
+from salmonn_hf.terminal import command
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="directories of results")
@@ -22,4 +25,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

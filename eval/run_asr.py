@@ -12,6 +12,7 @@ go to `OUTPUT/peers/NAME`. A clip that cannot be read is named and counted with 
 the same `--output`, a killed run goes on where it was. What is written there: `docs/evaluation.md`.
 """
 
+import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -20,8 +21,10 @@ from salmonn_hf.evaluation.clips import parquet_clips
 from salmonn_hf.evaluation.command_line import argument_parser, evaluate, format_metric
 from salmonn_hf.evaluation.scoring import score_transcripts
 from salmonn_hf.inference import Transcriber
+from salmonn_hf.terminal import command
 
 
+@command
 def main() -> None:
     parser = argument_parser(__doc__, needs_output=False)
     parser.add_argument("--text_column", default="text", help="default: %(default)s")
@@ -49,4 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,6 +8,7 @@ The two take turns, for a machine that is slower at one time than at another to 
 """
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from salmonn_hf.evaluation.clips import parquet_clips
 from salmonn_hf.evaluation.command_line import model_parser
 from salmonn_hf.files import write_atomically
 from salmonn_hf.inference import Transcriber
+from salmonn_hf.terminal import command
 
 WAYS = {"greedy": None, "drafts": "ctc"}
 
 
+@command
 def main() -> None:
     parser = model_parser(__doc__)
     parser.add_argument("--output", type=Path, help="JSON file of the result")
@@ -61,4 +64,4 @@ def compare(transcriber: Transcriber, waveforms: list) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,11 +10,14 @@ text around the figures is `salmonn_hf/hub/model_card_template.md`.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from salmonn_hf.hub.model_card import make_card, write_card
+from salmonn_hf.terminal import command
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="directory; README.md is written there")
@@ -31,4 +34,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -24,6 +24,7 @@ from .data.task_prompts import TEST_PROMPTS
 from .files import write_atomically
 from .model.audio import SAMPLING_RATE, AudioError, load_audio
 from .model.segmentation import TARGET_SECONDS, is_silent, speech_segments, split_at_pauses
+from .terminal import command
 
 SUFFIXES = {"plain": ".txt", "json": ".json", "srt": ".srt"}
 
@@ -150,11 +151,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 2 if failed == len(arguments.files) else min(failed, 1)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
-    try:
-        return run(parse_arguments(argv))
-    except KeyboardInterrupt:
-        return 130
+    return run(parse_arguments(argv))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,14 @@ python training/average.py runs/a runs/b --output_dir runs/mean
 """
 
 import argparse
+import sys
 
 from salmonn_hf import SalmonnProcessor
+from salmonn_hf.terminal import command
 from salmonn_hf.training.averaging import average_checkpoints
 
 
+@command
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", help="two or more, directories or hub names")
@@ -24,4 +27,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from salmonn_hf.hub.push import push_to_hub
 from salmonn_hf.model.quantizer_salmonn import SalmonnQuantizationConfig, quantize_in_place
 from salmonn_hf.quantization.calibration import draw_clips, prompt_with_answer
 from salmonn_hf.quantization.gptq import quantize_layers, quantize_tied_vocabulary
+from salmonn_hf.terminal import command
 from salmonn_hf.training.recipe import parse_recipe
 
 # The language model in another library's format, by transformers' own quantisers.
@@ -149,6 +151,7 @@ def save(model, processor, output_dir: str, merged_parts: dict[str, str] | None 
     os.replace(unfinished, output_dir)
 
 
+@command
 @torch.no_grad()
 def main():
     (args,) = parse_recipe(QuantizeArguments)
@@ -173,4 +176,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

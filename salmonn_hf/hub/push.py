@@ -33,6 +33,7 @@ from ..model.adapters import name_adapter_base
 from ..model.base_part_resolver import is_complete, is_hub_id, resolve_base_part
 from ..model.checkpoint import check_weight_files
 from ..model.remote_code import save_code
+from ..terminal import command
 
 logger = logging.getLogger(__name__)
 
@@ -242,6 +243,7 @@ def explained(what: str) -> Iterator[None]:
         raise PushError(f"{what}. {'; '.join(reasons)} {remedy}") from error
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m salmonn_hf.push", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

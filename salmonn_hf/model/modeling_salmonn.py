@@ -13,7 +13,6 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ADAPTER_CONFIG_NAME
 from transformers.utils.generic import can_return_tuple
 
-
 from .adapters import AdapterMixin, base_of_adapter, find_file, has_adapter_weights
 from .checkpoint import (
     adapter_state_dict,
