@@ -3,6 +3,7 @@
 from transformers import BatchFeature, ProcessorMixin
 
 from .audio import load_audio
+from .serving import audio_errors_answered, check_source
 from .windows import num_windows
 
 # Puts content lists ({"type": "text"}, {"type": "audio"}) as plain strings before a language model's own chat
@@ -80,6 +81,7 @@ class SalmonnProcessor(ProcessorMixin):
         mel_frames = int(audio_inputs["input_features_mask"][audio_idx].sum())
         return self.audio_token * self.num_audio_tokens((mel_frames + 1) // 2)
 
+    @audio_errors_answered()
     def __call__(self, text=None, audio=None, **kwargs) -> BatchFeature:
         r"""
         Args:
@@ -98,6 +100,7 @@ class SalmonnProcessor(ProcessorMixin):
         kwargs = {"padding": True, "return_tensors": "pt", **kwargs}
         return super().__call__(text=text, audio=audio, **kwargs)
 
+    @audio_errors_answered()
     def apply_chat_template(self, conversation, chat_template=None, **kwargs):
         """As `ProcessorMixin.apply_chat_template`; a clip is `{"type": "audio", "audio": path, array, ...}`."""
         batched = isinstance(conversation[0], (list, tuple))
@@ -111,13 +114,14 @@ class SalmonnProcessor(ProcessorMixin):
         """Message content with its clips decoded to arrays."""
         if isinstance(content, str):
             return content
-        sources = ("audio", "path", "url")
-        return [
-            {"type": "audio", "audio": load_audio(part[key], self.feature_extractor.sampling_rate)}
-            if part["type"] == "audio" and (key := next((k for k in sources if part.get(k) is not None), None))
-            else part
-            for part in content
-        ]
+        parts = []
+        for part in content:
+            clips = [part[key] for key in ("audio", "path", "url") if part["type"] == "audio" and part.get(key) is not None]
+            if clips:
+                check_source(clips[0])
+                part = {"type": "audio", "audio": load_audio(clips[0], self.feature_extractor.sampling_rate)}
+            parts.append(part)
+        return parts
 
     def transcription_messages(self, audio=None, prompt=None, language=None) -> list[dict]:
         """The user turn that asks for a transcript of one clip."""
