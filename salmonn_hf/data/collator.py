@@ -17,8 +17,8 @@ from .task_prompts import CAPTION_TASKS, is_transcript
 
 
 @lru_cache(maxsize=4096)
-def _rendered(processor: SalmonnProcessor, messages: str) -> str:
-    return processor.apply_chat_template(json.loads(messages), add_generation_prompt=True, tokenize=False)
+def _prompt_ids(processor: SalmonnProcessor, messages: str) -> list[int]:
+    return processor.prompt_ids(json.loads(messages))
 
 
 @dataclass(eq=False)
@@ -103,14 +103,13 @@ class ClipCollator:
 
     def prompt_ids(self, frames: int, messages: list[dict] | None = None) -> list[int]:
         """The tokens of a prompt about one clip of so many encoder frames; `None`: a request for a transcript."""
-        prompt = _rendered(self.processor, json.dumps(messages or self.processor.transcription_messages()))
-        audio_tokens = self.processor.audio_token * self.processor.num_audio_tokens(frames)
-        text = prompt.replace(self.processor.audio_token, audio_tokens)
-        return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        token = self.processor.audio_token_id
+        tokens = _prompt_ids(self.processor, json.dumps(messages or self.processor.transcription_messages()))
+        place = tokens.index(token)
+        return tokens[:place] + [token] * self.processor.num_audio_tokens(frames) + tokens[place + 1 :]
 
     def answer_ids(self, text: str | None) -> list[int]:
-        tokenizer = self.processor.tokenizer
-        return tokenizer((text or "").strip(), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        return self.processor.text_ids((text or "").strip()) + [self.processor.tokenizer.eos_token_id]
 
     def ctc_labels(self, text: str | None) -> torch.Tensor:
         tokens = [] if text is None else self.ctc_tokenizer.encode(ctc_text(text), add_special_tokens=False).ids
@@ -123,4 +122,4 @@ class ClipCollator:
         return torch.tensor(tokens, dtype=torch.int64)
 
     def caption_ids(self, text: str) -> list[int]:
-        return self.processor.tokenizer(" " + text.strip().lower(), add_special_tokens=False)["input_ids"]
+        return self.processor.text_ids(" " + text.strip().lower())

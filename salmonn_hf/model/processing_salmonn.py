@@ -1,6 +1,13 @@
 """Text and audio to model inputs: placeholders of each clip's length, chat template, transcription request."""
 
+import copy
+import json
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
 from transformers import BatchFeature, ProcessorMixin
+from transformers.processing_utils import ProcessingKwargs
 
 from .audio import load_audio
 from .serving import audio_errors_answered, check_source
@@ -28,18 +35,30 @@ SALMONN_TEMPLATE = (
 )
 
 
+class SalmonnProcessorKwargs(ProcessingKwargs, total=False):
+    """Where neither the call nor the tokenizer's own settings say otherwise."""
+
+    _defaults = {
+        "text_kwargs": {"padding": True, "padding_side": "left"},
+        "common_kwargs": {"return_tensors": "pt"},
+    }
+
+
 class SalmonnProcessor(ProcessorMixin):
     r"""
     Wraps a [`SalmonnFeatureExtractor`] and the language model's tokenizer.
 
     Args:
         feature_extractor ([`SalmonnFeatureExtractor`]).
-        tokenizer (`PreTrainedTokenizerBase`): the language model's.
+        tokenizer (`PreTrainedTokenizerBase`): the language model's. It is left as it is; where it has no token to pad
+            with, the processor has a copy that pads with the end token.
         chat_template (`str`, *optional*): default: the tokenizer's own, or SALMONN's where it has none.
         audio_token (`str`): the token of the vocabulary that stands for one audio embedding.
         window_frames, window_stride, queries_per_window (`int`): as in the model's config.
         transcription_prompt (`str`): what `apply_transcription_request` asks by default.
     """
+
+    valid_processor_kwargs = SalmonnProcessorKwargs
 
     def __init__(
         self,
@@ -60,8 +79,8 @@ class SalmonnProcessor(ProcessorMixin):
         self.window_stride = window_stride
         self.queries_per_window = queries_per_window
         self.transcription_prompt = transcription_prompt
-        tokenizer.padding_side = "left"  # generation goes on from the right end of every row
         if tokenizer.pad_token is None:
+            tokenizer = copy.deepcopy(tokenizer)
             tokenizer.pad_token = tokenizer.eos_token
         if chat_template is None:
             prelude = CONTENT_PRELUDE.replace("AUDIO_TOKEN", audio_token)
@@ -85,30 +104,65 @@ class SalmonnProcessor(ProcessorMixin):
     def __call__(self, text=None, audio=None, **kwargs) -> BatchFeature:
         r"""
         Args:
-            text (`str` or `list[str]`): prompts, with one `audio_token` per clip.
+            text (`str` or `list[str]`): prompts, with one `audio_token` per clip. What stands here in place of text is
+                taken for `audio`, as Whisper's processor takes it: `model.generate` asks for a transcript of that.
             audio: one clip or a flat list of clips, in the order of their placeholders: arrays at 16 kHz, paths, bytes
                 or anything else that [`load_audio`] takes.
+            kwargs: as for any processor, flat or nested (`text_kwargs`, `audio_kwargs`, `common_kwargs`). By default
+                tensors of torch, and rows padded on the left.
 
         Returns:
-            `BatchFeature` with `input_ids` and `attention_mask` (left-padded) and what the feature extractor returns.
+            `BatchFeature` with `input_ids` and `attention_mask`, and what the feature extractor returns.
 
         Raises:
-            ValueError: if the number of placeholders is not that of the clips.
+            ValueError: if the number of placeholders is not that of the clips; for a `sampling_rate` that is not the
+                feature extractor's.
             AudioError: for a clip that cannot be used, naming it.
         """
+        if audio is None and text is not None and not is_text(text):
+            text, audio = None, text
         # The base class has the feature extractor's fetch_audio decode the clips.
-        kwargs = {"padding": True, "return_tensors": "pt", **kwargs}
         return super().__call__(text=text, audio=audio, **kwargs)
 
     @audio_errors_answered()
-    def apply_chat_template(self, conversation, chat_template=None, **kwargs):
-        """As `ProcessorMixin.apply_chat_template`; a clip is `{"type": "audio", "audio": path, array, ...}`."""
+    def apply_chat_template(self, conversation, chat_template=None, processor_kwargs=None, **kwargs):
+        """
+        As `ProcessorMixin.apply_chat_template`; a clip is `{"type": "audio", "audio": path, array, ...}`. A control
+        token, the audio token among them, that the messages' text spells is plain text in what is tokenised. Rows to
+        be continued (`add_generation_prompt`) are padded on the left.
+        """
         batched = isinstance(conversation[0], (list, tuple))
         conversations = [
             [{**message, "content": self._decoded(message["content"])} for message in messages]
             for messages in (conversation if batched else [conversation])
         ]
-        return super().apply_chat_template(conversations if batched else conversations[0], chat_template, **kwargs)
+        processor_kwargs = dict(processor_kwargs or {})
+        for_text = processor_kwargs.get("text_kwargs", {})
+        if kwargs.get("add_generation_prompt") and not any(
+            "padding_side" in given for given in (kwargs, processor_kwargs, for_text)
+        ):
+            processor_kwargs["text_kwargs"] = {"padding_side": "left"} | for_text
+        if kwargs.get("tokenize") and self._spells_control_token(conversations):
+            kwargs.setdefault("sanitize_control_tokens", not kwargs.get("return_assistant_tokens_mask", False))
+            if kwargs["sanitize_control_tokens"] and self._adds_bos():
+                # Which is else put before a prompt without one; of sanitised text transformers leaves it out.
+                chat_template = "{{ bos_token }}" + self._resolve_chat_template(chat_template)
+        conversation = conversations if batched else conversations[0]
+        return super().apply_chat_template(conversation, chat_template, processor_kwargs=processor_kwargs, **kwargs)
+
+    def _spells_control_token(self, conversations: list[list[dict]]) -> bool:
+        contents = [message["content"] for messages in conversations for message in messages]
+        texts = [part.get("text") or "" for parts in contents if not isinstance(parts, str) for part in parts]
+        texts += [content for content in contents if isinstance(content, str)]
+        tokens = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
+        return any(token in text for token in tokens if not token.isspace() for text in texts)
+
+    def _adds_bos(self) -> bool:
+        """Whether the tokenizer begins a text with its BOS token, which the chat template leaves out."""
+        ids, bos = self.tokenizer("a")["input_ids"], self.tokenizer.bos_token_id
+        literal = self.chat_template if isinstance(self.chat_template, str) else ""
+        writes = "bos_token" in literal or (self.tokenizer.bos_token or "\0") in literal
+        return bos is not None and ids[:1] == [bos] and not writes
 
     def _decoded(self, content):
         """Message content with its clips decoded to arrays."""
@@ -153,9 +207,45 @@ class SalmonnProcessor(ProcessorMixin):
             **kwargs,
         )
 
+    def transcription_ids(self) -> list[int]:
+        """
+        The tokens that ask for a transcript, with one `audio_token` for the whole clip: `model.generate` makes its
+        prompt of them where it is given audio alone. It looks for them in its `generation_config`, where
+        `save_pretrained` of a processor beside a model puts them.
+        """
+        ids = self.apply_transcription_request(np.zeros(1600, np.float32))["input_ids"][0].tolist()
+        groups = ((token, list(group)) for token, group in groupby(ids))
+        return [token for token, group in groups for _ in (group[:1] if token == self.audio_token_id else group)]
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As `ProcessorMixin.save_pretrained`; beside a model it notes the `transcription_ids` for that."""
+        file = Path(save_directory, "generation_config.json")
+        if file.is_file():
+            settings = json.loads(file.read_text("utf-8")) | {"transcription_ids": self.transcription_ids()}
+            file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def prompt_ids(self, messages: list[dict]) -> list[int]:
+        """The tokens of a prompt for an answer, with one `audio_token` for each whole clip."""
+        settings = {"add_generation_prompt": True, "return_dict": False, "sanitize_control_tokens": True}
+        return self.tokenizer.apply_chat_template(
+            messages, chat_template=self.chat_template, tokenize=True, **settings
+        )
+
+    def text_ids(self, text: str) -> list[int]:
+        """The tokens of a text in which no control token counts as one."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
     def batch_decode(self, *args, **kwargs):
         """The tokenizer's `batch_decode`."""
         return self.tokenizer.batch_decode(*args, **kwargs)
+
+
+def is_text(given) -> bool:
+    """Whether it is a text, or texts, and not audio."""
+    if isinstance(given, (list, tuple)):
+        return len(given) > 0 and all(map(is_text, given))
+    return isinstance(given, str)
 
 
 SalmonnProcessor.register_for_auto_class("AutoProcessor")

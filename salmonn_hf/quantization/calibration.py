@@ -34,6 +34,14 @@ def draw_clips(sources: list[Source], count: int, seed: int) -> list[dict]:
 def prompt_with_answer(processor, example: dict) -> dict:
     """The model's inputs for a clip of `draw_clips`: the prompt with its audio, and its text as answer."""
     messages = example["messages"] or processor.transcription_messages()
-    prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    text = prompt + example["text"].strip() + processor.tokenizer.eos_token
-    return dict(processor(text=[text], audio=[example["audio"]]))
+    clip = {"type": "audio", "audio": example["audio"]}
+    messages = [
+        message | {"content": [clip if part["type"] == "audio" else part for part in message["content"]]}
+        for message in messages
+    ]
+    settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    inputs = dict(processor.apply_chat_template(messages, **settings))
+    answer = torch.tensor([processor.text_ids(example["text"].strip()) + [processor.tokenizer.eos_token_id]])
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], answer], dim=1)
+    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(answer)], dim=1)
+    return inputs
