@@ -170,7 +170,9 @@ class SalmonnProcessor(ProcessorMixin):
             return content
         parts = []
         for part in content:
-            clips = [part[key] for key in ("audio", "path", "url") if part["type"] == "audio" and part.get(key) is not None]
+            clips = [
+                part[key] for key in ("audio", "path", "url") if part["type"] == "audio" and part.get(key) is not None
+            ]
             if clips:
                 check_source(clips[0])
                 part = {"type": "audio", "audio": load_audio(clips[0], self.feature_extractor.sampling_rate)}
