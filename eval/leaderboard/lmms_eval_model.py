@@ -22,8 +22,8 @@ class Salmonn(lmms):
 
     Args:
         pretrained (`str`): checkpoint directory or hub name.
-        transcribe (`bool`): ask for a transcript as the checkpoint was trained to be asked, and not in the task's words;
-            of clips of any length. For tasks of speech recognition.
+        transcribe (`bool`): ask for a transcript as the checkpoint was trained to be asked, and not in the task's
+            words; of clips of any length. For tasks of speech recognition.
         batch_size (`int`): clips at once.
         device (`str`, *optional*): default: the GPU, where there is one.
         dtype (`str`, *optional*): default: the checkpoint's own, where the device has it.

@@ -10,7 +10,7 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs
 
 from .audio import load_audio
-from .serving import audio_errors_answered, check_source
+from .serving import errors_answered, check_source
 from .windows import num_windows
 
 # Puts content lists ({"type": "text"}, {"type": "audio"}) as plain strings before a language model's own chat
@@ -100,7 +100,7 @@ class SalmonnProcessor(ProcessorMixin):
         mel_frames = int(audio_inputs["input_features_mask"][audio_idx].sum())
         return self.audio_token * self.num_audio_tokens((mel_frames + 1) // 2)
 
-    @audio_errors_answered()
+    @errors_answered()
     def __call__(self, text=None, audio=None, **kwargs) -> BatchFeature:
         r"""
         Args:
@@ -124,7 +124,7 @@ class SalmonnProcessor(ProcessorMixin):
         # The base class has the feature extractor's fetch_audio decode the clips.
         return super().__call__(text=text, audio=audio, **kwargs)
 
-    @audio_errors_answered()
+    @errors_answered()
     def apply_chat_template(self, conversation, chat_template=None, processor_kwargs=None, **kwargs):
         """
         As `ProcessorMixin.apply_chat_template`; a clip is `{"type": "audio", "audio": path, array, ...}`. A control
@@ -170,12 +170,12 @@ class SalmonnProcessor(ProcessorMixin):
             return content
         parts = []
         for part in content:
-            clips = [
-                part[key] for key in ("audio", "path", "url") if part["type"] == "audio" and part.get(key) is not None
-            ]
-            if clips:
-                check_source(clips[0])
-                part = {"type": "audio", "audio": load_audio(clips[0], self.feature_extractor.sampling_rate)}
+            if part["type"] not in ("text", "audio"):
+                raise ValueError(f"A message holds a part of type {part['type']!r}; the model takes text and audio.")
+            keys = ("audio", "path", "url") if part["type"] == "audio" else ()
+            if (source := next((part[key] for key in keys if part.get(key) is not None), None)) is not None:
+                check_source(source)
+                part = {"type": "audio", "audio": load_audio(source, self.feature_extractor.sampling_rate)}
             parts.append(part)
         return parts
 

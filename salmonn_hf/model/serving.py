@@ -1,6 +1,6 @@
 """
-A checkpoint in `transformers serve`: a request brings its audio along, as base64 or a `data:` URI. No address or path of
-a request is opened, since whoever may ask the server could read through it what only the server can reach.
+A checkpoint in `transformers serve`: a request brings its audio along, as base64 or a `data:` URI. No address or path
+of a request is opened, since whoever may ask the server could read through it what only the server can reach.
 """
 
 import sys
@@ -29,11 +29,11 @@ def check_source(source):
 
 
 @contextmanager
-def audio_errors_answered():
-    """In a server, an [`AudioError`] is the answer to the client, with status 400, and not a fault of the server."""
+def errors_answered():
+    """In a server, what is wrong with a request is the answer to its client, with status 400."""
     try:
         yield
-    except AudioError as error:
+    except ValueError as error:  # AudioError is one
         if not is_serving():
             raise
         raise HTTPException(status_code=400, detail=str(error)) from error
