@@ -267,7 +267,7 @@ def decode_with_drafts(
     Greedy decoding of one prompt with drafts, for `generate(custom_generate=...)`.
 
     Args:
-        input_ids (`torch.LongTensor` of shape `(1, prompt)`), with `inputs_embeds` in `kwargs`, which are used.
+        input_ids (`torch.LongTensor` of shape `(1, prompt)`), with the `prompt_embeds` of a prompt with audio in `kwargs`.
         draft_ids, draft_tokenizer: see `CTCDraft`.
 
     Returns:
@@ -279,7 +279,8 @@ def decode_with_drafts(
     text_config = model.language_model.config
     branching = text_config._attn_implementation in ("eager", "sdpa") and mask is None  # the others take no such mask
     reach = getattr(text_config, "sliding_window", None) or float("inf")
-    pending, prompt, done = kwargs["inputs_embeds"], input_ids.shape[1], False
+    pending, prompt, done = kwargs.get("prompt_embeds"), input_ids.shape[1], False
+    pending = embedding(input_ids) if pending is None else pending
     all_scores = () if generation_config.output_scores else None
     all_logits = () if generation_config.output_logits else None
     while not done:

@@ -13,7 +13,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .checkpoint import (
@@ -26,9 +26,11 @@ from .checkpoint import (
 )
 from .configuration_salmonn import SalmonnConfig
 from .generation_salmonn import SalmonnGenerationMixin
+from .kept_cache import keep_prompt, mask_as_cut
 from .lora import LORA_FIELDS, LoraMixin, adapted_parts
 from .modeling_beats import BeatsModel
 from .placeholders import check_placeholders, drop_spare_placeholders, embed_prompt
+from .processing_salmonn import keep_transcription_ids
 from .projector import ProjectorOutput
 from .quantized_layers import quantize_parts
 from .quantizer_salmonn import SalmonnQuantizationConfig
@@ -149,6 +151,8 @@ class SalmonnPreTrainedModel(PreTrainedModel):
         """As `PreTrainedModel.save_pretrained`, but a model with `config.base_parts` leaves those frozen parts out."""
         state_dict = self.state_dict() if state_dict is None else state_dict
         state_dict = without_base_parts(state_dict, self.config)
+        if self.can_generate():
+            keep_transcription_ids(self.generation_config, save_directory)
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
         if kwargs.get("is_main_process", True):
             save_code(save_directory)
@@ -187,14 +191,17 @@ class SalmonnModel(SalmonnPreTrainedModel, LoraMixin):
     def set_input_embeddings(self, value):
         self.language_model.set_input_embeddings(value)
 
-    def encode_audio(self, input_features, input_features_mask, input_values=None, input_values_mask=None):
+    def encode_audio(self, input_features, input_features_mask=None, input_values=None, input_values_mask=None):
         r"""
         The frozen half of the model. What it returns can be kept, and given to `forward` in place of its inputs.
 
         Args:
             input_features (`torch.Tensor` of shape `(clips, mel bins, mel frames)`).
-            input_features_mask (`torch.Tensor` of shape `(clips, mel frames)`).
+            input_features_mask (`torch.Tensor` of shape `(clips, mel frames)`, *optional*): default: all frames.
             input_values, input_values_mask (`torch.Tensor` of shape `(clips, samples)`): for the sound encoder.
+
+        Raises:
+            ValueError: if the two encoders are given different numbers of clips.
 
         Returns:
             `dict`: `audio_frames` `(clips, frames, d_model)` at 50 Hz and `audio_frames_mask` `(clips, frames)`, bool;
@@ -202,24 +209,43 @@ class SalmonnModel(SalmonnPreTrainedModel, LoraMixin):
         """
         encoded = self.encode_speech(input_features, input_features_mask)
         if self.config.sound_config is not None:
+            if input_values is None or len(input_values) != len(input_features):
+                given = 0 if input_values is None else len(input_values)
+                raise ValueError(
+                    f"input_features are of {len(input_features)} clips, but input_values, for the sound encoder, of "
+                    f"{given}. Make both with the checkpoint's processor (its return_input_values is to be True)."
+                )
             encoded |= self.encode_sound(input_values, input_values_mask)
         return encoded
 
-    def encode_speech(self, input_features, input_features_mask):
-        layers = self.config.sound_layers
-        input_features, all_layers = input_features.to(self.audio_tower.dtype), layers is not None
-        encoded = self.audio_tower(input_features, attention_mask=input_features_mask, output_hidden_states=all_layers)
-        mask = input_features_mask[:, ::2].bool()
-        frames = {"audio_frames": encoded.last_hidden_state, "audio_frames_mask": mask}
-        if layers is not None:
-            sound_frames = torch.stack([encoded.hidden_states[layer] for layer in layers]).mean(0)
-            frames |= {"sound_frames": sound_frames, "sound_frames_mask": mask}
+    def encode_speech(self, input_features, input_features_mask=None):
+        return self.speech_frames(self.run_audio_tower(input_features, input_features_mask), input_features_mask)
+
+    def run_audio_tower(self, input_features, input_features_mask=None, output_hidden_states=False, **kwargs):
+        """The speech encoder's output, with all layers' where they are asked for or are sound frames."""
+        if input_features_mask is None:
+            input_features_mask = torch.ones_like(input_features[:, 0], dtype=torch.int32)
+        kwargs |= {"output_hidden_states": output_hidden_states or self.config.sound_layers is not None}
+        input_features = input_features.to(self.audio_tower.dtype)
+        return self.audio_tower(input_features, attention_mask=input_features_mask, return_dict=True, **kwargs)
+
+    def speech_frames(self, encoded, input_features_mask=None) -> dict[str, torch.Tensor]:
+        """What `encode_audio` returns, of the speech encoder's output."""
+        frames = encoded.last_hidden_state
+        mask = torch.ones_like(frames[..., 0]) if input_features_mask is None else input_features_mask[:, ::2]
+        frames = {"audio_frames": frames, "audio_frames_mask": mask.bool()}
+        if self.config.sound_layers is not None:
+            sound_frames = torch.stack([encoded.hidden_states[layer] for layer in self.config.sound_layers]).mean(0)
+            frames |= {"sound_frames": sound_frames, "sound_frames_mask": frames["audio_frames_mask"]}
         return frames
 
     def encode_sound(self, input_values, input_values_mask):
         if self.config.sound_config.model_type != "beats":  # which makes its spectrogram in float32
             input_values = input_values.to(self.sound_tower.dtype)
-        sound_frames = self.sound_tower(input_values, attention_mask=input_values_mask).last_hidden_state
+        if input_values_mask is None:
+            input_values_mask = torch.ones_like(input_values, dtype=torch.int32)
+        settings = {"attention_mask": input_values_mask, "return_dict": True}
+        sound_frames = self.sound_tower(input_values, **settings).last_hidden_state
         lengths = self.sound_tower._get_feat_extract_output_lengths(input_values_mask.sum(-1))
         positions = torch.arange(sound_frames.shape[1], device=sound_frames.device)
         return {"sound_frames": sound_frames, "sound_frames_mask": positions < lengths[:, None]}
@@ -235,34 +261,71 @@ class SalmonnModel(SalmonnPreTrainedModel, LoraMixin):
             frames = self.encode_audio(input_features, input_features_mask, input_values, input_values_mask)
         if frames.get("audio_frames") is None:
             return None
+        counts = {name: len(value) for name, value in frames.items() if value is not None}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"Frames of the two encoders must be of the same clips; there are {counts}.")
         return self.projector(token_embedding=self.get_input_embeddings(), **frames)
 
-    def get_audio_features(self, input_features, input_features_mask, input_values=None, input_values_mask=None):
+    @can_return_tuple
+    def get_audio_features(
+        self, input_features, input_features_mask=None, input_values=None, input_values_mask=None, **kwargs
+    ):
         r"""
         Audio to embeddings in the language model's space.
 
-        Returns:
-            `pooler_output`: `(audio tokens, hidden size)`, the clips in a row without padding; `last_hidden_state`:
-            the speech encoder's frames.
-        """
-        frames = self.encode_audio(input_features, input_features_mask, input_values, input_values_mask)
-        embeds = self.project_audio(**frames).embeds
-        return BaseModelOutputWithPooling(last_hidden_state=frames["audio_frames"], pooler_output=embeds)
+        Args:
+            kwargs: for the speech encoder, `output_hidden_states` and `output_attentions` among them; `return_dict`.
 
-    def embed_prompt(self, input_ids, attention_mask=None, labels=None, audio: ProjectorOutput | None = None) -> dict:
+        Returns:
+            `BaseModelOutputWithPooling`. `pooler_output`: `(audio tokens, hidden size)`, the clips in a row without
+            padding; `last_hidden_state`, `hidden_states`, `attentions`: the speech encoder's.
         """
-        `input_ids`, `inputs_embeds`, `attention_mask` and `labels` for the language model. Where the projector gives
-        fewer audio tokens than a clip has placeholders, these have fewer positions than what was given.
+        encoded = self.run_audio_tower(input_features, input_features_mask, **kwargs)
+        frames = self.speech_frames(encoded, input_features_mask)
+        if self.config.sound_config is not None:
+            frames |= self.encode_sound(input_values, input_values_mask)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=encoded.last_hidden_state,
+            pooler_output=self.project_audio(**frames).embeds,
+            hidden_states=encoded.hidden_states if kwargs.get("output_hidden_states") else None,
+            attentions=encoded.attentions,
+        )
+
+    def embed_prompt(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        labels=None,
+        audio: ProjectorOutput | None = None,
+        position_ids=None,
+        inputs_embeds=None,
+    ) -> dict:
         """
-        is_audio = input_ids == self.config.audio_token_id
-        check_placeholders(is_audio, 0 if audio is None else len(audio.states), self.config.audio_token_id)
-        prompt = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "is_audio": is_audio}
+        `input_ids`, `inputs_embeds`, `attention_mask`, `position_ids` and `labels` for the language model. Where the
+        projector gives fewer audio tokens than a clip has placeholders, these have fewer positions than what was
+        given. With `inputs_embeds` alone, placeholders are where these are the audio token's embedding.
+        """
+        prompt = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        prompt |= {"position_ids": position_ids, "inputs_embeds": inputs_embeds}
+        embedding, audio_token_id = self.get_input_embeddings(), self.config.audio_token_id
+        if inputs_embeds is not None and audio is None:
+            return prompt
+        if input_ids is not None:
+            is_audio = input_ids == audio_token_id
+        else:
+            is_audio = inputs_embeds == embedding(torch.tensor(audio_token_id, device=inputs_embeds.device))
+            is_audio = is_audio.all(-1)
+        check_placeholders(is_audio, 0 if audio is None else len(audio.states), audio_token_id)
+        prompt["is_audio"] = is_audio
         if audio is not None and len(audio.embeds) < len(audio.states):
             prompt = drop_spare_placeholders(prompt, audio.num_states, audio.num_tokens)
-        embeds = None if audio is None else audio.embeds
-        is_audio, embedding = prompt.pop("is_audio"), self.get_input_embeddings()
-        return prompt | {"inputs_embeds": embed_prompt(prompt["input_ids"], is_audio, embeds, embedding)}
+        embeds, is_audio = None if audio is None else audio.embeds, prompt.pop("is_audio")
+        prompt["inputs_embeds"] = embed_prompt(
+            prompt["input_ids"], is_audio, embeds, embedding, prompt["inputs_embeds"]
+        )
+        return prompt
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -272,14 +335,16 @@ class SalmonnModel(SalmonnPreTrainedModel, LoraMixin):
         input_values_mask: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> SalmonnOutput:
         """The language model's last hidden state over text and audio; arguments as in the class below."""
         audio = self.project_audio(input_features, input_features_mask, input_values, input_values_mask)
-        if input_ids is not None and inputs_embeds is None:
-            prompt = self.embed_prompt(input_ids, attention_mask, audio=audio)
-            inputs_embeds, attention_mask = prompt["inputs_embeds"], prompt["attention_mask"]
-        outputs = self.language_model.base_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
+        given = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
+        if input_ids is not None or inputs_embeds is not None:
+            given = self.embed_prompt(input_ids, audio=audio, **given)
+        prompt = {name: given[name] for name in ("inputs_embeds", "attention_mask", "position_ids")}
+        outputs = self.language_model.base_model(**prompt, return_dict=True, **kwargs)
         passed_on = {name: getattr(outputs, name) for name in ("last_hidden_state", *PASSED_ON)}
         return SalmonnOutput(**passed_on, audio_embeds=None if audio is None else audio.embeds)
 
@@ -295,6 +360,9 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
     def get_output_embeddings(self):
         return self.language_model.get_output_embeddings()
 
+    def set_output_embeddings(self, value):
+        self.language_model.set_output_embeddings(value)
+
     @classmethod
     def from_base_parts(cls, config: SalmonnConfig, **kwargs):
         """A model of `config` with the weights of its `base_parts`, everything else freshly initialised."""
@@ -305,6 +373,7 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
         state_dict = base_state_dict(skeleton, **base_kwargs)
         return cls.from_pretrained(None, config=config, state_dict=state_dict, **kwargs)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -336,8 +405,13 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
             input_values, input_values_mask (`torch.Tensor` of shape `(clips, samples)`): with a sound encoder.
             attention_mask (`torch.Tensor` of shape `(batch, tokens)`).
             position_ids (`torch.LongTensor` of shape `(batch, tokens)`): by default 0, 1, 2, ... on padding too;
-                `generate`, which looks for this argument, leaves padding out.
+                `generate`, which looks for this argument, leaves padding out. They are of the prompt as it is given;
+                where windows are merged, they close up.
+            inputs_embeds (`torch.Tensor` of shape `(batch, tokens, hidden size)`): in place of `input_ids`. Audio
+                goes where these hold the embedding of the audio token.
             labels (`torch.LongTensor` of shape `(batch, tokens)`): -100 where there is no loss.
+            logits_to_keep (`int`): logits of the last so many positions alone; 0: of all, in training, too. With
+                `labels`, the first of the kept positions has no loss.
             audio_frames, audio_frames_mask, sound_frames, sound_frames_mask: what `encode_audio` returned, in place of
                 the features; they need not be encoded again.
             ctc_labels, caption_labels, num_alignment_labels: see `alignment_loss`, which is then given as well.
@@ -354,21 +428,30 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
         alignment_loss = None
         if ctc_labels is not None:
             alignment_loss = self.alignment_loss(frames, ctc_labels, caption_labels, num_alignment_labels, audio)
-        if input_ids is not None and inputs_embeds is None:
-            prompt = self.embed_prompt(input_ids, attention_mask, labels, audio)
-            inputs_embeds, attention_mask, labels = (prompt[n] for n in ("inputs_embeds", "attention_mask", "labels"))
-        if labels is not None and self.training:
-            # Answers stand at the end of left-padded rows: no logits for the positions before the first of them.
-            first = int((labels != -100).any(0).int().argmax())
-            logits_to_keep = min(labels.shape[1] - first + 1, labels.shape[1])
-            labels = labels[:, -logits_to_keep:]
+        past_key_values = kwargs.get("past_key_values")
+        given = {"attention_mask": mask_as_cut(past_key_values, attention_mask), "position_ids": position_ids}
+        given |= {"labels": labels, "inputs_embeds": inputs_embeds}
+        prompt = given
+        if input_ids is not None or inputs_embeds is not None:
+            prompt = self.embed_prompt(input_ids, audio=audio, **given)
+        labels, positions = prompt["labels"], {}
+        if prompt["position_ids"] is not None:
+            positions = {"position_ids": prompt["position_ids"]}
         if isinstance(logits_to_keep, int) and logits_to_keep > 0:
+            logits_to_keep = min(logits_to_keep, prompt["inputs_embeds"].shape[1])
+            labels = labels if labels is None else last_labels(labels, logits_to_keep)
             # By indices, the selected states are one block of memory; of a slice, torch copies the head for each row.
-            logits_to_keep = torch.arange(-logits_to_keep, 0, device=inputs_embeds.device)
-        if position_ids is not None:
-            kwargs["position_ids"] = position_ids
-        prompt = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
-        outputs = self.language_model(**prompt, logits_to_keep=logits_to_keep, **kwargs)
+            logits_to_keep = torch.arange(-logits_to_keep, 0, device=prompt["inputs_embeds"].device)
+        outputs = self.language_model(
+            inputs_embeds=prompt["inputs_embeds"],
+            attention_mask=prompt["attention_mask"],
+            logits_to_keep=logits_to_keep,
+            return_dict=True,
+            **positions,
+            **kwargs,
+        )
+        if input_ids is not None and prompt["input_ids"].shape != input_ids.shape:
+            keep_prompt(outputs.past_key_values, input_ids, prompt["input_ids"], prompt["attention_mask"])
         loss, vocab_size = None, self.config.text_config.vocab_size
         if labels is not None:
             loss = self.loss_function(logits=outputs.logits, labels=labels, vocab_size=vocab_size, **kwargs)
@@ -411,6 +494,18 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
             given = [labels for labels in (ctc_labels, caption_labels) if labels is not None]
             num_alignment_labels = sum((labels != -100).sum() for labels in given).clamp(min=1)
         return loss / num_alignment_labels
+
+
+def last_labels(labels: torch.LongTensor, count: int) -> torch.LongTensor:
+    """
+    The labels of the last `count` positions.
+
+    Raises:
+        ValueError: if others have a loss, which then has no logits.
+    """
+    if (labels[:, 1 : labels.shape[1] - count + 1] != -100).any():
+        raise ValueError(f"logits_to_keep={count} leaves out positions that have labels; keep one more than these.")
+    return labels[:, -count:]
 
 
 SalmonnForConditionalGeneration.register_for_auto_class("AutoModel")

@@ -224,6 +224,7 @@ class SalmonnProcessor(ProcessorMixin):
         file = Path(save_directory, "generation_config.json")
         if file.is_file():
             settings = json.loads(file.read_text("utf-8")) | {"transcription_ids": self.transcription_ids()}
+            settings.pop("_from_model_config", None)  # with this mark they would not be read
             file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
         return super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -241,6 +242,15 @@ class SalmonnProcessor(ProcessorMixin):
     def batch_decode(self, *args, **kwargs):
         """The tokenizer's `batch_decode`."""
         return self.tokenizer.batch_decode(*args, **kwargs)
+
+
+def keep_transcription_ids(generation_config, directory):
+    """Have a model's settings saved with their `transcription_ids`, or with those of a processor that is there."""
+    if not hasattr(generation_config, "transcription_ids"):
+        if not Path(directory, "processor_config.json").is_file():
+            return
+        generation_config.transcription_ids = SalmonnProcessor.from_pretrained(directory).transcription_ids()
+    generation_config._from_model_config = False  # with this mark they would not be read
 
 
 def is_text(given) -> bool:

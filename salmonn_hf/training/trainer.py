@@ -173,7 +173,10 @@ class SalmonnTrainer(Trainer):
     def answer_loss(self, model, inputs: dict, num_items_in_batch):
         """The next-token loss of the answers, this batch's share of the step's mean; and the model's outputs."""
         count = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
-        outputs = model(**inputs, **count)
+        # Answers stand at the end of left-padded rows: no logits for the positions before the first of them.
+        labels = inputs["labels"]
+        first = int((labels != -100).any(0).int().argmax())
+        outputs = model(**inputs, **count, logits_to_keep=min(labels.shape[1] - first + 1, labels.shape[1]))
         return outputs.loss, outputs
 
     def encode(self, batch: dict) -> dict[str, torch.Tensor]:

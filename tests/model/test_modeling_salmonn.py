@@ -162,7 +162,7 @@ def test_the_lm_head_sees_one_block_of_memory():
     model.generate(**inputs, max_new_tokens=2, do_sample=False)
     labels = inputs["input_ids"].clone()
     labels[:, :-3] = -100
-    model.train()(**inputs, labels=labels)
+    model.train()(**inputs, labels=labels, logits_to_keep=4)
     assert seen == [(1, True), (1, True), (4, True)]
 
 
@@ -189,10 +189,13 @@ def test_loss_is_that_of_transformers_and_counts_items_in_batch():
     count = int((labels != -100).sum())
     summed = model(**inputs, labels=labels, num_items_in_batch=torch.tensor(2 * count)).loss
     torch.testing.assert_close(summed, expected / 2)
-    model.train()  # logits of the answers only
-    trained = model(**inputs, labels=labels)
-    torch.testing.assert_close(trained.loss, expected, atol=1e-4, rtol=1e-4)
-    assert trained.logits.shape[1] < output.logits.shape[1]
+    model.train()
+    assert model(**inputs, labels=labels).logits.shape == output.logits.shape  # complete, in training too
+    of_answers = model(**inputs, labels=labels, logits_to_keep=7)
+    torch.testing.assert_close(of_answers.loss, expected, atol=1e-4, rtol=1e-4)
+    assert of_answers.logits.shape[1] == 7
+    with pytest.raises(ValueError, match="logits_to_keep=6 leaves out"):
+        model(**inputs, labels=labels, logits_to_keep=6)
 
 
 def test_encoded_audio_can_stand_in_for_features():

@@ -1,0 +1,85 @@
+"""The options of one call of `generate`, wherever they are given, and what of them goes with a prompt with audio."""
+
+import copy
+
+import torch
+from transformers.generation import BaseStreamer
+
+POSITIONAL = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus", "assistant_model")
+# They read, or draft, token ids, of which `inputs_embeds` alone have none.
+NEEDS_IDS = ("prompt_lookup_num_tokens", "assistant_model", "prefill_chunk_size", "speculation_type")
+
+
+class GenerationOptions:
+    """
+    What a call of `generate` asks for, by name: in its arguments, else in its `generation_config`, else in the model's.
+    A change is made where the call has the option, or may have it.
+
+    Args:
+        default (`GenerationConfig`): the model's.
+        config (`GenerationConfig`, *optional*): the call's; it is copied.
+        args, kwargs: the call's other arguments, those that stand behind `generation_config` and the named ones.
+    """
+
+    def __init__(self, default, config, args: tuple, kwargs: dict):
+        kwargs |= dict(zip((*POSITIONAL, "streamer"), args, strict=False))
+        self.default, self.config, self.kwargs = default, copy.deepcopy(config), kwargs
+
+    def __getitem__(self, name: str):
+        if name in self.kwargs:
+            return self.kwargs[name]
+        found = (getattr(config, name, None) for config in (self.config, self.default))
+        return next((value for value in found if value is not None), None)
+
+    def __setitem__(self, name: str, value):
+        if self.config is None or name in self.kwargs:
+            self.kwargs[name] = value
+        else:
+            setattr(self.config, name, value)
+
+    def check(self, given: dict, has_clips: bool):
+        """
+        Args:
+            given (`dict`): `input_ids` and `inputs_embeds`, as far as there are any.
+
+        Raises:
+            ValueError: for options that do not go with such a prompt, naming the option.
+        """
+        if self["assistant_early_exit"] is not None:
+            raise ValueError("assistant_early_exit needs a model that was trained to exit early; leave it out.")
+        if self["use_mtp"]:
+            raise ValueError("use_mtp needs a model with layers that predict several tokens; leave it out.")
+        if has_clips and self["cache_implementation"] == "paged":
+            raise ValueError('cache_implementation="paged" takes token ids alone, no audio; leave it out.')
+        if has_clips and self["token_healing"]:
+            raise ValueError("token_healing writes the prompt anew, without its audio; leave it out.")
+        if given["input_ids"] is None and given["inputs_embeds"] is not None:
+            for name in NEEDS_IDS:
+                if self[name] is not None:
+                    raise ValueError(f"{name} needs the input_ids beside the inputs_embeds; give both, or leave it out.")
+        ids = given["input_ids"]
+        if ids is not None and len(ids) > 1:
+            for name in ("prompt_lookup_num_tokens", "assistant_model"):
+                if self[name] is not None:
+                    raise ValueError(f"{name} drafts for one prompt at a time; there are {len(ids)}. Leave it out.")
+
+    def lengthen(self, tokens: int):
+        """Have `max_length` and `min_length` count so many tokens more: those of a prompt that the caller knows not."""
+        for name, instead in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            if self[name] and self[instead] is None:
+                self[name] = max(self[name] + tokens, 0)
+
+
+class PromptStreamer(BaseStreamer):
+    """A streamer that is shown the prompt as it was given, in place of the one that the language model gets."""
+
+    def __init__(self, streamer: BaseStreamer, prompt: torch.LongTensor):
+        self.streamer, self.prompt = streamer, prompt
+
+    def put(self, value):
+        if self.prompt is not None:
+            value, self.prompt = self.prompt.cpu(), None
+        self.streamer.put(value)
+
+    def end(self):
+        self.streamer.end()
