@@ -10,7 +10,7 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs
 
 from .audio import load_audio
-from .serving import errors_answered, check_source
+from .serving import check_source, errors_answered
 from .windows import num_windows
 
 # Puts content lists ({"type": "text"}, {"type": "audio"}) as plain strings before a language model's own chat
