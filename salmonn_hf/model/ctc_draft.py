@@ -267,7 +267,7 @@ def decode_with_drafts(
     Greedy decoding of one prompt with drafts, for `generate(custom_generate=...)`.
 
     Args:
-        input_ids (`torch.LongTensor` of shape `(1, prompt)`), with the `prompt_embeds` of a prompt with audio in `kwargs`.
+        input_ids (`torch.LongTensor` of shape `(1, prompt)`), with `prompt_embeds` in `kwargs`, if it has audio.
         draft_ids, draft_tokenizer: see `CTCDraft`.
 
     Returns:

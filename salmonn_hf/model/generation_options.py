@@ -7,13 +7,15 @@ from transformers.generation import BaseStreamer
 
 POSITIONAL = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus", "assistant_model")
 # They read, or draft, token ids, of which `inputs_embeds` alone have none.
-NEEDS_IDS = ("prompt_lookup_num_tokens", "assistant_model", "prefill_chunk_size", "speculation_type")
+DRAFTS = ("prompt_lookup_num_tokens", "assistant_model")
+NEEDS_IDS = (*DRAFTS, "prefill_chunk_size", "speculation_type")
+OF_HUB_CODE = ("penalty_alpha", "dola_layers", "num_beam_groups", "constraints", "force_words_ids")
 
 
 class GenerationOptions:
     """
-    What a call of `generate` asks for, by name: in its arguments, else in its `generation_config`, else in the model's.
-    A change is made where the call has the option, or may have it.
+    What a call of `generate` asks for, by name: in its arguments, else in its `generation_config`, else in the
+    model's. A change is made where the call has the option, or may have it.
 
     Args:
         default (`GenerationConfig`): the model's.
@@ -37,10 +39,11 @@ class GenerationOptions:
         else:
             setattr(self.config, name, value)
 
-    def check(self, given: dict, has_clips: bool):
+    def check(self, given: dict, has_clips: bool, in_cache: bool):
         """
         Args:
             given (`dict`): `input_ids` and `inputs_embeds`, as far as there are any.
+            in_cache (`bool`): whether a part of them is in `past_key_values`.
 
         Raises:
             ValueError: for options that do not go with such a prompt, naming the option.
@@ -49,6 +52,13 @@ class GenerationOptions:
             raise ValueError("assistant_early_exit needs a model that was trained to exit early; leave it out.")
         if self["use_mtp"]:
             raise ValueError("use_mtp needs a model with layers that predict several tokens; leave it out.")
+        by_hub_code = self["trust_remote_code"] or self["custom_generate"] is not None
+        if name := next((name for name in OF_HUB_CODE if self[name] and not by_hub_code), None):
+            raise ValueError(f"{name} needs code of the hub: allow that by trust_remote_code=True, or leave it out.")
+        drafting = next((name for name in DRAFTS if self[name] is not None), None)
+        if drafting and (in_cache or self["cache_implementation"] not in (None, "dynamic")):
+            which = "past_key_values" if in_cache else "cache_implementation"
+            raise ValueError(f"{drafting} needs a cache that is empty at first and grows; leave out it or {which}.")
         if has_clips and self["cache_implementation"] == "paged":
             raise ValueError('cache_implementation="paged" takes token ids alone, no audio; leave it out.')
         if has_clips and self["token_healing"]:
@@ -56,15 +66,13 @@ class GenerationOptions:
         if given["input_ids"] is None and given["inputs_embeds"] is not None:
             for name in NEEDS_IDS:
                 if self[name] is not None:
-                    raise ValueError(f"{name} needs the input_ids beside the inputs_embeds; give both, or leave it out.")
+                    raise ValueError(f"{name} needs input_ids beside the inputs_embeds; give both, or leave it out.")
         ids = given["input_ids"]
-        if ids is not None and len(ids) > 1:
-            for name in ("prompt_lookup_num_tokens", "assistant_model"):
-                if self[name] is not None:
-                    raise ValueError(f"{name} drafts for one prompt at a time; there are {len(ids)}. Leave it out.")
+        if ids is not None and len(ids) > 1 and drafting:
+            raise ValueError(f"{drafting} drafts for one prompt at a time; there are {len(ids)}. Leave it out.")
 
     def lengthen(self, tokens: int):
-        """Have `max_length` and `min_length` count so many tokens more: those of a prompt that the caller knows not."""
+        """Have `max_length` and `min_length` count so many tokens more: those that the caller does not see."""
         for name, instead in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
             if self[name] and self[instead] is None:
                 self[name] = max(self[name] + tokens, 0)

@@ -45,15 +45,14 @@ class SalmonnGenerationMixin(GenerationMixin):
         answers_alone = has_clips and given["input_ids"] is None and given["inputs_embeds"] is None
         # It stands for audio that was given, not made.
         options["suppress_tokens"] = sorted({*(options["suppress_tokens"] or ()), self.config.audio_token_id})
-        options.check(given, has_clips)
-
         cache, audio = kwargs.get("past_key_values"), None
+        options.check(given, has_clips, in_cache := cached_length(cache) > 0)
         if answers_alone:
             if clips["input_features_mask"] is None:  # among Whisper's inputs it has the other name
                 clips["input_features_mask"] = given["attention_mask"]
             audio = self.project_audio(**clips)
             given["input_ids"], given["attention_mask"] = self.transcription_request(audio, clips, options)
-        input_ids, in_cache = given["input_ids"], cached_length(cache)
+        input_ids = given["input_ids"]
         if input_ids is None or (given["inputs_embeds"] is not None and not has_clips):
             # Transformers' own way with embeddings: the first pass takes them whole, whatever the ids are.
             prompt = self.embed_prompt(audio=self.project_audio(**clips), **given) if has_clips else given
@@ -75,12 +74,12 @@ class SalmonnGenerationMixin(GenerationMixin):
             self.decode_with_drafts(options, audio, one_prompt=len(input_ids) == 1 and not in_cache)
 
         seen, width = input_ids[:, :0] if answers_alone else input_ids, prompt["input_ids"].shape[1]
-        if seen.shape[1] != width:
+        if not (as_given := seen is prompt["input_ids"]):
             options.lengthen(width - seen.shape[1])
             if kwargs.get("streamer") is not None:
                 kwargs["streamer"] = PromptStreamer(kwargs["streamer"], seen)
         output = super().generate(None, options.config, **prompt, **kwargs)
-        if seen.shape[1] == width:
+        if as_given:
             return output
         # Where windows are merged, the language model's prompt is shorter than the one given.
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
@@ -117,7 +116,9 @@ class SalmonnGenerationMixin(GenerationMixin):
         audio = self.project_audio(**clips)
         new = self.embed_prompt(tail, tail_mask, audio=audio)
         ids = new["input_ids"] if head is None else torch.cat([head, new["input_ids"]], dim=1)
-        if ids.shape != input_ids.shape and (head is None or given["position_ids"] is not None):
+        if torch.equal(ids, input_ids):
+            ids = input_ids
+        elif head is None or given["position_ids"] is not None:
             raise ValueError(
                 "Windows are merged, so that past_key_values hold fewer positions than the prompt has; give the whole "
                 "conversation's input_ids, and no position_ids."

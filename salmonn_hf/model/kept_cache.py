@@ -23,12 +23,13 @@ def kept_prompt(cache, like: torch.LongTensor) -> tuple[torch.LongTensor, torch.
     return getattr(cache, ATTRIBUTE, None) or (like[:, :0],) * 3
 
 
-def mask_as_cut(cache, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """A mask `(batch, tokens)` of the conversation as it was given, of the positions that the cache has."""
+def mask_as_cut(cache, attention_mask: torch.Tensor | None, new_tokens: int) -> torch.Tensor | None:
+    """Of a conversation as it was given, a mask `(batch, tokens)` for what the cache has of it and what is new."""
     if attention_mask is None or attention_mask.ndim != 2 or not hasattr(cache, ATTRIBUTE):
         return attention_mask
     given, _, mask = getattr(cache, ATTRIBUTE)
-    if attention_mask.shape[1] <= given.shape[1]:
+    spare = given.shape[1] - mask.shape[1]
+    if attention_mask.shape[1] != cached_length(cache) + new_tokens + spare:
         return attention_mask
     return torch.cat([mask.to(attention_mask), attention_mask[:, given.shape[1] :]], dim=1)
 
@@ -38,8 +39,8 @@ def split_at_cache(cache, input_ids: torch.LongTensor, attention_mask: torch.Ten
     A conversation's tokens, and mask, in those that the cache holds and those behind.
 
     Args:
-        input_ids (`torch.LongTensor` of shape `(batch, tokens)`): the whole conversation, as it was given and answered;
-            or, with an `attention_mask` that is longer, what is new alone.
+        input_ids (`torch.LongTensor` of shape `(batch, tokens)`): the whole conversation, as it was given and
+            answered; or, with an `attention_mask` that is longer, what is new alone.
 
     Returns:
         `(ids, mask)` of both; the first's ids are `None` where what is new alone was given.
@@ -50,7 +51,7 @@ def split_at_cache(cache, input_ids: torch.LongTensor, attention_mask: torch.Ten
     length, width = cached_length(cache), input_ids.shape[1]
     given, cut, cut_mask = kept_prompt(cache, input_ids)
     if attention_mask is not None and attention_mask.shape[1] != width:
-        mask = mask_as_cut(cache, attention_mask)
+        mask = mask_as_cut(cache, attention_mask, width)
         return (None, mask[:, :-width]), (input_ids, mask[:, -width:])
     if not torch.equal(input_ids[:, : given.shape[1]], given.to(input_ids)):
         raise ValueError("past_key_values are of another prompt than the one that input_ids begin with.")

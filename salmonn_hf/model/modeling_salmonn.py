@@ -7,14 +7,10 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
-from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.generic import can_return_tuple
 
 from .checkpoint import (
     adapter_state_dict,
@@ -35,6 +31,8 @@ from .projector import ProjectorOutput
 from .quantized_layers import quantize_parts
 from .quantizer_salmonn import SalmonnQuantizationConfig
 from .remote_code import save_code
+from .speech_encoder import SalmonnWhisperEncoder
+from .vocabulary import VocabularyMixin
 from .whisper_projector import WhisperProjector
 from .window_qformer import WindowQFormerProjector
 
@@ -56,34 +54,6 @@ class SalmonnOutput(CausalLMOutputWithPast):
     last_hidden_state: torch.Tensor | None = None
     audio_embeds: torch.Tensor | None = None
     alignment_loss: torch.Tensor | None = None
-
-
-class SalmonnWhisperEncoder(WhisperEncoder):
-    """Whisper's encoder over a clip's own length: transformers' version takes 30 s exactly and no mask."""
-
-    main_input_name = "input_features"
-
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(self, input_features: torch.Tensor, attention_mask: torch.Tensor, **kwargs) -> BaseModelOutput:
-        r"""
-        Args:
-            input_features (`torch.Tensor` of shape `(batch, mel bins, mel frames)`), at most 3000 frames.
-            attention_mask (`torch.Tensor` of shape `(batch, mel frames)`): 1 on a clip's own frames.
-
-        Returns:
-            `last_hidden_state` of shape `(batch, ceil(mel frames / 2), d_model)`.
-        """
-        # The convolutions look one frame ahead: padding is zeroed before each, as if the clip ended there.
-        mel_mask = attention_mask[:, None].to(input_features.dtype)
-        hidden_states = nn.functional.gelu(self.conv1(input_features * mel_mask)) * mel_mask
-        hidden_states = nn.functional.gelu(self.conv2(hidden_states)).transpose(1, 2)
-        hidden_states = hidden_states + self.embed_positions.weight[: hidden_states.shape[1]]
-
-        attention_mask = create_bidirectional_mask(self.config, hidden_states, attention_mask[:, ::2])
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask, **kwargs)
-        return BaseModelOutput(last_hidden_state=self.layer_norm(hidden_states))
 
 
 class SalmonnPreTrainedModel(PreTrainedModel):
@@ -158,7 +128,7 @@ class SalmonnPreTrainedModel(PreTrainedModel):
             save_code(save_directory)
 
 
-class SalmonnModel(SalmonnPreTrainedModel, LoraMixin):
+class SalmonnModel(VocabularyMixin, SalmonnPreTrainedModel, LoraMixin):
     """Encoders, projector and language model, up to its last hidden state."""
 
     def __init__(self, config: SalmonnConfig):
@@ -185,12 +155,6 @@ class SalmonnModel(SalmonnPreTrainedModel, LoraMixin):
                 getattr(self, tower).eval()
         return self
 
-    def get_input_embeddings(self):
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value):
-        self.language_model.set_input_embeddings(value)
-
     def encode_audio(self, input_features, input_features_mask=None, input_values=None, input_values_mask=None):
         r"""
         The frozen half of the model. What it returns can be kept, and given to `forward` in place of its inputs.
@@ -209,12 +173,6 @@ class SalmonnModel(SalmonnPreTrainedModel, LoraMixin):
         """
         encoded = self.encode_speech(input_features, input_features_mask)
         if self.config.sound_config is not None:
-            if input_values is None or len(input_values) != len(input_features):
-                given = 0 if input_values is None else len(input_values)
-                raise ValueError(
-                    f"input_features are of {len(input_features)} clips, but input_values, for the sound encoder, of "
-                    f"{given}. Make both with the checkpoint's processor (its return_input_values is to be True)."
-                )
             encoded |= self.encode_sound(input_values, input_values_mask)
         return encoded
 
@@ -239,7 +197,12 @@ class SalmonnModel(SalmonnPreTrainedModel, LoraMixin):
             frames |= {"sound_frames": sound_frames, "sound_frames_mask": frames["audio_frames_mask"]}
         return frames
 
-    def encode_sound(self, input_values, input_values_mask):
+    def encode_sound(self, input_values, input_values_mask=None):
+        if input_values is None:
+            raise ValueError(
+                "The sound encoder's input_values are missing beside the input_features; make both with a processor "
+                "whose feature extractor has return_input_values."
+            )
         if self.config.sound_config.model_type != "beats":  # which makes its spectrogram in float32
             input_values = input_values.to(self.sound_tower.dtype)
         if input_values_mask is None:
@@ -263,7 +226,7 @@ class SalmonnModel(SalmonnPreTrainedModel, LoraMixin):
             return None
         counts = {name: len(value) for name, value in frames.items() if value is not None}
         if len(set(counts.values())) > 1:
-            raise ValueError(f"Frames of the two encoders must be of the same clips; there are {counts}.")
+            raise ValueError(f"Both encoders must be given the same clips; there are {counts} of them.")
         return self.projector(token_embedding=self.get_input_embeddings(), **frames)
 
     @can_return_tuple
@@ -313,7 +276,7 @@ class SalmonnModel(SalmonnPreTrainedModel, LoraMixin):
         if input_ids is not None:
             is_audio = input_ids == audio_token_id
         else:
-            is_audio = inputs_embeds == embedding(torch.tensor(audio_token_id, device=inputs_embeds.device))
+            is_audio = inputs_embeds == embedding(torch.tensor([audio_token_id], device=inputs_embeds.device))
             is_audio = is_audio.all(-1)
         check_placeholders(is_audio, 0 if audio is None else len(audio.states), audio_token_id)
         prompt["is_audio"] = is_audio
@@ -356,12 +319,6 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
         super().__init__(config)
         # It stands for audio that was given, not made.
         self.generation_config.suppress_tokens = [config.audio_token_id]
-
-    def get_output_embeddings(self):
-        return self.language_model.get_output_embeddings()
-
-    def set_output_embeddings(self, value):
-        self.language_model.set_output_embeddings(value)
 
     @classmethod
     def from_base_parts(cls, config: SalmonnConfig, **kwargs):
@@ -428,8 +385,9 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
         alignment_loss = None
         if ctc_labels is not None:
             alignment_loss = self.alignment_loss(frames, ctc_labels, caption_labels, num_alignment_labels, audio)
-        past_key_values = kwargs.get("past_key_values")
-        given = {"attention_mask": mask_as_cut(past_key_values, attention_mask), "position_ids": position_ids}
+        if input_ids is not None:
+            attention_mask = mask_as_cut(kwargs.get("past_key_values"), attention_mask, input_ids.shape[1])
+        given = {"attention_mask": attention_mask, "position_ids": position_ids}
         given |= {"labels": labels, "inputs_embeds": inputs_embeds}
         prompt = given
         if input_ids is not None or inputs_embeds is not None:
@@ -450,7 +408,7 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
             **positions,
             **kwargs,
         )
-        if input_ids is not None and prompt["input_ids"].shape != input_ids.shape:
+        if input_ids is not None and prompt["input_ids"] is not input_ids:
             keep_prompt(outputs.past_key_values, input_ids, prompt["input_ids"], prompt["attention_mask"])
         loss, vocab_size = None, self.config.text_config.vocab_size
         if labels is not None:

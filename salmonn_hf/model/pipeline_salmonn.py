@@ -12,6 +12,11 @@ from .processing_salmonn import SalmonnProcessor
 from .segmentation import TARGET_SECONDS, is_silent, split_at_pauses
 
 TASK = "automatic-speech-recognition"
+# Options of transformers' own pipeline.
+OF_OTHER_MODELS = {
+    "stride_length_s": "segments are cut at pauses, and do not overlap",
+    "return_language": "the model does not say which language it hears",
+}
 
 
 class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline):
@@ -73,7 +78,8 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
 
         Raises:
             AudioError: for an input that cannot be used, naming it.
-            ValueError: for word-level timestamps.
+            ValueError: for word-level timestamps, overlapping segments (`stride_length_s`), the language
+                (`return_language`), and a `chunk_length_s` above what the encoder hears.
         """
         if isinstance(inputs, list) and len(inputs) == 0:
             return []
@@ -95,8 +101,15 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
             raise ValueError(
                 f"return_timestamps={return_timestamps!r}: SALMONN gives times of segments only; use True or False."
             )
+        longest = self.feature_extractor.chunk_length
+        if chunk_length_s is not None and not 0 <= chunk_length_s <= longest:
+            raise ValueError(f"chunk_length_s={chunk_length_s} must be in 0 to {longest}: no more is heard at once.")
+        generate_kwargs = {**(generate_kwargs or {}), **more_generate_kwargs}
+        for name, reason in OF_OTHER_MODELS.items():
+            if generate_kwargs.pop(name, None):
+                raise ValueError(f"{name} has no use here: {reason}. Leave it out.")
         preprocess = {"chunk_length_s": chunk_length_s, "target_length_s": target_length_s}
-        forward = {"prompt": prompt, "language": language, **(generate_kwargs or {}), **more_generate_kwargs}
+        forward = {"prompt": prompt, "language": language, **generate_kwargs}
         steps = (preprocess, forward, {"return_timestamps": return_timestamps})
         return tuple({key: value for key, value in step.items() if value is not None} for step in steps)
 

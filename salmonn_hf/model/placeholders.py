@@ -54,11 +54,13 @@ def expand_request(
             "(processor.save_pretrained of the same directory), or set them to processor.transcription_ids()."
         )
     place, device = request.index(audio_token_id), num_placeholders.device
-    before, after = (torch.tensor(part, device=device, dtype=torch.int64) for part in (request[:place], request[place + 1 :]))
+    before, after = (torch.tensor(part, device=device).long() for part in (request[:place], request[place + 1 :]))
     audio = [torch.full((count,), audio_token_id, device=device) for count in num_placeholders.tolist()]
     rows = [torch.cat([before, placeholders, after]) for placeholders in audio]
     left = {"batch_first": True, "padding_side": "left"}
-    return pad_sequence(rows, padding_value=pad_token_id, **left), pad_sequence([row >= 0 for row in rows], **left).long()
+    return pad_sequence(rows, padding_value=pad_token_id, **left), pad_sequence(
+        [row >= 0 for row in rows], **left
+    ).long()
 
 
 def drop_spare_placeholders(

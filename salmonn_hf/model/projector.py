@@ -105,6 +105,10 @@ class SalmonnProjector(PreTrainedModel):
         """The output to draft at each state: 0 for the blank, else 1 + the index of a token; `(states,)`."""
         raise NotImplementedError
 
+    def vocabulary_ids(self) -> dict[str, torch.LongTensor]:
+        """The language model's tokens that it knows by their ids, by name; of buffers that are filled."""
+        return {"ctc_head.token_ids": self.ctc_head.token_ids} if self.has_ctc_head else {}
+
     def ctc_transcripts(self, states, num_states, token_embedding) -> list[list[int]]:
         """Greedy CTC: token ids of each clip, repeats merged and blanks dropped."""
         paths = self.ctc_log_probs(states, token_embedding).argmax(-1).split(num_states.tolist())

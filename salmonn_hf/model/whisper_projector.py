@@ -111,6 +111,10 @@ class WhisperProjector(SalmonnProjector):
             return embeds, None
         return merge_wordless(embeds, wordless, num_states, self.config.merged_windows)
 
+    def vocabulary_ids(self):
+        names = {} if self.sound_summary is None else {"sound_summary.names": self.sound_summary.names.flatten()}
+        return super().vocabulary_ids() | names
+
     def ctc_log_probs(self, states, token_embedding, classes=None):
         return self.ctc_head(states, self.speech_tokens, classes)
 
