@@ -52,7 +52,7 @@ class WordErrorRate:
     """`evaluate.load("wer")`, without a hub."""
 
     def compute(self, predictions, references) -> float:
-        return jiwer.wer(references, predictions)
+        return jiwer.wer(list(references), list(predictions))
 
 
 def decode(feature, value, token_per_repo_id=None) -> dict:

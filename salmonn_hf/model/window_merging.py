@@ -25,8 +25,9 @@ def merge_wordless(
     clip_starts[num_windows.cumsum(0)[:-1]] = True
     before = torch.cat([wordless.new_zeros(1), wordless[:-1]])
     starts_run = clip_starts | ~wordless | ~before
-    torch._check(embeds.shape[0] > 0)
-    run_start = torch.where(starts_run, places, 0).cummax(0).values
+    starts = torch.where(starts_run, places, 0)
+    torch._check(starts.shape[0] > 0)  # a hint for torch.export
+    run_start = starts.cummax(0).values
     is_first = (places - run_start) % limit == 0
     group = is_first.cumsum(0) - 1
     # Room for as many groups as windows, so that no shape depends on what the windows hold.
