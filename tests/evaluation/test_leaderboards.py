@@ -119,6 +119,7 @@ def test_a_script_like_the_open_asr_leaderboards(tiny_checkpoint, clips, tmp_pat
     assert found["wer"] == pytest.approx(1 / 6)
 
 
+@pytest.mark.slow
 def test_a_path_that_is_no_clone_is_named(tmp_path):
     with pytest.raises(AssertionError, match="run_eval.py does not exist; give the path of a clone"):
         run("run_open_asr.py", tmp_path, cwd=tmp_path)
@@ -183,7 +184,7 @@ def test_answers_to_lmms_eval(adapter, tiny_checkpoint, clips):
 def test_transcripts_for_lmms_eval(adapter, tiny_checkpoint, clips):
     """Of any length, whatever the task's words are."""
     model = adapter.Salmonn(str(tiny_checkpoint), transcribe=True, device="cpu", dtype="float32")
-    audio = [noise(40.0), str(clips[0])]
+    audio = [noise(31.0), str(clips[0])]
     expected = Transcriber(str(tiny_checkpoint), "float32", "cpu")
     expected = [expected([salmonn_hf.load_audio(clip)])[0] for clip in audio]
     requests = requests_about(model, audio, ["Recognise the speech:"] * 2, max_new_tokens=256, temperature=0)
@@ -263,7 +264,7 @@ def test_lmms_eval_itself(tiny_checkpoint, clips, tmp_path):
     arguments += ["--output_path", tmp_path / "out", "--log_samples"]
     run("run_lmms_eval.py", *arguments, cwd=tmp_path, HF_HOME=str(tmp_path / "home"))
     (samples,) = (tmp_path / "out").rglob("*samples_local.jsonl")
-    found = [json.loads(line)["filtered_resps"][0] for line in samples.read_text().splitlines()]
+    found = [json.loads(line)["filtered_resps"] for line in samples.read_text().splitlines()]
     waveforms = [salmonn_hf.load_audio(clip) for clip in clips]
     answerer = Answerer(str(tiny_checkpoint), device="cpu", dtype="float32", max_new_tokens=6)
     assert found == answerer(waveforms, ["What is it?"] * 2)
