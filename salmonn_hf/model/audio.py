@@ -1,11 +1,15 @@
 """Any source of audio to one mono float32 waveform at the model's sampling rate."""
 
+import base64
+import logging
+import os
 from collections.abc import Iterable, Mapping
 from io import BytesIO
 from itertools import chain
 from numbers import Real
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import soxr
@@ -21,6 +25,10 @@ CONVERSION = "ffmpeg -i INPUT output.flac"
 FETCH_TIMEOUT_SECONDS = 30.0
 PEAK_LIMIT = 2.0  # of floats: a little over full scale is what resampling or a limiter leaves
 INTEGER_PEAK = 64.0  # of floats: more is no gain but samples in the range of integers
+MAX_PATH_CHARACTERS = 255  # a longer text that reads as base64 is the file itself
+
+
+logger = logging.getLogger(__name__)
 
 
 class AudioError(ValueError):
@@ -35,7 +43,8 @@ def load_audio(source, sampling_rate: int = SAMPLING_RATE) -> np.ndarray:
         source: one of
 
             - the path or http(s) URL of a file, the `bytes` of one, or a binary stream. soundfile decodes it; formats
-              that it does not know (m4a, mp4, webm) need torchcodec.
+              that it does not know (m4a, mp4, webm) need torchcodec. What is fetched is logged.
+            - the file itself as text: a `data:` URI, or base64 alone.
             - an array, tensor or list of floats, already at `sampling_rate`: 1-D, or 2-D with the channels in the
               smaller axis. Floats are taken as they are (full scale is [-1, 1]), integers of 8, 16 or 32 bits are
               scaled by the range of their type.
@@ -76,7 +85,8 @@ def load_audio(source, sampling_rate: int = SAMPLING_RATE) -> np.ndarray:
 
 def _describe(source) -> str:
     if isinstance(source, (str, Path)):
-        return str(source)
+        text = str(source)
+        return text if len(text) <= MAX_PATH_CHARACTERS else f"{text[:100]}… ({len(text)} characters)"
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return f"array of shape {tuple(source.shape)}"
     if isinstance(source, (bytes, bytearray, list, tuple)):
@@ -88,6 +98,8 @@ def _load(source, name: str, from_rate: float, to_rate: int) -> np.ndarray:
     """`from_rate` is that of a bare array; a file has its own."""
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         source = _fetch(source)
+    elif isinstance(source, str) and (content := file_in_text(source)) is not None:
+        source = content
     if isinstance(source, (str, Path)):
         with _open(Path(source)) as stream:
             return _from_stream(stream, name, to_rate)
@@ -100,7 +112,25 @@ def _load(source, name: str, from_rate: float, to_rate: int) -> np.ndarray:
     raise AudioError(f"{name} is not audio; give a path, URL, bytes, an array, or a dict with an array and its rate.")
 
 
+def file_in_text(text: str) -> bytes | None:
+    """The file that a `data:` URI or a text of base64 holds; `None` for any other text, such as a path."""
+    header, comma, payload = text.partition(",")
+    is_uri = bool(comma) and header[:5].lower() == "data:"
+    if is_uri and not header.lower().endswith(";base64"):
+        return unquote_to_bytes(payload)
+    if not is_uri and len(text) <= MAX_PATH_CHARACTERS:
+        return None
+    try:
+        encoded = unquote_to_bytes(payload) if is_uri else text.encode()
+        return base64.b64decode(b"".join(encoded.split()), validate=True)
+    except ValueError as error:
+        if not is_uri:
+            return None
+        raise AudioError(f"{header} is not followed by base64 ({error}); encode the whole file.") from error
+
+
 def _fetch(url: str) -> bytes:
+    logger.warning("Fetching %s", url.partition("?")[0])  # what follows may be a key
     try:
         response = httpx.get(url, follow_redirects=True, timeout=FETCH_TIMEOUT_SECONDS)
         response.raise_for_status()
@@ -112,10 +142,10 @@ def _fetch(url: str) -> bytes:
 
 
 def _open(path: Path) -> BinaryIO:
-    if path.is_dir():
+    if os.path.isdir(path):
         raise AudioError(f"{path} is a directory; give the path of one audio file in it.")
-    if not path.exists():
-        raise AudioError(f"{path} does not exist (looked for it in {Path.cwd()}); check the path.")
+    if not os.path.exists(path):  # false too for what cannot be a path, where Path.exists raises
+        raise AudioError(f"{_describe(path)} does not exist (looked for it in {Path.cwd()}); check the path.")
     return path.open("rb")
 
 

@@ -3,6 +3,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from .configuration_beats import BeatsConfig
 from .configuration_whisper_projector import WhisperProjectorConfig
@@ -129,6 +130,8 @@ class SalmonnConfig(PreTrainedConfig):
 
 
 SalmonnConfig.register_for_auto_class()
+# `transformers serve` and any-to-any look here, and not among registered models; they import this module before.
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["salmonn"] = "SalmonnForConditionalGeneration"
 # Here and not in the package's __init__, so that the code in a checkpoint knows the parts' types, too.
 for part_config in (BeatsConfig, WindowQFormerConfig, WhisperProjectorConfig):
     AutoConfig.register(part_config.model_type, part_config, exist_ok=True)

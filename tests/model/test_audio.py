@@ -1,5 +1,6 @@
 """load_audio against soundfile, soxr, ffmpeg and tones of known pitch; and what it says about audio it cannot use."""
 
+import base64
 import http.server
 import io
 import shutil
@@ -50,6 +51,32 @@ def assert_tone(waveform, hertz=440.0, amplitude=0.5, seconds=1.0):
 
 
 # Sources
+
+
+def test_the_file_itself_as_text():
+    """As a `data:` URI, in base64 or percent-encoded, and as base64 alone, also in lines."""
+    data = encoded(tone())
+    text = base64.b64encode(data).decode()
+    uris = ["data:audio/wav;base64,", "data:;base64,", "DATA:audio/wav;codecs=1;BASE64,"]
+    percent = "".join(f"%{byte:02x}" for byte in data)
+    lines = base64.encodebytes(data).decode()
+    escaped = text.replace("+", "%2B").replace("/", "%2F").replace("=", "%3D")
+    sources = [*(uri + text for uri in uris), uris[0] + escaped, f"data:audio/wav,{percent}", text, lines]
+    for source in [*sources, {"path": sources[0]}]:
+        np.testing.assert_array_equal(load_audio(source), load_audio(data))
+
+
+def test_a_text_that_is_no_file_is_refused_in_few_words():
+    for source in [
+        "data:audio/wav;base64,AAAA",
+        "data:audio/wav;base64,!" + "A" * 5000,
+        "data:,",
+        "A" * 5000,
+        "a/" * 3000,
+    ]:
+        with pytest.raises(AudioError) as error:
+            load_audio(source)
+        assert len(str(error.value)) < 600
 
 
 @pytest.mark.parametrize("wrap", [str, lambda path: path], ids=["str", "Path"])
