@@ -10,10 +10,10 @@ SERVING := $(VENV)/.installed-serving
 CODE := salmonn_hf training eval tests model_cards/make_card.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install quality style test test-all test-slow demo clean
+.PHONY: help install quality style test test-all test-slow test-contract demo clean
 
 help: ## List the targets.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## Create the virtual environment and install the package with all development tools.
 
@@ -40,11 +40,15 @@ style: $(STAMP) ## Fix style and formatting in place.
 test: $(STAMP) ## Run the quick tests: minutes. What was skipped is listed with the reason, here and below.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-test-all: $(SERVING) ## Run every test, those too that take minutes or download models.
+test-all: $(SERVING) test-contract ## Run every test, those too that take minutes or download models.
 	$(BIN)/python -m pytest -q -m ''
 
 test-slow: $(SERVING) ## Run what `test-all` adds to `test`.
 	$(BIN)/python -m pytest -q -m slow
+
+test-contract: $(STAMP) ## Run transformers' own tests of a model and a processor, out of its source archive, on ours.
+	$(BIN)/python tests/contract/archive.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m '' tests/contract
 
 demo: $(STAMP) ## Transcribe the recordings that ship with the project, or one file: make demo AUDIO=file.wav
 	$(BIN)/python eval/demo.py $(AUDIO)

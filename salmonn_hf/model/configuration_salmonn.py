@@ -107,6 +107,15 @@ class SalmonnConfig(PreTrainedConfig):
         return settings if isinstance(settings, dict) else settings.to_dict()
 
     @property
+    def vocab_size(self) -> int:
+        """Of the language model, as for a config without parts."""
+        return self.text_config.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, size: int):
+        self.text_config.vocab_size = size
+
+    @property
     def sound_hidden_size(self) -> int:
         """Features of a sound frame; 0 for a model of speech alone."""
         if self.sound_layers is not None:

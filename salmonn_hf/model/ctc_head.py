@@ -27,6 +27,7 @@ class SalmonnCTCHead(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self):
+        nn.init.zeros_(self.token_ids)
         nn.init.normal_(self.blank)
         nn.init.constant_(self.log_scale, 3.0)  # cosines times e³ = 20
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
-from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ADAPTER_CONFIG_NAME
 from transformers.utils.generic import can_return_tuple
@@ -44,16 +44,25 @@ BASE_PART_KWARGS = ("cache_dir", "token", "local_files_only")
 
 
 @dataclass
+class SalmonnModelOutput(BaseModelOutputWithPast):
+    r"""
+    last_hidden_state, past_key_values, hidden_states, attentions: the language model's.
+    audio_embeds (`torch.Tensor` of shape `(audio tokens of the batch, hidden size)`): what the projector gives.
+    """
+
+    audio_embeds: torch.Tensor | None = None
+
+
+@dataclass
 class SalmonnOutput(CausalLMOutputWithPast):
     r"""
     loss (`torch.Tensor`, *optional*): next-token loss; the alignment loss where the language model is not run.
     logits (`torch.Tensor` of shape `(batch, kept positions, vocabulary)`).
     alignment_loss (`torch.Tensor`, *optional*): with `ctc_labels`, nats per target token.
-    last_hidden_state, past_key_values, hidden_states, attentions: the language model's.
+    past_key_values, hidden_states, attentions: the language model's.
     audio_embeds (`torch.Tensor` of shape `(audio tokens of the batch, hidden size)`): what the projector gives.
     """
 
-    last_hidden_state: torch.Tensor | None = None
     audio_embeds: torch.Tensor | None = None
     alignment_loss: torch.Tensor | None = None
 
@@ -82,7 +91,8 @@ class SalmonnPreTrainedModel(AdapterMixin, PreTrainedModel):
         Raises:
             OSError: if the checkpoint or one of its base parts cannot be had, or a file was cut off; the message says
                 what was tried, or names the file.
-            ValueError: if the files lack tensors, naming them; if an adapter's checkpoint is none.
+            ValueError: if the files lack tensors, naming them; with `output_loading_info` a full checkpoint's report
+                names them instead. If an adapter's checkpoint is none.
         """
         if pretrained_model_name_or_path is None:
             return cls.from_files(None, *model_args, config=config, **kwargs)
@@ -102,6 +112,8 @@ class SalmonnPreTrainedModel(AdapterMixin, PreTrainedModel):
             base, config, kwargs["revision"] = asked, None, revision
         name, with_report = kwargs.pop("adapter_name", None), kwargs.pop("output_loading_info", False)
         model, report = cls.from_files(base, *model_args, config=config, output_loading_info=True, **kwargs)
+        if not (with_report or model.config.base_parts):
+            check_loaded(base, report)
         if find_file(asked, ADAPTER_CONFIG_NAME, **hub_kwargs) and has_adapter_weights(asked, **hub_kwargs):
             name = name or ("adapter" if OWN in getattr(model, "peft_config", {}) else OWN)
             model.load_adapter(asked, name, adapter_kwargs=hub_kwargs)
@@ -126,7 +138,6 @@ class SalmonnPreTrainedModel(AdapterMixin, PreTrainedModel):
                 "adapter_kwargs": {"subfolder": "none"},
             }  # where it looks for one, and finds none
             model, report = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-            check_loaded(pretrained_model_name_or_path, report)
             return model, report
 
         with torch.device("meta"):
@@ -224,11 +235,12 @@ class SalmonnModel(VocabularyMixin, SalmonnPreTrainedModel):
     def encode_speech(self, input_features, input_features_mask=None):
         return self.speech_frames(self.run_audio_tower(input_features, input_features_mask), input_features_mask)
 
-    def run_audio_tower(self, input_features, input_features_mask=None, output_hidden_states=False, **kwargs):
+    def run_audio_tower(self, input_features, input_features_mask=None, **kwargs):
         """The speech encoder's output, with all layers' where they are asked for or are sound frames."""
         if input_features_mask is None:
             input_features_mask = torch.ones_like(input_features[:, 0], dtype=torch.int32)
-        kwargs |= {"output_hidden_states": output_hidden_states or self.config.sound_layers is not None}
+        if self.config.sound_layers is not None:
+            kwargs["output_hidden_states"] = True
         input_features = input_features.to(self.audio_tower.dtype)
         return self.audio_tower(input_features, attention_mask=input_features_mask, return_dict=True, **kwargs)
 
@@ -289,13 +301,14 @@ class SalmonnModel(VocabularyMixin, SalmonnPreTrainedModel):
             padding; `last_hidden_state`, `hidden_states`, `attentions`: the speech encoder's.
         """
         encoded = self.run_audio_tower(input_features, input_features_mask, **kwargs)
+        with_layers = kwargs.get("output_hidden_states", self.audio_tower.config.output_hidden_states)
         frames = self.speech_frames(encoded, input_features_mask)
         if self.config.sound_config is not None:
             frames |= self.encode_sound(input_values, input_values_mask)
         return BaseModelOutputWithPooling(
             last_hidden_state=encoded.last_hidden_state,
             pooler_output=self.project_audio(**frames).embeds,
-            hidden_states=encoded.hidden_states if kwargs.get("output_hidden_states") else None,
+            hidden_states=encoded.hidden_states if with_layers else None,
             attentions=encoded.attentions,
         )
 
@@ -345,7 +358,7 @@ class SalmonnModel(VocabularyMixin, SalmonnPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         **kwargs,
-    ) -> SalmonnOutput:
+    ) -> SalmonnModelOutput:
         """The language model's last hidden state over text and audio; arguments as in the class below."""
         audio = self.project_audio(input_features, input_features_mask, input_values, input_values_mask)
         given = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
@@ -354,7 +367,7 @@ class SalmonnModel(VocabularyMixin, SalmonnPreTrainedModel):
         prompt = {name: given[name] for name in ("inputs_embeds", "attention_mask", "position_ids")}
         outputs = self.language_model.base_model(**prompt, return_dict=True, **kwargs)
         passed_on = {name: getattr(outputs, name) for name in ("last_hidden_state", *PASSED_ON)}
-        return SalmonnOutput(**passed_on, audio_embeds=None if audio is None else audio.embeds)
+        return SalmonnModelOutput(**passed_on, audio_embeds=None if audio is None else audio.embeds)
 
 
 class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):

@@ -227,7 +227,9 @@ class SalmonnProcessor(ProcessorMixin):
             settings.pop("_from_model_config", None)  # with this mark they would not be read
             file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
         self.tokenizer.init_kwargs.pop("dtype", None)  # left there by `pipeline(..., dtype=...)`, and no JSON
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        files = super().save_pretrained(save_directory, *args, **kwargs)
+        vars(self).pop("auto_map", None)  # which saving leaves on the processor, and loading does not set
+        return files
 
     def prompt_ids(self, messages: list[dict]) -> list[int]:
         """The tokens of a prompt for an answer, with one `audio_token` for each whole clip."""

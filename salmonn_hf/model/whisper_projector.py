@@ -18,6 +18,17 @@ from .windows import dropout_mlp, num_windows
 BIAS_SCALE = 10.0  # position biases grow to several nats, with weights' learning rates
 
 
+class AdditiveMaskConfig:
+    """What Whisper's attention asks of a config: `eager` if the projector has it, else the other that adds masks."""
+
+    def __init__(self, config: WhisperProjectorConfig):
+        self.config = config
+
+    @property
+    def _attn_implementation(self) -> str:
+        return "eager" if self.config._attn_implementation == "eager" else "sdpa"
+
+
 class WhisperProjector(SalmonnProjector):
     """
     Layers of Whisper's decoder whose queries stand for a window of frames each. A query attends to the frames of its
@@ -47,18 +58,19 @@ class WhisperProjector(SalmonnProjector):
             decoder_ffn_dim=config.ffn_dim,
             activation_function=config.activation_function,
             dropout=config.dropout,
-            attn_implementation="sdpa",  # the attention masks below are additive
         )
         self.audio_norm = nn.LayerNorm(width)
         self.query = nn.Parameter(torch.zeros(width))
         self.frame_mlp = dropout_mlp(config.window_frames * width, config.frame_mlp_size, width, config.dropout)
         self.layers = nn.ModuleList(WhisperDecoderLayer(layer_config, layer) for layer in range(config.num_layers))
+        for layer in self.layers:
+            layer.self_attn.config = layer.encoder_attn.config = AdditiveMaskConfig(config)
         self.layer_norm = nn.LayerNorm(width)
         if config.window_reach:
             near = 2 * config.window_context + config.window_frames
             self.window_bias = nn.Parameter(torch.zeros(config.num_layers, heads, 2 * config.window_reach + 1))
             self.frame_bias = nn.Parameter(torch.zeros(config.num_layers, heads, near))
-        self.speech_tokens = nn.Embedding(config.vocab_size, width)
+        self.speech_tokens = nn.Embedding(config.vocab_size, width).requires_grad_(False)
         self.ctc_head = WhisperTokenHead(config)
         self.sound_summary = SalmonnSoundSummary(config) if config.sound_summary_size else None
         self.post_init()
@@ -72,7 +84,8 @@ class WhisperProjector(SalmonnProjector):
                 nn.init.zeros_(self.window_bias)
                 nn.init.zeros_(self.frame_bias)
         elif isinstance(module, WhisperTokenHead):
-            nn.init.zeros_(module.log_scale)
+            for values in (module.log_scale, *module.buffers()):
+                nn.init.zeros_(values)
         elif isinstance(module, SalmonnSoundSummary):
             nn.init.constant_(module.names, -1)
             nn.init.zeros_(module.marker)
