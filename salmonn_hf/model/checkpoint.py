@@ -128,7 +128,8 @@ def adapter_state_dict(name_or_path: str, model, **hub_kwargs) -> dict[str, torc
         state_dict = load_file(file)
     except Exception as error:
         raise OSError(f"{file} is not a complete safetensors file ({error}). Fetch or save it again.") from error
-    expected = {key for key in model.state_dict() if not is_base_key(key, model.config)}
+    tied = model.all_tied_weights_keys  # a head that is the embeddings is not in the file
+    expected = {key for key in model.state_dict() if not is_base_key(key, model.config) and key not in tied}
     missing, left_over = sorted(expected - set(state_dict)), sorted(set(state_dict) - expected)
     if missing or left_over:
         raise ValueError(f"{file} does not fit its config: missing {missing[:5]}, left over {left_over[:5]}.")

@@ -59,6 +59,10 @@ class GenerationOptions:
         if drafting and (in_cache or self["cache_implementation"] not in (None, "dynamic")):
             which = "past_key_values" if in_cache else "cache_implementation"
             raise ValueError(f"{drafting} needs a cache that is empty at first and grows; leave out it or {which}.")
+        if drafting and self["stop_strings"] is not None:
+            raise ValueError(
+                f"{drafting} takes several tokens at a time, and could pass over stop_strings; leave out one."
+            )
         if has_clips and self["cache_implementation"] == "paged":
             raise ValueError('cache_implementation="paged" takes token ids alone, no audio; leave it out.')
         if has_clips and self["token_healing"]:

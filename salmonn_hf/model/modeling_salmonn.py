@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
-from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
@@ -42,16 +42,25 @@ BASE_PART_KWARGS = ("cache_dir", "token", "local_files_only")
 
 
 @dataclass
+class SalmonnModelOutput(BaseModelOutputWithPast):
+    r"""
+    last_hidden_state, past_key_values, hidden_states, attentions: the language model's.
+    audio_embeds (`torch.Tensor` of shape `(audio tokens of the batch, hidden size)`): what the projector gives.
+    """
+
+    audio_embeds: torch.Tensor | None = None
+
+
+@dataclass
 class SalmonnOutput(CausalLMOutputWithPast):
     r"""
     loss (`torch.Tensor`, *optional*): next-token loss; the alignment loss where the language model is not run.
     logits (`torch.Tensor` of shape `(batch, kept positions, vocabulary)`).
     alignment_loss (`torch.Tensor`, *optional*): with `ctc_labels`, nats per target token.
-    last_hidden_state, past_key_values, hidden_states, attentions: the language model's.
+    past_key_values, hidden_states, attentions: the language model's.
     audio_embeds (`torch.Tensor` of shape `(audio tokens of the batch, hidden size)`): what the projector gives.
     """
 
-    last_hidden_state: torch.Tensor | None = None
     audio_embeds: torch.Tensor | None = None
     alignment_loss: torch.Tensor | None = None
 
@@ -300,16 +309,17 @@ class SalmonnModel(VocabularyMixin, SalmonnPreTrainedModel, LoraMixin):
         inputs_embeds: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         **kwargs,
-    ) -> SalmonnOutput:
+    ) -> SalmonnModelOutput:
         """The language model's last hidden state over text and audio; arguments as in the class below."""
         audio = self.project_audio(input_features, input_features_mask, input_values, input_values_mask)
         given = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
         if input_ids is not None or inputs_embeds is not None:
             given = self.embed_prompt(input_ids, audio=audio, **given)
         prompt = {name: given[name] for name in ("inputs_embeds", "attention_mask", "position_ids")}
+        prompt = {name: value for name, value in prompt.items() if value is not None}
         outputs = self.language_model.base_model(**prompt, return_dict=True, **kwargs)
         passed_on = {name: getattr(outputs, name) for name in ("last_hidden_state", *PASSED_ON)}
-        return SalmonnOutput(**passed_on, audio_embeds=None if audio is None else audio.embeds)
+        return SalmonnModelOutput(**passed_on, audio_embeds=None if audio is None else audio.embeds)
 
 
 class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):

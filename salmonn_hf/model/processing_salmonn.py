@@ -143,7 +143,7 @@ class SalmonnProcessor(ProcessorMixin):
         ):
             processor_kwargs["text_kwargs"] = {"padding_side": "left"} | for_text
         if kwargs.get("tokenize") and self._spells_control_token(conversations):
-            kwargs.setdefault("sanitize_control_tokens", not kwargs.get("return_assistant_tokens_mask", False))
+            kwargs.setdefault("sanitize_control_tokens", True)
             if kwargs["sanitize_control_tokens"] and self._adds_bos():
                 # Which is else put before a prompt without one; of sanitised text transformers leaves it out.
                 chat_template = "{{ bos_token }}" + self._resolve_chat_template(chat_template)
@@ -226,6 +226,7 @@ class SalmonnProcessor(ProcessorMixin):
             settings = json.loads(file.read_text("utf-8")) | {"transcription_ids": self.transcription_ids()}
             settings.pop("_from_model_config", None)  # with this mark they would not be read
             file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
+        self.tokenizer.init_kwargs.pop("dtype", None)  # left there by `pipeline(..., dtype=...)`, and no JSON
         return super().save_pretrained(save_directory, *args, **kwargs)
 
     def prompt_ids(self, messages: list[dict]) -> list[int]:

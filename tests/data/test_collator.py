@@ -95,3 +95,18 @@ def test_only_transcripts_are_spelt_and_only_captions_are_bags_of_words():
     assert captions == [[], processor.tokenizer(" c", add_special_tokens=False).input_ids, []]
     assert "caption_labels" not in collator(examples[::2])
     assert "caption_labels" not in ClipCollator(processor, tokens, caption_bags=False)(examples)
+
+
+def test_control_tokens_in_questions_and_answers_are_text():
+    """In what is trained on, too: one clip has its placeholders, and an answer ends where it ends."""
+    from salmonn_hf.data.task_prompts import messages
+
+    processor = tiny_processor()
+    collator = ClipCollator(processor, [])
+    prompt = collator.prompt_ids(50, messages("QA", "Is <|audio|> or <|im_end|> said?"))
+    assert prompt.count(3) == processor.num_audio_tokens(50)
+    assert prompt.count(2) == collator.prompt_ids(50, messages("QA", "Is it said?")).count(2)
+    answer = collator.answer_ids("It is <|im_end|>.")
+    assert answer.count(2) == 1 and answer[-1] == 2
+    assert processor.tokenizer.decode(answer[:-1]) == "It is <|im_end|>."
+    assert 3 not in collator.caption_ids("a <|audio|> b")

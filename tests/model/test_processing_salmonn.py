@@ -129,3 +129,76 @@ def test_one_clip_comes_in_any_form(tmp_path):
 def test_text_alone():
     inputs = tiny_processor()(text=["hello", "you there"])
     assert set(inputs) == {"input_ids", "attention_mask"}
+
+
+def test_audio_first_is_audio():
+    """As Whisper's processor is called; a text in its place is a text, also one that names a file."""
+    processor, clips = tiny_processor(), [noise(1.0), noise(0.5)]
+    expected = processor.feature_extractor(clips, return_tensors="pt")
+    for inputs in (processor(clips, sampling_rate=16000), processor(audio=clips), processor([list(c) for c in clips])):
+        assert set(inputs) == {"input_features", "input_features_mask"}
+        assert torch.equal(inputs["input_features"], expected["input_features"])
+    assert set(processor("speech.wav")) == {"input_ids", "attention_mask"}
+    for wrong in ({"sampling_rate": 8000}, {"audio_kwargs": {"sampling_rate": 8000}}):
+        with pytest.raises(ValueError, match="sampled at 8000 Hz"):
+            processor(clips, **wrong)
+
+
+def test_settings_may_be_nested_and_a_tokenizers_own_are_kept():
+    processor = tiny_processor()
+    rows = processor(text=["hello", "hi"], text_kwargs={"padding": "max_length", "max_length": 7})["input_ids"]
+    assert rows.shape == (2, 7) and rows[1, :5].eq(2).all()  # padded on the left
+    assert processor(text=["hello", "hi"], padding_side="right")["input_ids"][1, 2:].eq(2).all()
+    assert isinstance(processor(text="hi", common_kwargs={"return_tensors": "np"})["input_ids"], np.ndarray)
+    assert isinstance(processor(text="hi", return_tensors="np")["input_ids"], np.ndarray)
+
+    settings = {"padding_side": "right", "padding": "max_length", "model_max_length": 99}
+    tokenizer = type(processor.tokenizer)(tokenizer_object=tiny_tokenizer().backend_tokenizer, **settings)
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
+    own = SalmonnProcessor(SalmonnFeatureExtractor(), tokenizer)
+    assert own(text="hello")["input_ids"].shape == (1, 99) and own(text="hello")["input_ids"][0, -1] == 2
+    requests = own.apply_transcription_request([noise(0.2), noise(1.0)])
+    assert requests["attention_mask"][:, -1].all()  # an answer goes on from the right end
+
+
+def test_the_callers_tokenizer_is_left_as_it_is():
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    before = tokenizer.padding_side, tokenizer.init_kwargs.copy()
+    processor = SalmonnProcessor(SalmonnFeatureExtractor(), tokenizer)
+    assert processor.tokenizer.pad_token == "<|im_end|>"
+    assert tokenizer.pad_token is None and before == (tokenizer.padding_side, tokenizer.init_kwargs)
+
+
+@pytest.mark.parametrize("spelt", ["<|audio|>", "<|im_end|>", "<|im_start|>system", "<|audio|><|audio|> <|im_end|>"])
+def test_control_tokens_in_a_text_are_text(spelt):
+    processor, question = tiny_processor(), f"Does {spelt} occur?"
+    plain = processor.apply_transcription_request([noise(1.0), noise(2.0)], prompt="Does x occur?")
+    inputs = processor.apply_transcription_request([noise(1.0), noise(2.0)], prompt=question)
+    assert audio_tokens(inputs) == audio_tokens(plain)
+    ids = inputs["input_ids"][1].tolist()
+    text = processor.tokenizer.backend_tokenizer.model  # each byte is a token
+    letters = [text.token_to_id(letter) for letter in question.replace(" ", "Ġ")]
+    places = [ids[start : start + len(letters)] == letters for start in range(len(ids))]
+    assert sum(places) == 1
+    assert (inputs["input_ids"][1] < 4).sum() == (plain["input_ids"][1] < 4).sum()
+    messages = processor.transcription_messages(prompt=question)
+    one_by_one = processor.prompt_ids(messages)
+    assert one_by_one == [token for i, token in enumerate(ids) if token != 3 or ids[i - 1] != 3]
+    assert processor.text_ids(question) == letters
+
+
+def test_a_bos_token_that_the_tokenizer_adds_stays():
+    """Of sanitised text, transformers would leave it out."""
+    from tokenizers.processors import TemplateProcessing
+
+    processor = tiny_processor()
+    backend = processor.tokenizer.backend_tokenizer
+    backend.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    processor.chat_template = "{%- for m in messages -%}{%- for part in m['content'] -%}"
+    processor.chat_template += (
+        "{{ part['text'] if part['type'] == 'text' else '<|audio|>' }}{%- endfor -%}{%- endfor -%}"
+    )
+    for prompt in ("abc", "a<|audio|>c"):
+        ids = processor.apply_transcription_request(noise(0.2), prompt=prompt)["input_ids"][0].tolist()
+        assert ids[:2] == [1, 3] and 3 not in ids[ids.count(3) + 1 :]
