@@ -365,6 +365,7 @@ class SalmonnModel(VocabularyMixin, SalmonnPreTrainedModel):
         if input_ids is not None or inputs_embeds is not None:
             given = self.embed_prompt(input_ids, audio=audio, **given)
         prompt = {name: given[name] for name in ("inputs_embeds", "attention_mask", "position_ids")}
+        prompt = {name: value for name, value in prompt.items() if value is not None}
         outputs = self.language_model.base_model(**prompt, return_dict=True, **kwargs)
         passed_on = {name: getattr(outputs, name) for name in ("last_hidden_state", *PASSED_ON)}
         return SalmonnModelOutput(**passed_on, audio_embeds=None if audio is None else audio.embeds)

@@ -143,7 +143,7 @@ class SalmonnProcessor(ProcessorMixin):
         ):
             processor_kwargs["text_kwargs"] = {"padding_side": "left"} | for_text
         if kwargs.get("tokenize") and self._spells_control_token(conversations):
-            kwargs.setdefault("sanitize_control_tokens", not kwargs.get("return_assistant_tokens_mask", False))
+            kwargs.setdefault("sanitize_control_tokens", True)
             if kwargs["sanitize_control_tokens"] and self._adds_bos():
                 # Which is else put before a prompt without one; of sanitised text transformers leaves it out.
                 chat_template = "{{ bos_token }}" + self._resolve_chat_template(chat_template)

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
+from conftest import noise, tiny_config, tiny_model, tiny_processor
 from test_sound_summary import sound_model
 from test_whisper_projector import whisper_model
 from test_window_merging import merging_model
 from torch.export import Dim, export
+from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
+from transformers.exporters.utils import decompose_for_generation, decompose_multimodal
 
 FRAMES = Dim("frames", min=40, max=1500)
 LENGTHS = (40, 97, 403)
@@ -98,3 +100,13 @@ def test_language_model():
     for length in (2, 77, 300):
         expected = model.language_model(**given(length)).logits
         torch.testing.assert_close(program(**given(length), use_cache=False).logits, expected, **EXACT)
+
+
+@pytest.mark.slow
+def test_transformers_own_exporter():
+    model, processor = tiny_model(), tiny_processor()
+    inputs = processor.apply_transcription_request([noise(2.0)])
+    parts = decompose_multimodal(model, dict(inputs)) | decompose_for_generation(model, dict(inputs))
+    assert parts.keys() == {"audio_encoder", "language_model", "decode"}
+    for part, given in parts.values():
+        assert DynamoExporter().export(part, given, config=DynamoConfig(dynamic=True)).program is not None

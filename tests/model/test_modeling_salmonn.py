@@ -1,5 +1,7 @@
 """The model: shapes and lengths, independence of the batch, generation, losses, against transformers' own parts."""
 
+import copy
+
 import pytest
 import torch
 from conftest import LANGUAGE_MODELS, noise, tiny_config, tiny_model, tiny_processor, tiny_text_config
@@ -320,3 +322,53 @@ def test_tied_and_untied_language_models():
         model = SalmonnForConditionalGeneration(config)
         same = model.get_output_embeddings().weight is model.get_input_embeddings().weight
         assert same == tied
+
+
+def test_outputs_as_tuples():
+    model, processor = tiny_model(), tiny_processor()
+    inputs = processor.apply_transcription_request(noise(1.0))
+    clips = {name: inputs[name] for name in ("input_features", "input_features_mask")}
+    expected, headless = model(**inputs), SalmonnModel.forward(model, **inputs)
+    for how in ({"return_dict": False}, {}):
+        model.config.return_dict = bool(how)
+        torch.testing.assert_close(model(**inputs, **how)[0], expected.logits)
+        assert model(**inputs, **how, labels=inputs["input_ids"])[0].ndim == 0
+        assert torch.equal(SalmonnModel.forward(model, **inputs, **how)[0], headless.last_hidden_state)
+        assert isinstance(model.get_audio_features(**clips, **how), tuple)
+        assert model.generate(**inputs, max_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
+
+
+def test_audio_features_with_the_encoders_layers():
+    config = tiny_config(sound_layers=[1])
+    config._attn_implementation = "eager"
+    model = tiny_model(config)
+    features = SalmonnFeatureExtractor()([noise(1.0), noise(0.4)], return_tensors="pt")
+    plain = model.get_audio_features(**features)
+    assert plain.hidden_states is None and plain.attentions is None
+    full = model.get_audio_features(**features, output_hidden_states=True, output_attentions=True)
+    torch.testing.assert_close(full.pooler_output, plain.pooler_output)
+    assert len(full.hidden_states) == 3 and len(full.attentions) == 2
+    torch.testing.assert_close(full.hidden_states[-1], full.last_hidden_state)
+    assert full.attentions[0].shape == (2, 2, 60, 60)
+
+
+def test_a_mask_of_the_features_may_be_left_out():
+    model = tiny_model()
+    features = SalmonnFeatureExtractor()([noise(1.0)], return_tensors="pt")
+    with_mask = model.get_audio_features(**features).pooler_output
+    torch.testing.assert_close(model.get_audio_features(features["input_features"]).pooler_output, with_mask)
+
+
+def test_the_parts_by_their_general_names():
+    model = tiny_model()
+    assert model.get_encoder("audio") is model.audio_tower and model.get_decoder() is model.language_model
+    assert model.get_encoder() is model  # there is no encoder of text
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_layers": 1}])
+def test_a_model_can_be_copied_after_a_pass(settings):
+    config = tiny_config(**settings)
+    model, processor = tiny_model(config), tiny_processor(config)
+    inputs = processor.apply_transcription_request(noise(1.0))
+    logits = model(**inputs).logits
+    torch.testing.assert_close(copy.deepcopy(model)(**inputs).logits, logits)

@@ -13,6 +13,7 @@ import torch
 from conftest import noise, tiny_model, tiny_processor
 from transformers import (
     AutomaticSpeechRecognitionPipeline,
+    GenerationConfig,
     Wav2Vec2Config,
     Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
@@ -382,6 +383,35 @@ def run(code, tmp_path, *arguments):
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     return result.stdout
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"stride_length_s": 5}, {"return_language": True}, {"chunk_length_s": 31}, {"chunk_length_s": -1}],
+    ids=str,
+)
+def test_options_of_other_pipelines_are_refused_by_name(transcriber, checkpoint, option):
+    with pytest.raises(ValueError, match=f"^{next(iter(option))}"):
+        transcriber(noise(1.0), **option)
+    with pytest.raises(ValueError, match=f"^{next(iter(option))}"):
+        pipeline(TASK, model=str(checkpoint), **option)
+
+
+def test_ways_of_decoding_give_the_greedy_text(transcriber):
+    clip = noise(3.0)
+    greedy = transcriber(clip, max_new_tokens=30)["text"]
+    for options in (
+        {"prompt_lookup_num_tokens": 3},
+        {"generate_kwargs": {"prompt_lookup_num_tokens": 3}},
+        {"assistant_model": transcriber.model.language_model},
+        {"generation_config": GenerationConfig(prompt_lookup_num_tokens=3)},
+        {"use_cache": False},
+        {"stop_strings": ["never said"]},
+        {"stride_length_s": 0, "return_language": False, "chunk_length_s": 30},
+    ):
+        assert transcriber(clip, max_new_tokens=30, **options)["text"] == greedy, options
+    with pytest.raises(ValueError, match="prompt_lookup_num_tokens"):
+        transcriber([clip, clip], batch_size=2, prompt_lookup_num_tokens=3)
 
 
 def test_a_fresh_process_prints_nothing_but_the_text(tiny_checkpoint, tmp_path):
