@@ -48,13 +48,13 @@ class SalmonnGenerationMixin(GenerationMixin):
         # It stands for audio that was given, not made.
         options["suppress_tokens"] = sorted({*(options["suppress_tokens"] or ()), self.config.audio_token_id})
         cache, audio = kwargs.get("past_key_values"), None
-        options.check(given, has_clips, in_cache := cached_length(cache) > 0)
         if answers_alone:
             if clips["input_features_mask"] is None:  # among Whisper's inputs it has the other name
                 clips["input_features_mask"] = given["attention_mask"]
             audio = self.project_audio(**clips)
             given["input_ids"], given["attention_mask"] = self.transcription_request(audio, clips, options)
         input_ids = given["input_ids"]
+        options.check(given, has_clips, in_cache := cached_length(cache) > 0)
         if input_ids is None or (given["inputs_embeds"] is not None and not has_clips):
             # Transformers' own way with embeddings: the first pass takes them whole, whatever the ids are.
             prompt = self.embed_prompt(audio=self.project_audio(**clips), **given) if has_clips else given

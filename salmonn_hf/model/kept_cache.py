@@ -60,7 +60,10 @@ def split_at_cache(cache, input_ids: torch.LongTensor, attention_mask: torch.Ten
     ids = torch.cat([cut.to(new), new], dim=1)
     mask = torch.cat([cut_mask.to(new_mask), new_mask], dim=1)
     if ids.shape[1] <= length:
-        raise ValueError("past_key_values hold all input_ids already; crop them by one to answer these once more.")
+        raise ValueError(
+            "past_key_values hold all input_ids already. Crop them by one to answer these once more; what is new "
+            "alone needs the attention_mask of the whole conversation."
+        )
     return (ids[:, :length], mask[:, :length]), (ids[:, length:], mask[:, length:])
 
 

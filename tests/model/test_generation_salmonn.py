@@ -244,6 +244,8 @@ def test_of_audio_alone_a_transcript_is_asked_for(pair):
     assert torch.equal(positional, expected)
     assert torch.equal(model.generate(**model.encode_audio(**features), max_new_tokens=8), expected)
     assert model.generate(**features, min_new_tokens=99).shape == (3, 16 + 15 * 2.7 // 1)  # 2.5 s and Whisper's 0.2
+    with pytest.raises(ValueError, match="prompt_lookup_num_tokens"):
+        model.generate(**features, prompt_lookup_num_tokens=3)
     output, seen = collected(lambda s: model.generate(**processor(clips[0]), max_new_tokens=8, streamer=s))
     assert seen == output[0].tolist() and len(seen) <= 8
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model, tiny_processor
+from conftest import noise, tiny_config, tiny_model, tiny_processor
 from test_training import history, parts, run, stage1_model, stage1_recipe, stage2_recipe, write_parquet  # noqa: F401
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -236,3 +236,19 @@ def test_of_what_a_checkpoint_lacks_base_parts_are_not_missed(tmp_path):
     assert trainer.model.load_state_dict(found, strict=False).missing_keys == []
     del found["projector.audio_norm.weight"]
     assert trainer.model.load_state_dict(found, strict=False).missing_keys == ["projector.audio_norm.weight"]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_logits_are_of_the_answers_alone(merged):
+    """The loss is that of all logits, of which the others cost time."""
+    config = tiny_config(**({"num_layers": 1, "merged_windows": 3} if merged else {}))
+    model, processor = tiny_model(config), tiny_processor(config)
+    inputs = processor(text=["<|audio|>abc", "<|audio|>abcdef"], audio=[noise(0.5), noise(1.0)])
+    labels = inputs["input_ids"].clone()
+    labels[0, :-3], labels[1, :-6] = -100, -100
+    seen = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    count = {"num_items_in_batch": torch.tensor(9)}
+    loss, outputs = SalmonnTrainer.answer_loss(None, model, {**inputs, "labels": labels}, **count)
+    assert seen == [7] and outputs.logits.shape[1] == 7
+    torch.testing.assert_close(loss, model(**inputs, labels=labels, **count).loss)
