@@ -149,7 +149,9 @@ class AdapterMixin(LoraMixin):
         adapter_name: str | None = None,
         peft_config=None,
         adapter_state_dict: dict[str, torch.Tensor] | None = None,
+        low_cpu_mem_usage: bool = False,
         is_trainable: bool = False,
+        *,
         adapter_kwargs: dict | None = None,
         **hub_kwargs,
     ) -> LoadStateDictInfo:
@@ -182,12 +184,15 @@ class AdapterMixin(LoraMixin):
         config = without_mark(peft_config)
         config.inference_mode = not is_trainable
         with self.beside_active(name, config, is_trainable):
-            peft.inject_adapter_in_model(config, self, name)
+            peft.inject_adapter_in_model(config, self, name, low_cpu_mem_usage)
             weights = {key.removeprefix("base_model.model."): value for key, value in adapter_state_dict.items()}
             expected = peft.get_peft_model_state_dict(self, adapter_name=name, save_embedding_layers=False)
             unfit = sorted(set(expected) - set(weights))
             try:
-                unfit = unfit or peft.set_peft_model_state_dict(self, weights, name).unexpected_keys
+                if not unfit:
+                    unfit = peft.set_peft_model_state_dict(
+                        self, weights, name, False, low_cpu_mem_usage
+                    ).unexpected_keys
             except RuntimeError as error:  # of another shape
                 unfit = [line.strip() for line in str(error).splitlines()[1:]]
             if unfit:
@@ -230,9 +235,8 @@ class AdapterMixin(LoraMixin):
         """Put the layers back that PEFT has wrapped for adapters of which none is left."""
         for name, module in list(self.named_modules()):
             if hasattr(module, "_get_available_adapters") and not module._get_available_adapters():
-                replace_module(
-                    self, name, module.original_module if hasattr(module, "original_module") else module.base_layer
-                )
+                layer = module.original_module if hasattr(module, "original_module") else module.base_layer
+                replace_module(self, name, layer)
 
     def check_unmerged(self, what: str):
         """
@@ -261,14 +265,14 @@ class AdapterMixin(LoraMixin):
                 "the whole, with model.add_adapter, or call model.merge_lora(), and save that."
             )
         beside, is_loaded = self.adapters_beside(), self._hf_peft_config_loaded
-        layers = tuner_layers(self).values()
-        active = next((list(layer.active_adapters) for layer in layers), [])
+        before = [(layer, layer._active_adapter) for layer in tuner_layers(self).values()]
+        active = before[0][0].active_adapters if before else []
         own = [OWN] if adapted_parts(self.config) else []
         saved = [name for name in active if name in beside]
         if beside and (len(saved) != 1 or sorted(active) != sorted(own + saved)):
             names = ", ".join(map(repr, beside))
             raise ValueError(
-                f"The adapters {names} are here, {active} active: save_pretrained saves one adapter that is active"
+                f"The adapters {names} are here, {list(active)} active: save_pretrained saves one adapter that is active"
                 + " beside the checkpoint's own" * bool(own)
                 + f". Call set_adapter({own + beside[:1]!r}) to save {beside[0]!r}, delete_adapter for those not "
                 "wanted, or merge_lora() to save the whole model."
@@ -281,15 +285,15 @@ class AdapterMixin(LoraMixin):
             )
         try:
             self._hf_peft_config_loaded = bool(beside)
-            for layer in layers if beside else ():
+            for layer, _ in before if beside else ():
                 layer._active_adapter = saved
             if beside:
                 self.peft_config[saved[0]].base_model_name_or_path = self.name_or_path
             yield bool(beside)
         finally:
             self._hf_peft_config_loaded = is_loaded
-            for layer in layers:
-                layer._active_adapter = active
+            for layer, names in before:
+                layer._active_adapter = names
 
     def save_own_adapter_config(self, directory: str | os.PathLike):
         """Say in a checkpoint's `adapter_config.json`, for PEFT, which LoRA it has; without LoRA there is none."""

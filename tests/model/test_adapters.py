@@ -243,7 +243,9 @@ def test_a_second_adapter_is_saved_alone_and_loaded_everywhere(own, tmp_path):
     assert model.active_adapters() == ["default", "second"]
     assert not (tmp_path / "model.safetensors").exists()
     later = AutoModel.from_pretrained(own[0])
-    later.load_adapter(tmp_path, "second")
+    later.load_adapter(tmp_path, "second", low_cpu_mem_usage=True)
+    with pytest.raises(ValueError, match="no hotswap; leave it out"):
+        later.load_adapter(tmp_path, "second", hotswap=True)
     named, report = SalmonnForConditionalGeneration.from_pretrained(
         tmp_path, adapter_name="mine", output_loading_info=True
     )
