@@ -272,7 +272,7 @@ class AdapterMixin(LoraMixin):
         if beside and (len(saved) != 1 or sorted(active) != sorted(own + saved)):
             names = ", ".join(map(repr, beside))
             raise ValueError(
-                f"The adapters {names} are here, {list(active)} active: save_pretrained saves one adapter that is active"
+                f"The adapters {names} are here, {list(active)} active: save_pretrained saves one that is active"
                 + " beside the checkpoint's own" * bool(own)
                 + f". Call set_adapter({own + beside[:1]!r}) to save {beside[0]!r}, delete_adapter for those not "
                 "wanted, or merge_lora() to save the whole model."
