@@ -6,7 +6,6 @@ them. A checkpoint with LoRA of its own has an `adapter_config.json` as well, wh
 
 import copy
 import json
-import logging
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedConfig
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME, cached_file
+from transformers.utils.loading_report import LoadStateDictInfo
 
 from .configuration_salmonn import SalmonnConfig
-from .lora import OWN, OWN_MARK, LoraMixin, adapted_parts, require_peft, tuner_layers
+from .lora import LORA_FIELDS, OWN, OWN_MARK, LoraMixin, adapted_parts, require_peft, tuner_layers
 from .quantized_layers import replace_module
 
 
@@ -29,10 +29,13 @@ def find_file(name_or_path, file: str, **hub_kwargs) -> str | None:
         return None
 
 
-def has_adapter_weights(name_or_path, **hub_kwargs) -> bool:
-    return any(
-        find_file(name_or_path, file, **hub_kwargs) for file in (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
-    )
+def adapter_weights(name_or_path, **hub_kwargs) -> dict[str, torch.Tensor] | None:
+    """The tensors of an adapter that lies alone, or beside its checkpoint; `None` where none does."""
+    if file := find_file(name_or_path, ADAPTER_SAFE_WEIGHTS_NAME, **hub_kwargs):
+        return load_file(file)
+    if file := find_file(name_or_path, ADAPTER_WEIGHTS_NAME, **hub_kwargs):
+        return torch.load(file, map_location="cpu", weights_only=True)
+    return None
 
 
 def base_of_adapter(name_or_path, **hub_kwargs) -> str | None:
@@ -96,11 +99,16 @@ class AdapterMixin(LoraMixin):
         return [name for name in getattr(self, "peft_config", {}) if name not in own]
 
     @contextmanager
-    def beside_active(self, name: str, is_trainable: bool):
+    def beside_active(self, name: str, config, is_trainable: bool):
         """The adapter `name`, that is put in within, is trained, if any; those that were active stay active."""
         configs, functional = dict(getattr(self, "peft_config", {})), require_peft().functional
         if name in configs:
             raise ValueError(f"Adapter with name {name} already exists. Please use a different name.")
+        if configs and getattr(config, "trainable_token_indices", None):
+            raise ValueError(
+                "trainable_token_indices cannot be trained beside another adapter: PEFT's layer knows one alone. "
+                "Leave them out, or call merge_lora() first."
+            )
         active = self.active_adapters() if configs else []
         trainable = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
         if configs:
@@ -132,71 +140,91 @@ class AdapterMixin(LoraMixin):
         Raises:
             ValueError: if there is an adapter of that name.
         """
-        with self.beside_active(adapter_name or OWN, is_trainable=True):
+        with self.beside_active(adapter_name or OWN, adapter_config, is_trainable=True):
             super().add_adapter(without_mark(adapter_config), adapter_name)
 
-    def load_adapter(self, peft_model_id=None, adapter_name: str | None = None, *args, **kwargs):
+    def load_adapter(
+        self,
+        peft_model_id: str | os.PathLike | None = None,
+        adapter_name: str | None = None,
+        peft_config=None,
+        adapter_state_dict: dict[str, torch.Tensor] | None = None,
+        low_cpu_mem_usage: bool = False,
+        is_trainable: bool = False,
+        *,
+        adapter_kwargs: dict | None = None,
+        **hub_kwargs,
+    ) -> LoadStateDictInfo:
         """
-        As in transformers, also LoRA alone of a SALMONN checkpoint. Adapters that were active stay active.
+        As in transformers, also LoRA alone of a SALMONN checkpoint, and all that PEFT can save. Adapters that were
+        active stay active.
+
+        Args:
+            hub_kwargs: `token`, `revision`, `cache_dir`, `local_files_only` and `subfolder`, here or as
+                `adapter_kwargs`.
 
         Raises:
-            ValueError: if there is an adapter of that name; if the adapter does not fit the model, naming a tensor.
+            OSError: if there is no adapter.
+            ValueError: if there is an adapter of that name; if it does not fit the model, naming a tensor.
         """
-        name, hub_kwargs = adapter_name or OWN, kwargs.get("adapter_kwargs") or {}
-        if kwargs.get("hotswap") is True:
-            if name not in self.adapters_beside():
-                raise ValueError(
-                    f"{name!r} is the checkpoint's own LoRA; delete_adapter({name!r}), then load another."
-                )
-            return super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
-        if peft_model_id is not None and not has_adapter_weights(peft_model_id, **hub_kwargs):
-            if find_file(peft_model_id, "config.json", **hub_kwargs):
-                peft_model_id, kwargs = None, kwargs | self.own_adapter_of(peft_model_id, **hub_kwargs)
-        if "peft_config" in kwargs:
-            kwargs["peft_config"] = without_mark(kwargs["peft_config"])
-        logger = logging.getLogger("transformers.integrations.peft")
-        level, conversions = logger.level, getattr(self, "_weight_conversions", None)
-        with self.beside_active(name, kwargs.get("is_trainable", False)):
-            logger.setLevel(logging.ERROR)  # it reports the tensors of all other adapters as missing
+        name, hub_kwargs = adapter_name or OWN, hub_kwargs | (adapter_kwargs or {})
+        if unknown := sorted(set(hub_kwargs) - {"token", "revision", "cache_dir", "local_files_only", "subfolder"}):
+            raise ValueError(f"load_adapter of SALMONN has no {unknown[0]}; leave it out.")
+        peft = require_peft()
+        if peft_model_id is None and (peft_config is None or adapter_state_dict is None):
+            raise ValueError("Give the directory of an adapter, or its peft_config and adapter_state_dict.")
+        if adapter_state_dict is None:
+            adapter_state_dict = adapter_weights(peft_model_id, **hub_kwargs)
+            if adapter_state_dict is None and find_file(peft_model_id, "config.json", **hub_kwargs):
+                peft_config, adapter_state_dict = self.own_adapter_of(peft_model_id, **hub_kwargs)
+            elif adapter_state_dict is None:
+                raise OSError(f"{peft_model_id} holds no adapter_model.safetensors; save the adapter there.")
+        if peft_config is None:
+            peft_config = peft.PeftConfig.from_pretrained(str(peft_model_id), **hub_kwargs)
+        config = without_mark(peft_config)
+        config.inference_mode = not is_trainable
+        with self.beside_active(name, config, is_trainable):
+            peft.inject_adapter_in_model(config, self, name, low_cpu_mem_usage)
+            weights = {key.removeprefix("base_model.model."): value for key, value in adapter_state_dict.items()}
+            expected = peft.get_peft_model_state_dict(self, adapter_name=name, save_embedding_layers=False)
+            unfit = sorted(set(expected) - set(weights))
             try:
-                kwargs["ignore_mismatched_sizes"] = True  # which are then in its report
-                report = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
-            finally:
-                logger.setLevel(level)
-                # It leaves the renaming of the adapter's tensors here, by which the model's would be saved.
-                self._weight_conversions = conversions
-            unfit = sorted(key for key in report.missing_keys if f".{name}." in key)
-            unfit += sorted(report.unexpected_keys) + sorted(key for key, *_ in report.mismatched_keys)
+                if not unfit:
+                    unfit = peft.set_peft_model_state_dict(
+                        self, weights, name, False, low_cpu_mem_usage
+                    ).unexpected_keys
+            except RuntimeError as error:  # of another shape
+                unfit = [line.strip() for line in str(error).splitlines()[1:]]
             if unfit:
                 raise ValueError(
-                    f"The adapter does not fit this model: {unfit[0]} and {len(unfit) - 1} other tensors are missing, "
-                    "left over or of another shape. Load it into the checkpoint that it was made for."
+                    f"The adapter does not fit this model, {len(unfit)} tensors are missing, left over or of another "
+                    f"shape: {unfit[0]}. Load it into the checkpoint that it was made for."
                 )
-        return report
+        if not is_trainable:
+            self.eval()
+        return LoadStateDictInfo(set(), set(), set(), [], {}, set())
 
-    def own_adapter_of(self, name_or_path, **hub_kwargs) -> dict:
-        """The LoRA of a SALMONN checkpoint, as `peft_config` and `adapter_state_dict` for `load_adapter`."""
+    def own_adapter_of(self, name_or_path, **hub_kwargs) -> tuple:
+        """Config and weights of the LoRA in a SALMONN checkpoint."""
         config = SalmonnConfig.from_pretrained(name_or_path, **hub_kwargs)
         if not adapted_parts(config):
             raise ValueError(f"{name_or_path} has no LoRA; load it with from_pretrained.")
         with torch.device("meta"):
             own = type(self)(config).peft_config[OWN]
         weights = load_file(cached_file(name_or_path, "model.safetensors", **hub_kwargs))
-        weights = {key.replace(f".{OWN}.", "."): value for key, value in weights.items() if ".lora_" in key}
-        return {"peft_config": own, "adapter_state_dict": weights}
+        return own, {key.replace(f".{OWN}.", "."): value for key, value in weights.items() if ".lora_" in key}
 
     def delete_adapter(self, adapter_names):
         """As in transformers; layers that have no adapter any more are as they were before."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self.check_unmerged("deleted")
-        loses_own = OWN in names and bool(adapted_parts(self.config))
+        own = adapted_parts(self.config) if OWN in names else []
         checkpoint, base_parts = self.name_or_path, self.config.base_parts
         super().delete_adapter(names)
         self.take_out_empty_layers()
-        if loses_own:
-            for part in adapted_parts(self.config):
-                del getattr(self, part).peft_config
-            self.config.lora = self.config.audio_lora = None
+        for part in own:
+            getattr(self, part).__dict__.pop("peft_config", None)
+            setattr(self.config, LORA_FIELDS[part], None)
             checkpoint = ""  # has the LoRA still: nothing can be an adapter for it
         self.config.base_parts = base_parts  # whose weights are not changed
         self.name_or_path = self.config.name_or_path = checkpoint
@@ -207,7 +235,7 @@ class AdapterMixin(LoraMixin):
         """Put the layers back that PEFT has wrapped for adapters of which none is left."""
         for name, module in list(self.named_modules()):
             if hasattr(module, "_get_available_adapters") and not module._get_available_adapters():
-                layer = module.get_base_layer() if hasattr(module, "get_base_layer") else module.original_module
+                layer = module.original_module if hasattr(module, "original_module") else module.base_layer
                 replace_module(self, name, layer)
 
     def check_unmerged(self, what: str):
@@ -230,15 +258,21 @@ class AdapterMixin(LoraMixin):
             ValueError: if what would be loaded again is not this model.
         """
         self.check_unmerged("saved")
+        known = getattr(self, "peft_config", {})
+        if unknown := {n for m in tuner_layers(self).values() for n in m._get_available_adapters()} - set(known):
+            raise ValueError(
+                f"The adapters {sorted(unknown)} were put into a part of the model, and would be lost. Put them into "
+                "the whole, with model.add_adapter, or call model.merge_lora(), and save that."
+            )
         beside, is_loaded = self.adapters_beside(), self._hf_peft_config_loaded
-        layers = tuner_layers(self).values()
-        active = next((list(layer.active_adapters) for layer in layers), [])
+        before = [(layer, layer._active_adapter) for layer in tuner_layers(self).values()]
+        active = before[0][0].active_adapters if before else []
         own = [OWN] if adapted_parts(self.config) else []
         saved = [name for name in active if name in beside]
         if beside and (len(saved) != 1 or sorted(active) != sorted(own + saved)):
             names = ", ".join(map(repr, beside))
             raise ValueError(
-                f"The adapters {names} are here, {active} active: save_pretrained saves one adapter that is active"
+                f"The adapters {names} are here, {list(active)} active: save_pretrained saves one that is active"
                 + " beside the checkpoint's own" * bool(own)
                 + f". Call set_adapter({own + beside[:1]!r}) to save {beside[0]!r}, delete_adapter for those not "
                 "wanted, or merge_lora() to save the whole model."
@@ -251,15 +285,15 @@ class AdapterMixin(LoraMixin):
             )
         try:
             self._hf_peft_config_loaded = bool(beside)
-            for layer in layers if beside else ():
+            for layer, _ in before if beside else ():
                 layer._active_adapter = saved
             if beside:
                 self.peft_config[saved[0]].base_model_name_or_path = self.name_or_path
             yield bool(beside)
         finally:
             self._hf_peft_config_loaded = is_loaded
-            for layer in layers:
-                layer._active_adapter = active
+            for layer, names in before:
+                layer._active_adapter = names
 
     def save_own_adapter_config(self, directory: str | os.PathLike):
         """Say in a checkpoint's `adapter_config.json`, for PEFT, which LoRA it has; without LoRA there is none."""

@@ -109,7 +109,7 @@ class LoraMixin:
         Done by PEFT when it has taken all adapters out, merged or not: the weights may be others than those of the
         base parts, and of the checkpoint that was loaded.
         """
-        del self.__dict__["_adapter_configs"]
+        self.__dict__.pop("_adapter_configs", None)
         self._hf_peft_config_loaded = False
         self.config.lora = self.config.audio_lora = self.config.base_parts = None
         self.name_or_path = self.config.name_or_path = ""
@@ -148,10 +148,9 @@ class LoraMixin:
         parts = [part for part in adapted_parts(self.config) if part in self.config.quantized_parts]
         for name, layer in tuner_layers(self).items():
             weight = getattr(layer.get_base_layer(), "weight", None)  # of GPTQ there is none
-            # PEFT has layers of its own for what was in a library's format before LoRA was put in: these can merge it.
-            if type(layer).__module__ == "peft.tuners.lora.layer" and (
-                weight is None or not weight.is_floating_point()
-            ):
+            # For what is in a library's format before LoRA is put in, PEFT has layers of its own, which can merge it.
+            is_plain = type(layer).__module__ == "peft.tuners.lora.layer"
+            if is_plain and (weight is None or not weight.is_floating_point()):
                 parts.append(name.split(".")[0])
         return parts
 
@@ -173,16 +172,16 @@ class LoraMixin:
         layers, adapted = tuner_layers(self), adapted_parts(self.config)
         if in_bits := self.parts_in_bits():
             refuse_to_merge(in_bits[0])
-        for name, layer in layers.items():
+        for name, layer in reversed(layers.items()):  # of different kinds they may be around each other
             layer.merge(safe_merge=True)
-            replace_module(self, name, layer.get_base_layer())
+            replace_module(self, name, layer.base_layer)
         for name, module in list(self.named_modules()):
             if hasattr(module, "unload_and_optionally_merge_module"):  # of a config with modules_to_save
                 replace_module(self, name, module.unload_and_optionally_merge_module(True, True, None))
         if layers:
             checkpoint = self.name_or_path
             for part in adapted:
-                del getattr(self, part).peft_config
+                getattr(self, part).__dict__.pop("peft_config", None)
             del self.peft_config
             self.name_or_path = self.config.name_or_path = checkpoint  # it still is that, in another form
         self.config.base_parts = None

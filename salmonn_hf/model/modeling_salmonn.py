@@ -13,7 +13,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ADAPTER_CONFIG_NAME
 from transformers.utils.generic import can_return_tuple
 
-from .adapters import AdapterMixin, base_of_adapter, find_file, has_adapter_weights
+from .adapters import AdapterMixin, adapter_weights, base_of_adapter, find_file
 from .checkpoint import (
     adapter_state_dict,
     base_state_dict,
@@ -114,7 +114,7 @@ class SalmonnPreTrainedModel(AdapterMixin, PreTrainedModel):
         model, report = cls.from_files(base, *model_args, config=config, output_loading_info=True, **kwargs)
         if not (with_report or model.config.base_parts):
             check_loaded(base, report)
-        if find_file(asked, ADAPTER_CONFIG_NAME, **hub_kwargs) and has_adapter_weights(asked, **hub_kwargs):
+        if find_file(asked, ADAPTER_CONFIG_NAME, **hub_kwargs) and adapter_weights(asked, **hub_kwargs):
             name = name or ("adapter" if OWN in getattr(model, "peft_config", {}) else OWN)
             model.load_adapter(asked, name, adapter_kwargs=hub_kwargs)
         return (model, report) if with_report else model

@@ -16,7 +16,7 @@ from conftest import (
     tiny_processor,
     tiny_text_config,
 )  # fmt: skip
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import IA3Config, LoKrConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, WhisperForConditionalGeneration, pipeline
 
 from salmonn_hf import SalmonnConfig, SalmonnForConditionalGeneration
@@ -227,7 +227,7 @@ def test_an_adapter_that_cannot_be_put_in_leaves_the_model_as_it_was(checkpoint,
         model.add_adapter(LoraConfig(target_modules=["no_such_layer"]), "second")
     other = tiny_model(tiny_config(text_config=tiny_text_config(hidden_size=48, head_dim=12)))
     get_peft_model(other, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="does not fit this model: .*second.* Load it into the checkpoint"):
+    with pytest.raises(ValueError, match="does not fit this model, .*second.*Load it into the checkpoint"):
         model.load_adapter(tmp_path, "second")
     assert trained == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     assert list(getattr(model, "peft_config", ())) == adapters
@@ -243,7 +243,9 @@ def test_a_second_adapter_is_saved_alone_and_loaded_everywhere(own, tmp_path):
     assert model.active_adapters() == ["default", "second"]
     assert not (tmp_path / "model.safetensors").exists()
     later = AutoModel.from_pretrained(own[0])
-    later.load_adapter(tmp_path, "second")
+    later.load_adapter(tmp_path, "second", low_cpu_mem_usage=True)
+    with pytest.raises(ValueError, match="no hotswap; leave it out"):
+        later.load_adapter(tmp_path, "second", hotswap=True)
     named, report = SalmonnForConditionalGeneration.from_pretrained(
         tmp_path, adapter_name="mine", output_loading_info=True
     )
@@ -283,6 +285,51 @@ def test_modules_to_save_are_saved_and_merged(bare, tmp_path):
     close(AutoModel.from_pretrained(tmp_path), expected)
     model.merge_lora().save_pretrained(tmp_path / "merged")
     close(AutoModel.from_pretrained(tmp_path / "merged"), expected)
+
+
+KINDS = {
+    "dora": lambda: LoraConfig(**SECOND, use_dora=True),
+    "rslora": lambda: LoraConfig(**SECOND, use_rslora=True),
+    "ia3": lambda: IA3Config(target_modules=["q_proj", "v_proj"], feedforward_modules=[]),
+    "lokr": lambda: LoKrConfig(target_modules=["q_proj", "v_proj"]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_of_other_kinds(own, kind, tmp_path):
+    """Around the layers of LoRA, or in them: saved, loaded, merged and taken out."""
+    model = AutoModel.from_pretrained(own[0])
+    model.add_adapter(KINDS[kind](), "second")
+    close(model, logits(own[1]))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "magnitude" not in name:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    expected = logits(model)
+    assert not torch.allclose(expected, logits(own[1]), atol=1e-2)
+    model.save_pretrained(tmp_path)
+    close(AutoModel.from_pretrained(tmp_path), expected)
+    close(copy.deepcopy(model).merge_lora(), expected)
+    model.delete_adapter("second")
+    assert torch.equal(logits(model), logits(own[1]))
+
+
+def test_trained_tokens_beside_another_adapter_are_refused(own, bare, tmp_path):
+    config = LoraConfig(**SECOND, trainable_token_indices=[5, 6])
+    with pytest.raises(ValueError, match=r"trainable_token_indices.*merge_lora\(\)"):
+        AutoModel.from_pretrained(own[0]).add_adapter(config, "second")
+    model = randomise_lora(get_peft_model(AutoModel.from_pretrained(bare[0]), config))
+    model.save_pretrained(tmp_path)
+    close(AutoModel.from_pretrained(tmp_path), logits(model))
+
+
+def test_adapters_inside_a_part_are_not_lost(bare, tmp_path):
+    model = AutoModel.from_pretrained(bare[0])
+    model.language_model.add_adapter(LoraConfig(**SECOND))
+    expected = logits(randomise_lora(model))
+    with pytest.raises(ValueError, match=r"put into a part of the model.*merge_lora\(\)"):
+        model.save_pretrained(tmp_path)
+    model.merge_lora().save_pretrained(tmp_path)
+    close(AutoModel.from_pretrained(tmp_path), expected)
 
 
 # PEFT's own model
