@@ -149,7 +149,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    return run(parse_arguments(argv))
+    try:
+        return run(parse_arguments(argv))
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -23,9 +23,7 @@ def command(main: Callable) -> Callable:
         except BrokenPipeError:
             # What is still to be written would raise again when Python ends.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 141  # as the shell counts SIGPIPE
-        except KeyboardInterrupt:
-            return 130
+            sys.exit(141)  # as the shell counts SIGPIPE
         return status
 
     return run

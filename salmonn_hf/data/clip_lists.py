@@ -27,9 +27,7 @@ def open_list(path: str | Path, audio_column: str | None = None):
     found = [audio_column] if audio_column else [name for name in FILE_COLUMNS if name in first]
     if not found or found[0] not in first:
         missing = f"{path} has no column {audio_column or ' or '.join(FILE_COLUMNS)}; it has {list(first)}"
-        raise ValueError(
-            f"{missing}. Call it 'audio', or map it: columns: {{audio: NAME}} of a source."
-        )
+        raise ValueError(f"{missing}. Call it 'audio', or map it: columns: {{audio: NAME}} of a source.")
     # The time of its last change makes another cache of a file that was changed.
     settings = {"path": str(path), "file_column": found[0], "audio_column": audio_column or "audio"}
     return Dataset.from_generator(_rows, gen_kwargs=settings | {"modified": os.stat(path).st_mtime_ns})
