@@ -7,7 +7,6 @@ Each directory is the `--output` of a finished `run_asr.py`, `run_aac.py`, `run_
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from salmonn_hf.evaluation.report import write_report
@@ -25,4 +24,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

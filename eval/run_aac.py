@@ -11,7 +11,6 @@ the model. To compare with, `--baseline most_frequent` and `--baseline nearest` 
 a killed run goes on where it was.
 """
 
-import sys
 from functools import partial
 
 from salmonn_hf.data.task_prompts import TEST_PROMPTS
@@ -63,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -12,7 +12,6 @@ go to `OUTPUT/peers/NAME`. A clip that cannot be read is named and counted with 
 the same `--output`, a killed run goes on where it was. What is written there: `docs/evaluation.md`.
 """
 
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -52,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

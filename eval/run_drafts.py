@@ -8,7 +8,6 @@ The two take turns, for a machine that is slower at one time than at another to 
 """
 
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -64,4 +63,4 @@ def compare(transcriber: Transcriber, waveforms: list) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -13,7 +13,6 @@ language model reads where windows are merged. Systems to compare with, and what
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -192,4 +191,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -9,8 +9,6 @@ Ask the questions of a Parquet file with `audio`, `question` and `answers` colum
 a column, or else that of each question. Started again with the same `--output`, a killed run goes on where it was.
 """
 
-import sys
-
 from salmonn_hf.evaluation.clips import parquet_clips
 from salmonn_hf.evaluation.command_line import argument_parser, evaluate, format_metric
 from salmonn_hf.evaluation.scoring import score_answers
@@ -38,4 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

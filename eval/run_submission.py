@@ -12,7 +12,6 @@ text is in lower case: every testset_id of the annotation, once, in its order.
 
 import csv
 import io
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -79,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -10,7 +10,6 @@ text around the figures is `salmonn_hf/hub/model_card_template.md`.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from salmonn_hf.hub.model_card import make_card, write_card
@@ -34,4 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -108,7 +108,9 @@ def as_text(file: str, chunks: list[dict], arguments) -> str:
     if arguments.format == "json":
         question = {"question": arguments.question} if arguments.task == "ask" else {}
         text = " ".join(chunk["text"] for chunk in chunks)
-        return json.dumps({"file": file, **question, "text": text, "chunks": chunks}, ensure_ascii=False) + "\n"
+        # Escapes of JSON's own, where the terminal would get Python's.
+        ascii_only = arguments.output_dir is None and "utf" not in (sys.stdout.encoding or "utf").lower()
+        return json.dumps({"file": file, **question, "text": text, "chunks": chunks}, ensure_ascii=ascii_only) + "\n"
     named = len(arguments.files) > 1 and arguments.output_dir is None
     return (f"{file}: " if named else "") + as_plain(chunks, arguments.task)
 
@@ -153,7 +155,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    return run(parse_arguments(argv))
+    try:
+        return run(parse_arguments(argv))
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -18,14 +18,13 @@ def command(main: Callable) -> Callable:
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
         try:
-            status = main(*arguments, **settings)
-            sys.stdout.flush()
+            try:
+                return main(*arguments, **settings)
+            finally:  # also where argparse ends it
+                sys.stdout.flush()
         except BrokenPipeError:
             # What is still to be written would raise again when Python ends.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 141  # as the shell counts SIGPIPE
-        except KeyboardInterrupt:
-            return 130
-        return status
+            sys.exit(141)  # as the shell counts SIGPIPE
 
     return run

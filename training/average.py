@@ -8,7 +8,6 @@ python training/average.py runs/a runs/b --output_dir runs/mean
 """
 
 import argparse
-import sys
 
 from salmonn_hf import SalmonnProcessor
 from salmonn_hf.terminal import command
@@ -27,4 +26,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

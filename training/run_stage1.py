@@ -9,7 +9,6 @@ The same command goes on from the last checkpoint in `output_dir`.
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,4 +96,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

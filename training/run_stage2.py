@@ -11,7 +11,6 @@ Start from a stage 1 checkpoint, or from any SALMONN checkpoint to fine-tune it 
 """
 
 import json
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -134,4 +133,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

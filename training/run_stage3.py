@@ -16,7 +16,6 @@ factor at inference:
 """
 
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,4 +92,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -14,6 +14,7 @@ import soundfile
 
 from ..model.audio import SAMPLING_RATE, load_audio
 from ..model.audio_file import AudioFileError, file_seconds
+from ..model.downmix import mix_down
 from .augmentation import change_speed
 from .skipped_clips import UnusableClip
 
@@ -128,18 +129,18 @@ def read_clip(row: dict, speed: float = 1.0) -> np.ndarray:
 
 def _read_part(path: str, start: float, end: float) -> np.ndarray:
     modified = os.stat(path).st_mtime_ns
-    found = _header(path, modified)
-    rate = found.samplerate
-    if abs(found.frames / rate - _path_seconds(path, modified)) > END_TOLERANCE_SECONDS:
-        # soundfile would not find the place, or stop before it: several joined files, or a header that tells less.
-        rate, samples = (
-            SAMPLING_RATE,
-            load_audio(path)[round(start * SAMPLING_RATE) : round(end * SAMPLING_RATE), None],
-        )
-    else:
+    try:
+        found = _header(path, modified)
+        rate, seconds = found.samplerate, found.frames / found.samplerate
+    except soundfile.LibsndfileError:  # of some joined files
+        rate, seconds = SAMPLING_RATE, 0.0
+    if abs(seconds - _path_seconds(path, modified)) <= END_TOLERANCE_SECONDS:
         with soundfile.SoundFile(path) as file:
             file.seek(round(start * rate))
-            samples = file.read(round((end - start) * rate), dtype="float32", always_2d=True)
+            samples = mix_down(file.read(round((end - start) * rate), dtype="float32", always_2d=True))
+    else:  # several joined files, or a header that tells less: soundfile would stop before the end
+        rate = SAMPLING_RATE
+        samples = load_audio(path)[round(start * rate) : round(end * rate)]
     if len(samples) < (end - start - END_TOLERANCE_SECONDS) * rate:
         raise UnusableClip("damaged", f"{len(samples) / rate:.2f} of {end - start:.2f} s are readable")
-    return load_audio({"array": samples.T if len(samples) < samples.shape[1] else samples, "sampling_rate": rate})
+    return load_audio({"array": samples, "sampling_rate": rate})

@@ -98,7 +98,7 @@ def fill_part(clips: list[Clip], make_model: Callable, parts: Path, batches: lis
         lines = predict_batch(model, batch, clips)
         audio_seconds += sum(line["seconds"] for line in lines)
         # One write for the whole batch. Of a batch that was cut off in it, the rest is written when it is redone.
-        with own.open("a", encoding="utf-8") as file:
+        with own.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write("".join(as_line(line) for line in lines if line["row"] not in done))
         progress.update(len(batch))
     seconds = time.perf_counter() - start

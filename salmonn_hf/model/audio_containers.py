@@ -202,7 +202,7 @@ def _expected_bytes(stream: BinaryIO, start: int, end: int) -> int | None:
         offset, size = struct.unpack(">II" if head[:4] == b".snd" else "<II", head[4:12].ljust(8, b"\0"))
         return None if size >= UNKNOWN_BYTES or size == 0 else offset + size
     if head.startswith(b"NIST_1A"):
-        fields = {name: int(value) for name, value in re.findall(rb"(\w+) -i (\d{1,12})\b", head)}
+        fields = {name: int(value) for name, value in re.findall(rb"(\w+) -(?:i|s\d+) (\d{1,12})\b", head)}
         names = (b"sample_count", b"channel_count", b"sample_n_bytes")
         if not all(name in fields for name in names) or not head[8:16].strip().isdigit():
             return None

@@ -15,6 +15,7 @@ BANDS = 8  # of equal width in octaves
 QUIET = 1e-4  # of the loudest channel's power: a channel that takes nothing away
 CANCELLED = 0.25  # of the channels' mean power: two channels that have nothing in common keep 0.5
 CANCELLED_SHARE = 0.08  # of the power of a channel, band by band
+LARGEST = 1e9  # beyond it, and where samples are not finite, there is nothing to compare
 COPY = 0.6  # correlation with a later or earlier copy
 IN_PHASE = 0.7  # of that correlation, without any delay
 CLEARER_DB = 3.0  # more between its loud and its quiet moments, for a later channel to be taken for the clearer
@@ -34,8 +35,9 @@ def mix_down(samples: np.ndarray) -> np.ndarray:
     channels = samples.shape[1]
     if channels == 1:
         return np.ascontiguousarray(samples[:, 0], dtype=np.float32)
-    mean = samples.mean(axis=1, dtype=np.float32)
-    if len(samples) < WINDOW or not np.isfinite(mean).all():
+    with np.errstate(invalid="ignore", over="ignore"):  # the caller looks for NaN and infinite samples
+        mean = samples.mean(axis=1, dtype=np.float32)
+    if len(samples) < WINDOW or not np.abs(samples).max() < LARGEST:
         return mean
     tracks = np.ascontiguousarray(samples.T)
     power = tracks.var(axis=1)

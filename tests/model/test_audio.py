@@ -204,6 +204,40 @@ def test_either_orientation_of_channels():
     np.testing.assert_array_equal(load_audio(tone()[None]), tone())
 
 
+@pytest.mark.parametrize("peak", [0.3, 1.0, 1.7, 2.0])
+def test_floats_a_little_over_full_scale_stay(peak):
+    for source in (
+        tone(amplitude=peak),
+        list(map(float, tone(amplitude=peak))),
+        encoded(tone(amplitude=peak), subtype="FLOAT"),
+    ):
+        np.testing.assert_array_equal(load_audio(source), tone(amplitude=peak))
+
+
+@pytest.mark.parametrize("peak", [2.5, 3, 10, 60])
+def test_floats_far_over_full_scale_are_scaled_down(peak):
+    loud = tone(hertz=437, amplitude=peak)
+    sources = [loud, torch.tensor(loud), torch.tensor(loud).double(), {"array": loud, "sampling_rate": RATE}]
+    for source in (*sources, loud[None], encoded(loud, subtype="FLOAT"), encoded(loud, subtype="DOUBLE")):
+        np.testing.assert_allclose(load_audio(source), loud / np.abs(loud).max(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("peak", [127, 6700, 32_767, 8_388_607, 2_147_483_647])
+def test_floats_in_the_range_of_integers_are_refused(peak):
+    loud = tone(hertz=437, amplitude=peak)
+    sources = [
+        loud,
+        loud.astype(np.float64),
+        loud.tolist(),
+        torch.tensor(loud),
+        torch.tensor(loud, dtype=torch.bfloat16),
+    ]
+    sources += [np.stack([loud, loud]), {"raw": loud, "sampling_rate": 8000}, encoded(loud, subtype="FLOAT")]
+    for source in sources:
+        with pytest.raises(AudioError, match="in the range of integers; .* Divide those of 16 bits by 32768"):
+            load_audio(source)
+
+
 def test_lists_and_strided_arrays():
     np.testing.assert_allclose(load_audio([0.0, 0.25, -1.0]), [0, 0.25, -1])
     np.testing.assert_array_equal(load_audio(tone()[::-1]), tone()[::-1])

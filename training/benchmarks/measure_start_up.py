@@ -13,7 +13,6 @@ import argparse
 import os
 import random
 import re
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -111,4 +110,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -15,7 +15,6 @@ follow from labels and from what was mixed:
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -117,4 +116,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
