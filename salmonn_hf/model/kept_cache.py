@@ -25,7 +25,8 @@ def kept_prompt(cache, like: torch.LongTensor) -> tuple[torch.LongTensor, torch.
 
 def mask_as_cut(cache, attention_mask: torch.Tensor | None, new_tokens: int) -> torch.Tensor | None:
     """Of a conversation as it was given, a mask `(batch, tokens)` for what the cache has of it and what is new."""
-    if attention_mask is None or attention_mask.ndim != 2 or not hasattr(cache, ATTRIBUTE):
+    of_tokens = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2  # not ready-made, by layer type
+    if not of_tokens or not hasattr(cache, ATTRIBUTE):
         return attention_mask
     given, _, mask = getattr(cache, ATTRIBUTE)
     spare = given.shape[1] - mask.shape[1]

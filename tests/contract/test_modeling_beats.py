@@ -2,10 +2,11 @@
 
 import unittest
 
-from .model_testers import BeatsModelTester, ConfigTester
 from transformers_tests.test_modeling_common import ModelTesterMixin
 
 from salmonn_hf import BeatsConfig, BeatsForAudioClassification, BeatsModel
+
+from .model_testers import BeatsModelTester, ConfigTester
 
 
 class BeatsModelTest(ModelTesterMixin, unittest.TestCase):

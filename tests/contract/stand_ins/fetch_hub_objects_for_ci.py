@@ -1,4 +1,4 @@
-"""Of transformers' own: its tests ask this module for files that lie on the hub. Ours are recordings of the project."""
+"""Files of the hub that transformers' tests ask for: here recordings of the project."""
 
 from pathlib import Path
 

@@ -87,8 +87,8 @@ class GenerationTesterMixin:
         for model, inputs in self._models():
             cache = model(**inputs, use_cache=True).past_key_values
             config = model.config.get_text_config()
-            heads = config.num_key_value_heads
-            shape = (len(inputs["input_ids"]), heads, inputs["input_ids"].shape[1], config.hidden_size // 4)
+            rows, length = inputs["input_ids"].shape
+            shape = (rows, config.num_key_value_heads, length, config.head_dim)
             self.assertIsInstance(cache, DynamicCache)
             self.assertEqual([layer.keys.shape for layer in cache.layers], [shape] * config.num_hidden_layers)
 
