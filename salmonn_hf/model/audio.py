@@ -50,8 +50,8 @@ def load_audio(source, sampling_rate: int = SAMPLING_RATE) -> np.ndarray:
 
     Raises:
         AudioError: if there is no such file, it is not audio, is cut short or damaged, or holds more than its header
-            tells; if samples are NaN, infinite, or floats in the range of integers, or there are none; or if an array's
-            type, shape or sampling rate is none of the above. Silence is no error.
+            tells; if samples are NaN, infinite, or floats in the range of integers, or there are none; or if the type,
+            shape or sampling rate of an array is none of the above. Silence is no error.
     """
     if hasattr(source, "get_all_samples"):
         return _from_decoder(source, "the AudioDecoder", sampling_rate)
