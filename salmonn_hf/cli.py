@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .data.task_prompts import TEST_PROMPTS
 from .files import write_atomically
 from .model.audio import SAMPLING_RATE, AudioError, load_audio
-from .model.segmentation import TARGET_SECONDS, is_silent, split_at_pauses
+from .model.segmentation import TARGET_SECONDS, is_silent, speech_segments, split_at_pauses
 from .terminal import command
 
 SUFFIXES = {"plain": ".txt", "json": ".json", "srt": ".srt"}
@@ -63,16 +63,20 @@ def output_name(file: str, form: str) -> str:
 
 def answer_file(model, waveform: np.ndarray, prompt: str, arguments, progress) -> list[dict]:
     """The answer to each segment that is not silent: `[{"start", "end", "text"}, ...]`, in seconds."""
-    # A transcript of short segments has the better times; a caption or an answer should be of all that is there.
-    target_seconds = TARGET_SECONDS if arguments.task == "transcribe" else 30.0
-    segments = split_at_pauses(waveform, SAMPLING_RATE, 30.0, target_seconds)
-    segments = [(start, end) for start, end in segments if not is_silent(waveform[start:end])]
+    is_transcript = arguments.task == "transcribe"
+    if is_transcript:
+        parts = speech_segments(waveform, SAMPLING_RATE, target_seconds=TARGET_SECONDS)
+        segments = [((part.start, part.end), (part.speech_start, part.speech_end)) for part in parts]
+    else:  # of all that is there, in as few pieces as the encoder allows
+        parts = split_at_pauses(waveform, SAMPLING_RATE, target_seconds=30.0)
+        segments = [(part, part) for part in parts if not is_silent(waveform[slice(*part)])]
     progress.reset(total=len(segments))
     chunks = []
     for first in range(0, len(segments), arguments.batch_size):
         batch = segments[first : first + arguments.batch_size]
-        texts = model([waveform[start:end] for start, end in batch], [prompt] * len(batch))
-        for (start, end), text in zip(batch, texts, strict=True):
+        waveforms = [waveform[slice(*part)] for part, _ in batch]
+        texts = model(waveforms, [prompt] * len(batch), is_transcript)
+        for (_, (start, end)), text in zip(batch, texts, strict=True):
             times = {"start": round(start / SAMPLING_RATE, 2), "end": round(end / SAMPLING_RATE, 2)}
             chunks.append(times | {"text": " ".join(text.split())})
         progress.update(len(batch))

@@ -100,10 +100,11 @@ class Answerer:
         make_batch_invariant(self.model)
         self.device, self.dtype = str(self.model.device), str(self.model.dtype)
 
-    def __call__(self, waveforms: list[np.ndarray], prompts: list[str]) -> list[str]:
-        """The answer to each prompt about its clip, of 30 s at most."""
+    def __call__(self, waveforms: list[np.ndarray], prompts: list[str], is_transcript: bool = False) -> list[str]:
+        """The answer to each prompt about its clip, of 30 s at most; empty for a transcript of no words."""
         pairs = zip(waveforms, prompts, strict=True)
         conversations = [self.processor.transcription_messages(clip, prompt) for clip, prompt in pairs]
         settings = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
         inputs = self.processor.apply_chat_template(conversations, **settings)
-        return generate_answers(self.model, self.processor, inputs, self.max_new_tokens, do_sample=False, num_beams=1)
+        greedy = {"do_sample": False, "num_beams": 1, "is_transcript": is_transcript}
+        return generate_answers(self.model, self.processor, inputs, self.max_new_tokens, **greedy)

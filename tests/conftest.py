@@ -148,6 +148,22 @@ def noise(seconds, seed=0):
     return (rng.standard_normal(samples) * swell).astype(np.float32)
 
 
+def background(kind, seconds, dbfs, rng):
+    """Noise of one of four colours, mains hum, or chords: what has no words."""
+    times = np.arange(int(seconds * 16000)) / 16000
+    if kind == "hum":
+        waveform = sum(np.sin(2 * np.pi * 50 * k * times + rng.uniform(0, 6)) / k for k in range(1, 9))
+    elif kind == "chords":
+        root = rng.uniform(110, 440) * 2 ** (np.floor(times) / 12)
+        tones = [ratio * k for ratio in (1, 1.25, 1.5) for k in range(1, 5)]
+        waveform = sum(np.sin(2 * np.pi * np.cumsum(root * tone) / 16000) / tone for tone in tones)
+    else:
+        power = {"white": 0, "pink": 1, "brown": 2, "blue": -1}[kind]
+        frequencies = np.maximum(np.fft.rfftfreq(len(times), 1 / 16000), 20)
+        waveform = np.fft.irfft(np.fft.rfft(rng.standard_normal(len(times))) / frequencies ** (power / 2), len(times))
+    return (waveform / waveform.std() * 10 ** (dbfs / 20)).astype(np.float32)
+
+
 def efficiency_result(model, **systems):
     """An `efficiency.json` with chosen (bytes, TTFT, TPOT) of each system: as much of one as is read of it."""
     return {

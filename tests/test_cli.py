@@ -27,7 +27,8 @@ def asked(monkeypatch):
                 raise OSError("no such\ncheckpoint")
             self.processor = type("Processor", (), {"transcription_prompt": "Transcribe the speech."})
 
-        def __call__(self, waveforms, prompts):
+        def __call__(self, waveforms, prompts, is_transcript):
+            assert is_transcript == ("Transcribe" in prompts[0])
             requests.append((len(waveforms), prompts[0]))
             return [f" {len(waveform)}\n samples" for waveform in waveforms]
 
@@ -64,8 +65,8 @@ def test_json_has_the_whole_of_a_long_file(asked, files, capsys):
     assert answer["file"] == f"{files}/long.wav"
     assert answer["text"] == " ".join(chunk["text"] for chunk in chunks)
     assert len(chunks) == 3 and asked == [(2, "Transcribe the speech."), (1, "Transcribe the speech.")]
-    assert chunks[0]["start"] == 0 and chunks[-1]["end"] == 29
-    assert [chunk["start"] for chunk in chunks[1:]] == [chunk["end"] for chunk in chunks[:-1]]
+    times = [(chunk["start"], chunk["end"]) for chunk in chunks]  # of the speech, without the pauses
+    np.testing.assert_allclose(times, [(0, 8), (9, 18), (19, 29)], atol=0.2)
     assert sum(int(chunk["text"].split()[0]) for chunk in chunks) == 29 * 16000
 
 
@@ -94,7 +95,7 @@ def test_srt(asked, files, capsys):
         first, times, text = block.split("\n")
         assert first == str(number) and text.endswith("samples")
         assert re.fullmatch(r"\d\d:\d\d:\d\d,\d{3} --> \d\d:\d\d:\d\d,\d{3}", times)
-    assert blocks[2].split("\n")[1].endswith("--> 00:00:29,000")
+    assert blocks[2].split("\n")[1].endswith(("--> 00:00:28,860", "--> 00:00:29,000"))
     assert cli.srt_time(3723.0456) == "01:02:03,046"
     assert cli.srt_time(59.9996) == "00:01:00,000"
 
@@ -104,7 +105,7 @@ def test_a_file_for_each_input(asked, files, capsys):
     assert run("transcribe", files / "a.wav", files / "long.wav", "--format", "srt", "--output_dir", output) == 0
     assert sorted(file.name for file in output.iterdir()) == ["a.srt", "long.srt"]
     assert capsys.readouterr().out == ""
-    assert (output / "a.srt").read_text() == "1\n00:00:00,000 --> 00:00:01,000\n16000 samples\n"
+    assert (output / "a.srt").read_text().endswith("\n16000 samples\n")
 
 
 @pytest.mark.parametrize("bad", ["broken.wav", "gone.wav"])

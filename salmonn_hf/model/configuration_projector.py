@@ -26,6 +26,9 @@ class ProjectorConfig(PreTrainedConfig):
         ctc_vocab_size (`int`): tokens of the CTC head; 0 for no head.
         ctc_merges (`int`, *optional*): the head's tokens are those of the language model's tokenizer stopped after so
             many byte-pair merges; `None` for all.
+        min_word_lead (`float`, *optional*): a clip has words only where the CTC head scores some token so many nats
+            above the blank, and no transcript is made up for others; `None` takes every clip to have words. For a head
+            that is trained: measured on clips with and without speech.
 
     Raises:
         ValueError: for a field that the projector does not have, naming the nearest one.
@@ -40,6 +43,7 @@ class ProjectorConfig(PreTrainedConfig):
     frame_mlp_size: int = 0
     ctc_vocab_size: int = 0
     ctc_merges: int | None = None
+    min_word_lead: float | None = None
 
     def __post_init__(self, **kwargs):
         """`kwargs` are not among the fields; transformers would set any as an attribute that nothing reads."""

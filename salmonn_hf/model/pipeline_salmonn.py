@@ -9,7 +9,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from .answering import generate_answers, transcript_limit
 from .audio import load_audio
 from .processing_salmonn import SalmonnProcessor
-from .segmentation import TARGET_SECONDS, is_silent, split_at_pauses
+from .segmentation import TARGET_SECONDS, speech_segments
 
 TASK = "automatic-speech-recognition"
 
@@ -19,7 +19,8 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
     Transcribes audio with [`SalmonnForConditionalGeneration`].
 
     Audio is cut at pauses into segments no longer than the encoder's input, and each is transcribed on its own,
-    `batch_size` at a time, from one file or several. Digital silence gives empty text without a run of the model.
+    without the silence at its edges, `batch_size` at a time, from one file or several. Silence has no text, and
+    neither has a segment in which a trained CTC head finds no word.
     Inputs and results are streamed: no more than the features of one batch are in memory.
 
     ```python
@@ -105,27 +106,25 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
         sampling_rate = self.feature_extractor.sampling_rate
         waveform = load_audio(inputs, sampling_rate)
         max_seconds = chunk_length_s or self.feature_extractor.chunk_length
-        for start, end in split_at_pauses(waveform, sampling_rate, max_seconds, target_length_s):
-            segment = waveform[start:end]
+        segments = speech_segments(waveform, sampling_rate, max_seconds, target_length_s)
+        for segment in segments:
             yield {
-                "waveform": segment,
-                "is_silent": is_silent(segment),
-                "timestamp": (start / sampling_rate, end / sampling_rate),
-                "is_last": end == len(waveform),
+                "waveform": waveform[segment.start : segment.end],
+                "timestamp": (segment.speech_start / sampling_rate, segment.speech_end / sampling_rate),
+                "is_last": segment is segments[-1],
             }
+        if not segments:
+            yield {"waveform": None, "timestamp": None, "is_last": True}
 
     def _forward(self, model_inputs, prompt=None, language=None, **generate_kwargs) -> dict:
         segments = model_inputs["segments"]
-        spoken = [segment["waveform"] for segment in segments if not segment["is_silent"]]
+        waveforms = [segment.pop("waveform") for segment in segments]
+        spoken = [waveform for waveform in waveforms if waveform is not None]
         texts = iter(self._transcribe(spoken, prompt, language, generate_kwargs) if spoken else [])
         return {
             "segments": [
-                {
-                    "text": "" if segment["is_silent"] else next(texts),
-                    "timestamp": segment["timestamp"],
-                    "is_last": segment["is_last"],
-                }
-                for segment in segments
+                segment | {"text": "" if waveform is None else next(texts)}
+                for segment, waveform in zip(segments, waveforms, strict=True)
             ]
         }
 
@@ -136,6 +135,7 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
         if limits is not None and "max_new_tokens" not in self._generate_kwargs | generate_kwargs:
             rate = self.feature_extractor.sampling_rate
             limits = [transcript_limit(len(waveform) / rate) for waveform in waveforms]
+        settings["is_transcript"] = prompt is None  # another prompt may ask for anything
         return generate_answers(self.model, self.processor, inputs, limits, **settings)
 
     def postprocess(self, model_outputs, return_timestamps=False) -> dict:

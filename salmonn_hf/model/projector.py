@@ -100,6 +100,18 @@ class SalmonnProjector(PreTrainedModel):
         """Log-probabilities of the CTC head, float32 `(..., 1 + classes)`; `classes` are indices of its tokens."""
         raise NotImplementedError
 
+    def word_leads(self, states, token_embedding) -> torch.Tensor:
+        """By how many nats the CTC head's best token leads the blank at each state, float32 `(states,)`."""
+        log_probs = self.ctc_log_probs(states, token_embedding)
+        return log_probs[:, 1:].amax(-1) - log_probs[:, 0]
+
+    def has_words(self, states, num_states, token_embedding) -> torch.BoolTensor:
+        """Whether the CTC head finds a word in each clip, see `min_word_lead` of the config; `(clips,)`."""
+        if self.config.min_word_lead is None:
+            return torch.ones_like(num_states, dtype=torch.bool)
+        leads = self.word_leads(states, token_embedding).split(num_states.tolist())
+        return torch.stack([(clip > self.config.min_word_lead).any() for clip in leads])
+
     def ctc_path(self, states, token_embedding) -> torch.LongTensor:
         """The output to draft at each state: 0 for the blank, else 1 + the index of a token; `(states,)`."""
         raise NotImplementedError

@@ -1,4 +1,8 @@
-"""Long audio cut at pauses into segments, each of which goes through the model on its own."""
+"""
+Long audio cut at pauses into segments, each of which goes through the model on its own, without the silence around it.
+"""
+
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -9,6 +13,65 @@ FORCED_CUT_HOPS = 20  # where there is no pause, the cut goes to the quietest 0.
 SILENCE_DBFS = -60.0
 LOWEST_DB = -100.0  # digital silence
 BLOCK_HOPS = 1 << 14  # looked at together, so that hours of audio need little memory
+LONG_PAUSE_HOPS = 100  # at the edge of a segment, from which it is cut off
+MARGIN_HOPS = 30  # of a long pause, what stays beside the speech
+LOUDEST_HOPS = 20  # a word lasts 0.2 s at least
+SPEECH_RANGE_DB = 35.0  # between the loudest and the softest speech of a segment
+NOISE_RANGE_DB = 6.0  # by which the level of a steady noise varies
+LEAST_RANGE_DB = 12.0  # of a segment's levels, where it has more than noise alone
+
+
+@dataclass
+class Segment:
+    """
+    Part of a waveform, by its first sample and the first one after it: what the model is given, `start` and `end`, and
+    where in it there is more than background, `speech_start` and `speech_end`.
+    """
+
+    start: int
+    end: int
+    speech_start: int
+    speech_end: int
+
+
+def speech_segments(
+    waveform: np.ndarray,
+    sampling_rate: int = 16_000,
+    max_seconds: float = 30.0,
+    target_seconds: float = TARGET_SECONDS,
+) -> list[Segment]:
+    r"""
+    The segments of [`split_at_pauses`] that are not silent, each without the long pauses at its two edges: beside many
+    seconds of nothing a model that was trained on clips of speech loses words, or makes some up.
+
+    Args: as of [`split_at_pauses`].
+    """
+    hop = hop_samples(sampling_rate)
+    levels = levels_db(waveform, hop) if len(waveform) else np.zeros(0, np.float32)
+    segments = []
+    for start, end in split_at_pauses(waveform, sampling_rate, max_seconds, target_seconds, levels=levels):
+        if is_silent(waveform[start:end]):
+            continue
+        first = start // hop
+        of_segment = levels[first : first + -(-(end - start) // hop)]
+        active = np.flatnonzero(of_segment >= background_threshold_db(of_segment))
+        begins, ends = int(active[0]), int(active[-1]) + 1  # the loudest hops are always active
+        kept_from = 0 if begins < LONG_PAUSE_HOPS else begins - MARGIN_HOPS
+        kept_to = len(of_segment) if len(of_segment) - ends < LONG_PAUSE_HOPS else ends + MARGIN_HOPS
+        places = (min(start + place * hop, end) for place in (kept_from, kept_to, begins, ends))
+        segments.append(Segment(*places))
+    return segments
+
+
+def background_threshold_db(levels: np.ndarray) -> float:
+    """
+    Below this level there is no speech, not even a soft word: far below the loudest, or near the level of what is
+    always there. Lower than [`pause_threshold_db`], since what is below it may be lost, and not only be cut through.
+    """
+    loudest = np.partition(levels, -min(LOUDEST_HOPS, len(levels)))[-min(LOUDEST_HOPS, len(levels))]
+    noise = np.percentile(levels, 5)
+    softest = loudest - SPEECH_RANGE_DB
+    return softest if loudest - noise < LEAST_RANGE_DB else max(softest, noise + NOISE_RANGE_DB)
 
 
 def split_at_pauses(
@@ -18,6 +81,7 @@ def split_at_pauses(
     target_seconds: float = TARGET_SECONDS,
     min_pause_seconds: float = 0.3,
     min_segment_seconds: float = 0.5,
+    levels: np.ndarray | None = None,
 ) -> list[tuple[int, int]]:
     r"""
     Cut a waveform into segments, in the middle of pauses. Together the segments are the whole waveform: none of it is
@@ -35,6 +99,7 @@ def split_at_pauses(
         target_seconds (`float`): the length to stay below where the pauses allow it.
         min_pause_seconds (`float`): shorter gaps, as before a plosive, are no pauses.
         min_segment_seconds (`float`): no cut leaves a shorter piece, unless `max_seconds` is below four times this.
+        levels (`np.ndarray`, *optional*): of the same waveform, where `levels_db` has computed them already.
 
     Returns:
         `list[tuple[int, int]]`: the first sample of each segment and the first one after it, in order; none for an
@@ -47,13 +112,13 @@ def split_at_pauses(
         raise ValueError(f"max_seconds is {max_seconds}; a segment must be allowed {10 * HOP_SECONDS} s at least.")
     if len(waveform) == 0:
         return []
-    hop = max(1, round(HOP_SECONDS * sampling_rate))
+    hop = hop_samples(sampling_rate)
     max_hops = int(max_seconds * sampling_rate) // hop
     target_hops = min(int(target_seconds * sampling_rate) // hop, max_hops)
     pause_hops = max(1, round(min_pause_seconds * sampling_rate / hop))
     min_hops = min(round(min_segment_seconds * sampling_rate / hop), max_hops // 4)
 
-    levels = levels_db(waveform, hop)
+    levels = levels_db(waveform, hop) if levels is None else levels
     cuts = [0]
     while len(levels) - cuts[-1] > target_hops:
         rest = levels[cuts[-1] :]
@@ -64,6 +129,10 @@ def split_at_pauses(
         cuts.append(cuts[-1] + (quietest_moment(rest, last // 2, last) if cut is None else cut))
     starts = [cut * hop for cut in cuts]
     return list(zip(starts, [*starts[1:], len(waveform)], strict=True))
+
+
+def hop_samples(sampling_rate: int) -> int:
+    return max(1, round(HOP_SECONDS * sampling_rate))
 
 
 def levels_db(waveform: np.ndarray, hop: int) -> np.ndarray:

@@ -114,6 +114,9 @@ class WhisperProjector(SalmonnProjector):
     def ctc_log_probs(self, states, token_embedding, classes=None):
         return self.ctc_head(states, self.speech_tokens, classes)
 
+    def word_leads(self, states, token_embedding):
+        return self.ctc_head.word_leads(states, self.speech_tokens)
+
     def ctc_path(self, states, token_embedding):
         return self.ctc_head.best(states, self.speech_tokens)
 

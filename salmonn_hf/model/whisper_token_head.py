@@ -107,6 +107,11 @@ class WhisperTokenHead(nn.Module):
         expected = words + probabilities[:, :1] * embeds[with_word]
         return embeds.index_copy(0, with_word, expected.to(embeds.dtype)), wordless & ~in_name
 
+    def word_leads(self, states: torch.Tensor, speech_tokens: nn.Module) -> torch.Tensor:
+        """See [`SalmonnProjector.word_leads`]."""
+        best = self.token_scores(states, speech_tokens).amax(-1).float() * self.log_scale.exp()
+        return best - self.blank(states)[:, 0].float()
+
     def best(self, states: torch.Tensor, speech_tokens: nn.Module) -> torch.Tensor:
         """Likeliest output at each state; 0: the blank, also where a token leads it by less than `DRAFT_LEAD`."""
         if self.last_path[0] is states:  # the scores were computed for the embeddings already

@@ -30,7 +30,7 @@ from ..evaluation.caption_metrics import CaptionMetricsError, cider_d, require_j
 from ..evaluation.word_error_rate import word_error_rate
 from ..model.answering import generate_answers, transcript_limit
 from ..model.audio import SAMPLING_RATE
-from ..model.segmentation import is_silent, split_at_pauses
+from ..model.segmentation import speech_segments
 
 logger = logging.getLogger(__name__)
 
@@ -101,10 +101,9 @@ def plan_segments(dataset: ClipDataset, alignment_only: bool) -> tuple[list[Segm
             logger.warning("not evaluated: %s: %s", row["audio"]["path"] or f"clip {index}", error)
             del clips[index]
             continue
-        for start, end in split_at_pauses(waveform, SAMPLING_RATE, max_seconds):
-            if not is_silent(waveform[start:end]):
-                part = (start, None if (start, end) == (0, len(waveform)) else end)
-                segments.append(Segment(index, (end - start) / SAMPLING_RATE, *part))
+        for part in speech_segments(waveform, SAMPLING_RATE, max_seconds):
+            end = None if (part.start, part.end) == (0, len(waveform)) else part.end
+            segments.append(Segment(index, (part.end - part.start) / SAMPLING_RATE, part.start, end))
     return sorted(segments, key=lambda segment: -segment.seconds), clips
 
 
@@ -152,6 +151,7 @@ def answer_segments(
             for place in usable
         ] or [1]
         greedy = {"do_sample": False, "num_beams": 1} | generate_kwargs
+        greedy["is_transcript"] = [is_transcript(examples[place]["task"]) for place in usable] or False
         with autocast():
             texts = generate_answers(model, collator.processor, batch, limits, **greedy)
     answers = dict(zip(usable, texts, strict=False))

@@ -1,7 +1,7 @@
 """Generation by one function: each row as it is alone, and the limit on a transcript."""
 
 import torch
-from conftest import noise, tiny_model, tiny_processor
+from conftest import noise, tiny_config, tiny_model, tiny_processor
 
 from salmonn_hf.model.answering import generate_answers, transcript_limit
 
@@ -42,3 +42,25 @@ def test_the_model_can_be_told_to_sample():
     torch.manual_seed(0)
     sampled = {generate_answers(model, processor, inputs, 8, do_sample=True)[0] for _ in range(3)}
     assert len(sampled) > 1 and len({generate_answers(model, processor, inputs, 8)[0] for _ in range(3)}) == 1
+
+
+def test_no_transcript_is_made_up_for_a_clip_without_words():
+    """The CTC head decides, and only about prompts that ask for a transcript."""
+    model, processor = tiny_model(tiny_config(ctc_vocab_size=30)), tiny_processor()
+    clips = [noise(0.5), noise(1.3, 1), noise(0.9, 2)]
+    inputs = dict(processor.apply_transcription_request(clips))
+    expected = generate_answers(model, processor, inputs, 8)
+    with torch.no_grad():
+        frames = model.encode_audio(inputs["input_features"], inputs["input_features_mask"])
+        states, num_states = model.projector.window_states(**frames)
+        log_probs = model.projector.ctc_log_probs(states, model.get_input_embeddings())
+    leads = [(clip[:, 1:].amax(-1) - clip[:, 0]).max() for clip in log_probs.split(num_states.tolist())]
+    worst = min(range(3), key=lambda row: leads[row])
+    model.projector.config.min_word_lead = float(sorted(leads)[0] + sorted(leads)[1]) / 2
+    without = ["" if row == worst else answer for row, answer in enumerate(expected)]
+    assert all(expected) and generate_answers(model, processor, inputs, 8) == expected
+    assert generate_answers(model, processor, inputs, 8, is_transcript=True) == without
+    assert generate_answers(model, processor, inputs, [8, 8, 8], [row == worst for row in range(3)]) == without
+    assert generate_answers(model, processor, inputs, 8, [row != worst for row in range(3)]) == expected
+    model.projector.config.min_word_lead = float(max(leads)) + 1
+    assert generate_answers(model, processor, inputs, 8, is_transcript=True) == ["", "", ""]

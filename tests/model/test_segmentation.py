@@ -1,11 +1,11 @@
-"""split_at_pauses on made-up speech whose pauses are known, and on audio that has none."""
+"""Segments of made-up speech whose pauses are known, and of audio that has none."""
 
 import tracemalloc
 
 import numpy as np
 import pytest
 
-from salmonn_hf.model.segmentation import is_silent, split_at_pauses
+from salmonn_hf.model.segmentation import is_silent, speech_segments, split_at_pauses
 
 RATE = 16_000
 
@@ -153,6 +153,62 @@ def test_long_audio_needs_little_memory():
     tracemalloc.stop()
     assert_tiles(segments, len(waveform), 12 * RATE)
     assert peak < waveform.nbytes / 2
+
+
+def room_tone(seconds, rng, dbfs=-60):
+    """Noise with more of low frequencies."""
+    tone = np.convolve(rng.standard_normal(int(seconds * RATE)), np.ones(8), "same")
+    return (tone / tone.std() * 10 ** (dbfs / 20)).astype(np.float32)
+
+
+@pytest.mark.parametrize("dbfs", [-200, -60, -45], ids=["digital silence", "quiet room", "noisy room"])
+@pytest.mark.parametrize("seed", range(6))
+def test_long_silence_is_cut_off_and_speech_keeps_its_times(seed, dbfs):
+    rng = np.random.default_rng(seed)
+    talks = [talk(rng.uniform(0.5, 5), rng, level=0.1) for _ in range(3)]
+    parts, times = [], []
+    for speech in talks:
+        parts.append(np.zeros(int(rng.uniform(3, 60) * RATE), np.float32))
+        begin = sum(map(len, parts))
+        times.append((begin, begin + len(speech)))
+        parts.append(speech)
+    waveform = np.concatenate([*parts, np.zeros(int(rng.uniform(3, 60) * RATE), np.float32)])
+    waveform = waveform + room_tone(len(waveform) / RATE + 1, rng, dbfs)[: len(waveform)]
+    segments = speech_segments(waveform, RATE)
+    for first, last in times:
+        (segment,) = [segment for segment in segments if segment.start <= first < segment.end]
+        assert segment.start <= first and last - 0.06 * RATE <= segment.end  # a talk may end with one of its gaps
+        assert segment.end - segment.start < last - first + 1.2 * RATE
+        assert abs(segment.speech_start - first) < 0.1 * RATE and abs(segment.speech_end - last) < 0.1 * RATE
+
+
+def test_soft_words_at_the_edge_are_no_silence():
+    """30 dB below the loudest, and 12 dB above the room's noise."""
+    rng = np.random.default_rng(9)
+    loud, soft, pause = talk(2, rng, 0.3), talk(2, rng, 0.3) * 10 ** (-30 / 20), np.zeros(int(0.2 * RATE), np.float32)
+    waveform = np.concatenate([soft, pause, loud, pause, soft])
+    waveform = waveform + room_tone(len(waveform) / RATE, rng, -54)[: len(waveform)]
+    (segment,) = speech_segments(waveform, RATE, target_seconds=12)
+    assert (segment.start, segment.end) == (0, len(waveform))
+    assert segment.speech_start < 0.1 * RATE and segment.speech_end > len(waveform) - 0.1 * RATE
+
+
+def test_short_pauses_at_the_edges_stay():
+    rng, pause = np.random.default_rng(10), np.zeros(int(0.9 * RATE), np.float32)
+    waveform = np.concatenate([pause, talk(2, rng), pause])
+    (segment,) = speech_segments(waveform, RATE)
+    assert (segment.start, segment.end) == (0, len(waveform))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_speech_segments_lie_in_those_of_the_whole(seed):
+    waveform = random_audio(np.random.default_rng(seed))
+    parts = [part for part in split_at_pauses(waveform, RATE) if not is_silent(waveform[slice(*part)])]
+    segments = speech_segments(waveform, RATE)
+    assert len(segments) == len(parts)
+    for (start, end), segment in zip(parts, segments, strict=True):
+        assert start <= segment.start <= segment.speech_start < segment.speech_end <= segment.end <= end
+    assert speech_segments(np.zeros(0, np.float32)) == speech_segments(np.zeros(RATE, np.float32)) == []
 
 
 @pytest.mark.parametrize(
