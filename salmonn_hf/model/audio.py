@@ -46,19 +46,21 @@ def load_audio(source, sampling_rate: int = SAMPLING_RATE) -> np.ndarray:
               that it does not know (m4a, mp4, webm) need torchcodec. What is fetched is logged.
             - the file itself as text: a `data:` URI, or base64 alone.
             - an array, tensor or list of floats, already at `sampling_rate`: 1-D, or 2-D with the channels in the
-              smaller axis. Floats are taken as they are (full scale is [-1, 1]), integers of 8, 16 or 32 bits are
-              scaled by the range of their type.
+              smaller axis. Integers of 8, 16 or 32 bits are scaled by the range of their type.
             - `{"array": ..., "sampling_rate": ...}`, where `"array"` may be called `"raw"`; or
               `{"bytes": ..., "path": ...}`, as `datasets` gives with `Audio(decode=False)`.
             - a torchcodec `AudioDecoder`, as `datasets` gives by default.
         sampling_rate (`int`): of the result, in Hz.
 
     Returns:
-        `np.ndarray` of shape `(samples,)`, float32: the mean of the channels. May share memory with `source`.
+        `np.ndarray` of shape `(samples,)`, float32: the mean of the channels, less those that would cancel others in
+        it, see `downmix.py`; of several joined files, one after the other. Floats up to 2 are taken as they are (full
+        scale is [-1, 1]), louder ones scaled down to it. May share memory with `source`.
 
     Raises:
-        AudioError: if there is no such file, it is not audio, is cut short or damaged; if samples are NaN or infinite
-            or there are none; or if an array's type, shape or sampling rate is none of the above. Silence is no error.
+        AudioError: if there is no such file, it is not audio, is cut short or damaged, or holds more than its header
+            tells; if samples are NaN, infinite, or floats in the range of integers, or there are none; or if the type,
+            shape or sampling rate of an array is none of the above. Silence is no error.
     """
     if hasattr(source, "get_all_samples"):
         return _from_decoder(source, "the AudioDecoder", sampling_rate)

@@ -51,10 +51,8 @@ def audio_streams(stream: BinaryIO) -> list[StreamPart]:
         return _flac_streams(stream, start, end)
     if head in FAMILIES:
         return chunk_parts(stream, start, end) or [StreamPart(stream, start, end)]
-    if start or frame_kind(head, 0):
-        first = read_at(stream, start, JUNK_BYTES + 4)
-        if any(frame_kind(first, at) for at in range(len(first))) or not any(first):
-            return list(mpeg_parts(read_at(stream, start, end - start)))
+    if frame_kind(read_at(stream, start, JUNK_BYTES).lstrip(b"\0"), 0):
+        return list(mpeg_parts(read_at(stream, start, end - start)))
     return plain_parts(stream, start, end)
 
 

@@ -62,7 +62,7 @@ def frame_bytes(data: bytes, at: int, kind: tuple, free_format: int) -> int:
 def free_format_bytes(data: bytes, at: int, kind: tuple) -> int:
     """The distance to the next frame of the kind, if a third follows at the same; else 0."""
     following = at + 4
-    while (following := data.find(data[at : at + 2], following, at + 1 << 13)) > 0:
+    while (following := data.find(data[at : at + 2], following, at + (1 << 13))) > 0:
         length = following - at - (data[at + 2] >> 1 & 1)
         third = following + length + (data[following + 2] >> 1 & 1) if following + 2 < len(data) else len(data)
         if frame_kind(data, following) == kind == frame_kind(data, third) and data[following + 2] >> 4 == 0:
