@@ -251,3 +251,16 @@ def test_a_second_adapter_beside_an_adapter_checkpoint(adapter, tmp_path):
     again.save_pretrained(tmp_path / "again")
     assert "language_model.model.norm.weight" not in load_file(tmp_path / "again" / "model.safetensors")
     assert torch.equal(logits(AutoModel.from_pretrained(tmp_path / "again")), logits(model))
+
+
+def test_who_asks_what_was_loaded_is_told_what_lacked(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    lacking = next(key for key in weights if key.startswith("projector."))
+    del weights[lacking]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="lacks projector"):
+        SalmonnForConditionalGeneration.from_pretrained(tmp_path)
+    _, report = SalmonnForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert report["missing_keys"] == {lacking}

@@ -152,3 +152,12 @@ def test_what_transformers_writes_into_a_projectors_config_is_taken(projector, t
     file.write_text(json.dumps(written))
     projector_config = AutoConfig.from_pretrained(tmp_path / "whole").projector_config
     assert projector_config.dtype == torch.bfloat16 and projector_config.name_or_path == "somewhere"
+
+
+def test_its_vocabulary_is_the_language_models(tmp_path):
+    config = tiny_config()
+    config.vocab_size += 20
+    assert config.text_config.vocab_size == config.vocab_size == 320
+    config.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).vocab_size == 320
+    assert "vocab_size" not in json.loads((tmp_path / "config.json").read_text())

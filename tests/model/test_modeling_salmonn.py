@@ -372,3 +372,20 @@ def test_a_model_can_be_copied_after_a_pass(settings):
     inputs = processor.apply_transcription_request(noise(1.0))
     logits = model(**inputs).logits
     torch.testing.assert_close(copy.deepcopy(model)(**inputs).logits, logits)
+
+
+def test_the_speech_encoders_layers_where_its_config_asks():
+    config = tiny_config()
+    config.audio_config.output_hidden_states = True
+    features = tiny_processor(config).feature_extractor([noise(1.0)], return_tensors="pt")
+    assert len(tiny_model(config).get_audio_features(**features).hidden_states) == 3
+    assert tiny_model().get_audio_features(**features).hidden_states is None
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen2"])
+def test_a_static_cache_changes_no_token(model_type):
+    model, processor = tiny_model(tiny_config(model_type)), tiny_processor()
+    inputs = processor.apply_transcription_request([noise(1.0), noise(0.5)])
+    settings = {"max_new_tokens": 5, "do_sample": False}
+    plain = model.generate(**inputs, **settings)
+    assert model.generate(**inputs, **settings, cache_implementation="static").tolist() == plain.tolist()

@@ -202,3 +202,10 @@ def test_a_bos_token_that_the_tokenizer_adds_stays():
     for prompt in ("abc", "a<|audio|>c"):
         ids = processor.apply_transcription_request(noise(0.2), prompt=prompt)["input_ids"][0].tolist()
         assert ids[:2] == [1, 3] and 3 not in ids[ids.count(3) + 1 :]
+
+
+def test_saving_leaves_no_trace(tmp_path):
+    processor = tiny_processor()
+    before = processor.to_dict()
+    processor.save_pretrained(tmp_path)
+    assert processor.to_dict().keys() == before.keys()

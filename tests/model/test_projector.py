@@ -171,3 +171,15 @@ def test_all_places_of_audio_in_the_model_use_it(model):
         torch.testing.assert_close(model(**text, **audio).audio_embeds, expected)
     options = {"max_new_tokens": 3, "do_sample": False}
     assert torch.equal(model.generate(**text, **features, **options), model.generate(**text, **frames, **options))
+
+
+@pytest.mark.parametrize("settings", [{"ctc_vocab_size": 7}, {"num_layers": 1}], ids=["qformer", "whisper"])
+def test_a_model_made_without_memory_begins_without_tokens(settings):
+    with torch.device("meta"):
+        model = SalmonnForConditionalGeneration(tiny_config(**settings))
+    model.to_empty(device="cpu")
+    head = model.projector.ctc_head
+    for values in head.buffers():
+        values.fill_(99)  # as memory that nobody has written may hold
+    model.init_weights()
+    assert not any(values.any() for values in head.buffers())

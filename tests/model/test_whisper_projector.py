@@ -1,5 +1,7 @@
 """The projector made of Whisper's decoder layers, against transformers' own decoder."""
 
+import copy
+
 import pytest
 import torch
 from conftest import tiny_config, tiny_model
@@ -179,3 +181,15 @@ def test_the_head_gets_the_shared_tokens():
 def test_parts_that_do_not_fit(changes, named):
     with pytest.raises(ValueError, match=named):
         tiny_config(**({"num_layers": 1} | changes))
+
+
+def test_its_layers_attend_as_the_projector_is_told():
+    model = whisper_model(window_reach=2)
+    frames, mask = frames_of(model, [40, 17])
+    with_sdpa, _ = model.projector.window_states(frames, mask)
+    model.set_attn_implementation("eager")
+    attentions = [layer.self_attn for layer in model.projector.layers]
+    assert {attention.config._attn_implementation for attention in attentions} == {"eager"}
+    eager, _ = model.projector.window_states(frames, mask)
+    torch.testing.assert_close(eager, with_sdpa, atol=1e-5, rtol=1e-4)
+    assert {attention.config._attn_implementation for attention in copy.deepcopy(attentions)} == {"eager"}
