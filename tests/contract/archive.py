@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import transformers
+from filelock import FileLock
 
 VERSION = "5.23.0"
 SHA256 = "19d647a4d5d903a7c644ca5cde2d86efc3dde7d8c687ae7988806ff2205efa71"
@@ -23,11 +24,12 @@ def directory() -> Path:
         )
     cache = Path(os.environ.get("SALMONN_CACHE") or "~/.cache/salmonn_hf").expanduser()
     final = cache / f"transformers-{VERSION}-tests"
-    if not final.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as partial:
-            unpack(download(Path(partial)), Path(partial) / "unpacked" / "transformers_tests")
-            (Path(partial) / "unpacked").rename(final)
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f".{final.name}.lock"):
+        if not final.is_dir():
+            with tempfile.TemporaryDirectory(dir=cache) as partial:
+                unpack(download(Path(partial)), Path(partial) / "unpacked" / "transformers_tests")
+                (Path(partial) / "unpacked").rename(final)
     return final
 
 

@@ -1,8 +1,8 @@
 """The tests of transformers that fail on SALMONN and may: each with the reason, as in tests/README.md."""
 
 WHOLE_LANGUAGE_MODEL = (
-    "SALMONN has no base model without a head: its language model is a whole AutoModelForCausalLM, so that any of these "
-    "fits, as in Granite Speech and BLIP-2"
+    "SALMONN has no base model without a head: its language model is a whole AutoModelForCausalLM, so that any of "
+    "them fits, as in Granite Speech and BLIP-2"
 )
 KNOWN_FAILURES = {
     "test_modeling_beats.py::BeatsModelTest::test_model_get_set_embeddings": (

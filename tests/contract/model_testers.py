@@ -35,7 +35,7 @@ class SalmonnModelTester:
     is_training = True
     batch_size = 7  # as many rows as a test makes of fewer, without clips for the new ones
     seq_length = 24
-    audio_token_id = 25  # above the tokens of the training test, below those that the test of resizing removes
+    audio_token_id = 0  # not among the tokens of the training test, nor among those that the test of resizing removes
     pad_token_id = 2
 
     def __init__(self, **config_kwargs):

@@ -19,7 +19,7 @@ class GenerationTesterMixin:
         set_seed(0)
         model = model_class(config).eval()
         model.generation_config.eos_token_id = None
-        model.generation_config.pad_token_id = 0
+        model.generation_config.pad_token_id = self.model_tester.pad_token_id
         return model, {name: value[:batch_size] for name, value in inputs.items()}
 
     def _models(self, batch_size=2):
