@@ -6,6 +6,7 @@ VENV ?= .venv
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SERVING := $(VENV)/.installed-serving
 CODE := salmonn_hf training eval tests model_cards/make_card.py
 
 .DEFAULT_GOAL := help
@@ -23,6 +24,10 @@ $(STAMP): setup.cfg constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(SERVING): $(STAMP)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,serving]'
+	touch $@
+
 quality: $(STAMP) ## Check style and formatting.
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
@@ -35,10 +40,10 @@ style: $(STAMP) ## Fix style and formatting in place.
 test: $(STAMP) ## Run the quick tests: minutes. What was skipped is listed with the reason, here and below.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-test-all: test-contract ## Run every test, those too that take minutes or download models.
+test-all: $(SERVING) test-contract ## Run every test, those too that take minutes or download models.
 	$(BIN)/python -m pytest -q -m ''
 
-test-slow: $(STAMP) ## Run what `test-all` adds to `test`.
+test-slow: $(SERVING) ## Run what `test-all` adds to `test`.
 	$(BIN)/python -m pytest -q -m slow
 
 test-contract: $(STAMP) ## Run transformers' own tests of a model and a processor, out of its source archive, on ours.

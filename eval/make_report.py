@@ -10,8 +10,10 @@ import argparse
 from pathlib import Path
 
 from salmonn_hf.evaluation.report import write_report
+from salmonn_hf.terminal import command
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="directories of results")

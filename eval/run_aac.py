@@ -20,8 +20,10 @@ from salmonn_hf.evaluation.clips import parquet_clips
 from salmonn_hf.evaluation.command_line import argument_parser, evaluate, format_metric
 from salmonn_hf.evaluation.scoring import score_caption_predictions
 from salmonn_hf.inference import Answerer
+from salmonn_hf.terminal import command
 
 
+@command
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--captions_column", default="captions", help="default: %(default)s")
@@ -42,13 +44,13 @@ def main() -> None:
     def load_model(*names):
         if not arguments.baseline:
             return Answerer(*names)
-        train = parquet_clips(arguments.train_data, arguments.captions_column)
+        train = parquet_clips(arguments.train_data, arguments.captions_column, references_option="captions_column")
         if arguments.baseline == "most_frequent":
             return MostFrequentCaption(train)
         return NearestCaption(train, Answerer(*names), arguments.batch_size)
 
     score = partial(score_caption_predictions, corenlp=arguments.corenlp, minilm=arguments.minilm)
-    clips = parquet_clips(arguments.data, arguments.captions_column, arguments.prompt)
+    clips = parquet_clips(arguments.data, arguments.captions_column, arguments.prompt, None, "captions_column")
     result = evaluate(arguments, "aac", clips, load_model, score, **settings)
     if result is None:
         return

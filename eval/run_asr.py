@@ -20,8 +20,10 @@ from salmonn_hf.evaluation.clips import parquet_clips
 from salmonn_hf.evaluation.command_line import argument_parser, evaluate, format_metric
 from salmonn_hf.evaluation.scoring import score_transcripts
 from salmonn_hf.inference import Transcriber
+from salmonn_hf.terminal import command
 
 
+@command
 def main() -> None:
     parser = argument_parser(__doc__, needs_output=False)
     parser.add_argument("--text_column", default="text", help="default: %(default)s")

@@ -15,10 +15,12 @@ from salmonn_hf.evaluation.clips import parquet_clips
 from salmonn_hf.evaluation.command_line import model_parser
 from salmonn_hf.files import write_atomically
 from salmonn_hf.inference import Transcriber
+from salmonn_hf.terminal import command
 
 WAYS = {"greedy": None, "drafts": "ctc"}
 
 
+@command
 def main() -> None:
     parser = model_parser(__doc__)
     parser.add_argument("--output", type=Path, help="JSON file of the result")

@@ -25,8 +25,9 @@ from salmonn_hf.evaluation import efficiency
 from salmonn_hf.evaluation.efficiency import Benchmark, random_model
 from salmonn_hf.evaluation.plots import new_figure
 from salmonn_hf.evaluation.tables import render
-from salmonn_hf.files import write_atomically
+from salmonn_hf.files import complete_or_absent, write_atomically
 from salmonn_hf.model.lora import LORA_FIELDS, adapted_parts
+from salmonn_hf.terminal import command
 
 RECORDINGS = Path(__file__).resolve().parent / "recordings"
 NANO = Path(__file__).resolve().parents[1] / "model_cards" / "salmonn-lite-nano"
@@ -142,7 +143,8 @@ def plot(systems: dict[str, dict], file: Path):
     axes.set(xlabel="s of audio", ylabel="s", title="time to the first token, by length")
     axes.set_ylim(bottom=0)
     axes.legend()
-    figure.savefig(file, dpi=120)
+    with complete_or_absent(file) as partial:
+        figure.savefig(partial, dpi=120, format="png")
 
 
 def load_model(arguments, dtype: torch.dtype) -> SalmonnForConditionalGeneration:
@@ -159,6 +161,7 @@ def load_model(arguments, dtype: torch.dtype) -> SalmonnForConditionalGeneration
     return random_model(SalmonnForConditionalGeneration, config, dtype, arguments.device, arguments.quantization)
 
 
+@command
 def main() -> None:
     arguments = parse_arguments()
     if arguments.model and (arguments.quantization or arguments.own_length):
@@ -182,7 +185,7 @@ def main() -> None:
     result = {"settings": settings, "machine": machine, "systems": systems}
     write_atomically(arguments.output / "efficiency.json", json.dumps(result, indent=2) + "\n")
     table = render("efficiency.md", systems=systems, parts=efficiency.PARTS)
-    (arguments.output / "table.md").write_text(table)
+    write_atomically(arguments.output / "table.md", table)
     plot(systems, arguments.output / "latency.png")
     print(table)
 

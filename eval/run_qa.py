@@ -13,14 +13,16 @@ from salmonn_hf.evaluation.clips import parquet_clips
 from salmonn_hf.evaluation.command_line import argument_parser, evaluate, format_metric
 from salmonn_hf.evaluation.scoring import score_answers
 from salmonn_hf.inference import Answerer
+from salmonn_hf.terminal import command
 
 
+@command
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--question_column", default="question", help="default: %(default)s")
     parser.add_argument("--answers_column", default="answers", help="default: %(default)s")
     arguments = parser.parse_args()
-    clips = parquet_clips(arguments.data, arguments.answers_column, question=arguments.question_column)
+    clips = parquet_clips(arguments.data, arguments.answers_column, "", arguments.question_column, "answers_column")
     result = evaluate(arguments, "qa", clips, Answerer, score_answers)
     if result is None:
         return

@@ -23,6 +23,7 @@ from salmonn_hf.evaluation.scoring import score_caption_predictions as score_cap
 from salmonn_hf.evaluation.scoring import score_transcripts
 from salmonn_hf.files import write_atomically
 from salmonn_hf.inference import Answerer, Transcriber
+from salmonn_hf.terminal import command
 
 TASKS = {"asr": ("asr",), "aac": ("audiocaption", "audiocaption_v2")}
 
@@ -44,6 +45,7 @@ def write_csv(file: Path, predictions: list[dict]):
     write_atomically(file, stream.getvalue())
 
 
+@command
 def main() -> None:
     parser = argument_parser(__doc__, data=False)
     parser.add_argument("--mode", required=True, choices=[f"{a}_{b}" for a in ("submission", "valid") for b in TASKS])

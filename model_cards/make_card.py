@@ -13,8 +13,10 @@ import argparse
 from pathlib import Path
 
 from salmonn_hf.hub.model_card import make_card, write_card
+from salmonn_hf.terminal import command
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="directory; README.md is written there")

@@ -24,6 +24,7 @@ from .data.task_prompts import TEST_PROMPTS
 from .files import write_atomically
 from .model.audio import SAMPLING_RATE, AudioError, load_audio
 from .model.segmentation import TARGET_SECONDS, is_silent, speech_segments, split_at_pauses
+from .terminal import command
 
 SUFFIXES = {"plain": ".txt", "json": ".json", "srt": ".srt"}
 
@@ -107,7 +108,9 @@ def as_text(file: str, chunks: list[dict], arguments) -> str:
     if arguments.format == "json":
         question = {"question": arguments.question} if arguments.task == "ask" else {}
         text = " ".join(chunk["text"] for chunk in chunks)
-        return json.dumps({"file": file, **question, "text": text, "chunks": chunks}, ensure_ascii=False) + "\n"
+        # Escapes of JSON's own, where the terminal would get Python's.
+        ascii_only = arguments.output_dir is None and "utf" not in (sys.stdout.encoding or "utf").lower()
+        return json.dumps({"file": file, **question, "text": text, "chunks": chunks}, ensure_ascii=ascii_only) + "\n"
     named = len(arguments.files) > 1 and arguments.output_dir is None
     return (f"{file}: " if named else "") + as_plain(chunks, arguments.task)
 
@@ -150,6 +153,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 2 if failed == len(arguments.files) else min(failed, 1)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     try:
         return run(parse_arguments(argv))

@@ -18,6 +18,6 @@ def complete_or_absent(file: Path):
 
 
 def write_atomically(file: Path, content: str | bytes):
-    """Text is written as UTF-8."""
+    """Text is written as UTF-8; of a file name that is none, the bytes that are not as escapes."""
     with complete_or_absent(file) as partial:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)

@@ -23,8 +23,7 @@ def default_dtype(device=None) -> str:
 def merge_lora_if_exact(model):
     """Merge LoRA into the weights beside it where that rounds nothing, in float32: its products then cost nothing."""
     adapted = adapted_parts(model.config)
-    quantized = getattr(model.config, "quantized_parts", {})
-    if adapted and model.dtype == torch.float32 and not any(part in quantized for part in adapted):
+    if adapted and model.dtype == torch.float32 and not model.parts_in_bits():
         model.merge_lora()
 
 

@@ -16,6 +16,8 @@ from salmonn_hf import SalmonnConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
+ENCODER_LORA = {"r": 2, "lora_alpha": 8, "target_modules": ["q_proj", "out_proj", "fc1"]}
 LANGUAGE_MODELS = ("llama", "gemma2", "qwen2", "gpt_neox")
 
 
@@ -140,6 +142,15 @@ def tiny_model(config=None, seed=0):
     return randomise(salmonn_hf.SalmonnForConditionalGeneration(config or tiny_config()).eval(), seed)
 
 
+def randomise_lora(model, adapter="", seed=0):
+    """Weights of LoRA large enough to change the output visibly, B too; of one adapter alone, or of all."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name and f".{adapter}" in name:
+            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    return model
+
+
 def noise(seconds, seed=0):
     """A clip of noise with a slow swell, float32 at 16 kHz."""
     rng = np.random.default_rng(seed)
@@ -193,6 +204,19 @@ def tiny_checkpoint(tmp_path_factory):
     tiny_model().save_pretrained(directory)
     tiny_processor().save_pretrained(directory)
     return directory
+
+
+@pytest.fixture
+def lora_model():
+    """With LoRA in its language model that changes the output."""
+    return randomise_lora(tiny_model(tiny_config(lora=LORA)))
+
+
+@pytest.fixture
+def lora_in_both(lora_model):
+    """With LoRA in its speech encoder, too, of another rank."""
+    lora_model.add_lora(ENCODER_LORA, "audio_tower")
+    return randomise_lora(lora_model)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,10 @@
 """The command line: what it writes where, in which form, and its exit codes."""
 
+import io
 import json
+import os
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -132,6 +135,28 @@ def test_usage_errors_are_2_and_say_what_to_do(files, capsys, monkeypatch):
             cli.main(arguments)
         assert exit_info.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_names_that_the_terminal_cannot_print(asked, files, monkeypatch):
+    name = os.fsdecode(b"caf\xe9.wav")  # no UTF-8
+    soundfile.write(files / "a.flac", noise(1), 16000)
+    (files / "a.flac").rename(files / name)
+    (files / "\xfc.wav").write_bytes((files / name).read_bytes())
+    printed, errors = (io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", printed)
+    monkeypatch.setattr(sys, "stderr", errors)
+    assert run("transcribe", files / name, files / "\xfc.wav", files / os.fsdecode(b"gone\xe9.wav")) == 1
+    assert run("transcribe", files / name, files / "\xfc.wav", "--format", "json") == 0
+    assert run("transcribe", files / name, "--format", "json", "--output_dir", files / "out") == 0
+    plain, json_lines = printed.buffer.getvalue().decode("ascii").splitlines()[:2], []
+    assert plain == [f"{files}/caf\\udce9.wav: 16000 samples", f"{files}/\\xfc.wav: 16000 samples"]
+    json_lines = printed.buffer.getvalue().decode("ascii").splitlines()[2:]
+    assert [json.loads(line)["file"] for line in json_lines] == [f"{files}/{name}", f"{files}/\xfc.wav"]
+    assert b"gone\\udce9.wav: there is no such file" in errors.buffer.getvalue()
+    (written,) = (files / "out").iterdir()
+    assert (
+        os.fsencode(written.name) == b"caf\xe9.json" and json.loads(written.read_text())["file"] == f"{files}/{name}"
+    )
 
 
 def test_with_a_model(tiny_checkpoint, files, capsys):

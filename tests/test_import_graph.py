@@ -15,13 +15,14 @@ from transformers.dynamic_module_utils import get_imports
 
 PACKAGE = "salmonn_hf"
 SCRIPTS = ("training", "eval", "model_cards")  # they may import anything
-LOWER = {"model", "files"}
+LOWER = {"model", "files", "terminal"}
 ABOVE_DATA = {"evaluation", "quantization", "hub"}
 ROOMS = ABOVE_DATA | LOWER | {"base_parts", "convert", "data"}
 # What each room, or file beside the rooms, may import of the package besides itself.
 ALLOWED = {
     "model": set(),  # it travels in checkpoints
     "files": set(),
+    "terminal": set(),
     "base_parts": LOWER,
     "convert": LOWER | {"base_parts"},
     "data": LOWER,

@@ -10,9 +10,11 @@ python training/average.py runs/a runs/b --output_dir runs/mean
 import argparse
 
 from salmonn_hf import SalmonnProcessor
+from salmonn_hf.terminal import command
 from salmonn_hf.training.averaging import average_checkpoints
 
 
+@command
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", help="two or more, directories or hub names")

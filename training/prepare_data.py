@@ -41,6 +41,7 @@ from salmonn_hf.data.corpus_report import CorpusStatistics, plot, report
 from salmonn_hf.data.flac import flac_bytes
 from salmonn_hf.data.skipped_clips import SkippedClips, UnusableClip
 from salmonn_hf.files import write_atomically
+from salmonn_hf.terminal import command
 
 ROWS_AT_A_TIME = 128  # that the threads examine
 
@@ -133,6 +134,7 @@ def prepare(corpus: str, root: str, arguments: PrepareArguments, command: str = 
     return statistics
 
 
+@command
 def main(argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
     parser = HfArgumentParser(PrepareArguments, description=__doc__.split("\n")[0], allow_abbrev=False)

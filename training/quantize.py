@@ -27,9 +27,11 @@ from salmonn_hf import SalmonnConfig, SalmonnForConditionalGeneration, SalmonnPr
 from salmonn_hf.data.sources import Source
 from salmonn_hf.hub.model_card import make_card, write_card
 from salmonn_hf.hub.push import push_to_hub
+from salmonn_hf.model.adapters import name_adapter_base
 from salmonn_hf.model.quantizer_salmonn import SalmonnQuantizationConfig, quantize_in_place
 from salmonn_hf.quantization.calibration import draw_clips, prompt_with_answer
 from salmonn_hf.quantization.gptq import quantize_layers, quantize_tied_vocabulary
+from salmonn_hf.terminal import command
 from salmonn_hf.training.recipe import parse_recipe
 
 # The language model in another library's format, by transformers' own quantisers.
@@ -143,12 +145,14 @@ def save(model, processor, output_dir: str, merged_parts: dict[str, str] | None 
     tokenizer = unfinished / "tokenizer.json"  # which is written with an indented line for each half of a merge
     tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text("utf-8")), ensure_ascii=False), "utf-8")
     name = Path(output_dir).resolve().name
+    name_adapter_base(unfinished, name)  # of LoRA that is left: not the path of this machine
     write_card(make_card(unfinished.resolve(), [], name=name, merged_parts=merged_parts), unfinished)
     if os.path.isdir(output_dir):
         shutil.rmtree(output_dir)
     os.replace(unfinished, output_dir)
 
 
+@command
 @torch.no_grad()
 def main():
     (args,) = parse_recipe(QuantizeArguments)

@@ -22,6 +22,7 @@ from salmonn_hf.data.ctc_vocabulary import ctc_tokenizer, ctc_vocabulary
 from salmonn_hf.model.base_part_resolver import resolve_base_part
 from salmonn_hf.model.checkpoint import config_from_base_parts
 from salmonn_hf.model.lora import encoder_lora
+from salmonn_hf.terminal import command
 from salmonn_hf.training.freezing import freeze_base_parts
 from salmonn_hf.training.initialization import standardise_frames, start_projector, start_sound_summary
 from salmonn_hf.training.stage import SpeechEncoderArguments, TrainingStage
@@ -58,6 +59,7 @@ def make_model(args: ModelArguments, config: SalmonnConfig, ctc_tokens: dict[str
     return model
 
 
+@command
 def main():
     stage = TrainingStage(ModelArguments)
     args = stage.model_args

@@ -20,6 +20,7 @@ from salmonn_hf import SalmonnConfig, SalmonnForConditionalGeneration, SalmonnPr
 from salmonn_hf.data.collator import ClipCollator
 from salmonn_hf.model.lora import encoder_lora
 from salmonn_hf.model.quantizer_salmonn import quantize_in_place, set_quantized_parts
+from salmonn_hf.terminal import command
 from salmonn_hf.training.distillation import DistillingTrainer
 from salmonn_hf.training.freezing import freeze_base_parts
 from salmonn_hf.training.initialization import start_sound_summary
@@ -97,6 +98,7 @@ def add_lora(model, args: ModelArguments):
         model.add_lora(encoder_lora(args.audio_lora_r), "audio_tower")
 
 
+@command
 def main():
     stage = TrainingStage(ModelArguments)
     args, training_args = stage.model_args, stage.training_args

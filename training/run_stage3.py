@@ -36,6 +36,7 @@ from salmonn_hf.data.encoder_features import encode_clips, num_frames, pad_clips
 from salmonn_hf.data.flac import flac_bytes
 from salmonn_hf.data.sources import Source
 from salmonn_hf.model.answering import generate_answers
+from salmonn_hf.terminal import command
 from salmonn_hf.training.freezing import freeze_base_parts
 from salmonn_hf.training.stage import CheckpointArguments, TrainingStage
 
@@ -68,6 +69,7 @@ def tell_stories(model, processor, clips: ClipDataset, args: ModelArguments, see
     return rows
 
 
+@command
 def main():
     stage = TrainingStage(ModelArguments)
     args, training_args = stage.model_args, stage.training_args

@@ -8,9 +8,11 @@ import argparse
 import logging
 import sys
 
+from ..terminal import command
 from . import BasePartNotFoundError, resolve_base_part
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m salmonn_hf.base_parts",

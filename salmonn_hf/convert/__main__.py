@@ -11,6 +11,7 @@ import sys
 
 from transformers import AutoConfig
 
+from ..terminal import command
 from .beats import convert_beats, export_beats
 from .export_salmonn import export_salmonn
 from .migrate import migrate
@@ -34,12 +35,13 @@ def parse_arguments(arguments=None):
     salmonn.add_argument("--audio-token-id", type=int, help="its id, for a language model without a tokenizer")
     export = commands.add_parser("export", help="a checkpoint directory to a file in the original's layout")
     migrate = commands.add_parser("migrate", help="a checkpoint directory of salmonn_hf 0.1.0 to one that loads today")
-    for command in (beats, salmonn, export, migrate):
-        command.add_argument("directory" if command is export else "source")
-        command.add_argument("out")
+    for subparser in (beats, salmonn, export, migrate):
+        subparser.add_argument("directory" if subparser is export else "source")
+        subparser.add_argument("out")
     return parser.parse_args(arguments)
 
 
+@command
 def main(arguments=None):
     settings = vars(parse_arguments(arguments))
     command = settings.pop("command")

@@ -12,7 +12,9 @@ from functools import lru_cache
 import numpy as np
 import soundfile
 
-from ..model.audio import BLOCK_FRAMES, SAMPLING_RATE, UNKNOWN_FRAMES, _ForwardReader, load_audio
+from ..model.audio import SAMPLING_RATE, load_audio
+from ..model.audio_file import AudioFileError, file_seconds
+from ..model.downmix import mix_down
 from .augmentation import change_speed
 from .skipped_clips import UnusableClip
 
@@ -21,33 +23,32 @@ END_TOLERANCE_SECONDS = 0.1  # annotated ends are rounded
 
 
 @lru_cache(maxsize=256)  # parts of one file, and captions of one clip, follow each other
+def _path_seconds(path: str, modified: int) -> float:
+    with open(path, "rb") as stream:
+        return file_seconds(stream)
+
+
+@lru_cache(maxsize=256)
 def _header(path: str, modified: int):
     return soundfile.info(path)
 
 
 def audio_seconds(audio: dict) -> float:
     """
-    The length of `{"bytes", "path"}` by its header. It is decoded only if the header has none: that of a FLAC is
-    0 both where it is empty and where its writer could not seek back.
+    The length of `{"bytes", "path"}`, without decoding it; only a FLAC whose header tells no length is decoded.
 
     Raises:
-        UnusableClip: if it is missing, or soundfile cannot read it.
+        UnusableClip: if it is missing, soundfile cannot read it, or it is seen to be cut short.
     """
     data, path = audio.get("bytes"), audio.get("path")
     try:
         if not (os.path.getsize(path) if data is None else data):
             return 0.0
-        found = _header(path, os.stat(path).st_mtime_ns) if data is None else soundfile.info(io.BytesIO(data))
-        frames = found.frames
-        if frames in (0, UNKNOWN_FRAMES):
-            stream = open(path, "rb") if data is None else io.BytesIO(data)
-            with stream, _ForwardReader(stream) as file:
-                frames = sum(iter(lambda: len(file.read(BLOCK_FRAMES)), 0))
+        return _path_seconds(path, os.stat(path).st_mtime_ns) if data is None else file_seconds(io.BytesIO(data))
     except FileNotFoundError as error:
         raise UnusableClip("missing") from error
-    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a .raw file, which has no header
+    except AudioFileError as error:
         raise UnusableClip("unreadable", str(error)) from error
-    return frames / found.samplerate
 
 
 def clip_seconds(row: dict) -> float:
@@ -127,10 +128,19 @@ def read_clip(row: dict, speed: float = 1.0) -> np.ndarray:
 
 
 def _read_part(path: str, start: float, end: float) -> np.ndarray:
-    with soundfile.SoundFile(path) as file:
-        rate = file.samplerate
-        file.seek(round(start * rate))
-        samples = file.read(round((end - start) * rate), dtype="float32", always_2d=True).mean(axis=1)
+    modified = os.stat(path).st_mtime_ns
+    try:
+        found = _header(path, modified)
+        rate, seconds = found.samplerate, found.frames / found.samplerate
+    except soundfile.LibsndfileError:  # of some joined files
+        rate, seconds = SAMPLING_RATE, 0.0
+    if abs(seconds - _path_seconds(path, modified)) <= END_TOLERANCE_SECONDS:
+        with soundfile.SoundFile(path) as file:
+            file.seek(round(start * rate))
+            samples = mix_down(file.read(round((end - start) * rate), dtype="float32", always_2d=True))
+    else:  # several joined files, or a header that tells less: soundfile would stop before the end
+        rate = SAMPLING_RATE
+        samples = load_audio(path)[round(start * rate) : round(end * rate)]
     if len(samples) < (end - start - END_TOLERANCE_SECONDS) * rate:
         raise UnusableClip("damaged", f"{len(samples) / rate:.2f} of {end - start:.2f} s are readable")
     return load_audio({"array": samples, "sampling_rate": rate})

@@ -1,5 +1,6 @@
 """Parquet files of clips, in the form of `datasets`: written clip by clip, opened without decoding."""
 
+import difflib
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -8,6 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..files import complete_or_absent
+from .clip_lists import SUFFIXES, open_list
+from .undecoded_audio import undecoded
 
 # Of training/prepare_data.py.
 INDEX_COLUMNS = ("audio", "text", "task", "question", "source", "language", "testset_id", "clip_id", "seconds")
@@ -31,17 +34,29 @@ def write_clips(path: Path, rows: Iterable[dict], columns: Iterable[str], clips_
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
 
 
-def parquet_rows(files: list[str], *columns: str):
+def parquet_rows(files: list[str], *columns: str, **options: str | None):
     """
-    Parquet files with an `audio` column, as `datasets` writes it, as one `datasets.Dataset` of undecoded clips.
+    Parquet files with an `audio` column, as `datasets` writes it, or lists (see `clip_lists.py`), as one
+    `datasets.Dataset` of undecoded clips.
+
+    Args:
+        columns: the columns that are needed.
+        options: the same, by the option of a command that names each.
 
     Raises:
-        ValueError: for one of `columns` that they lack, naming those that they have.
+        ValueError: for a column that they lack, naming those that they have and the option.
     """
-    from datasets import Audio, load_dataset
+    from datasets import concatenate_datasets, load_dataset
 
-    dataset = load_dataset("parquet", data_files=list(files), split="train")
-    for column in ("audio", *columns):
-        if column not in dataset.column_names:
-            raise ValueError(f"{files} has no column {column!r}; it has {dataset.column_names}.")
-    return dataset.cast_column("audio", Audio(decode=False))
+    if any(str(file).endswith(SUFFIXES) for file in files):
+        dataset = concatenate_datasets([open_list(file) for file in files])
+    else:
+        dataset = load_dataset("parquet", data_files=list(files), split="train")
+    remedies = {column: f" Name it with --{option}." for option, column in options.items()}
+    for column in ("audio", *columns, *options.values()):
+        if column is not None and column not in dataset.column_names:
+            nearest = difflib.get_close_matches(column, dataset.column_names, n=1)
+            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            remedy = remedies.get(column, f" Rename the column to {column!r}.")
+            raise ValueError(f"{files} has no column {column!r}; it has {dataset.column_names}.{hint}{remedy}")
+    return undecoded(dataset, "audio")

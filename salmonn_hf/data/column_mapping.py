@@ -2,6 +2,8 @@
 
 import difflib
 
+from .undecoded_audio import undecoded
+
 COLUMNS = ("audio", "text", "task", "question", "seconds", "expand_wav")
 
 
@@ -17,21 +19,16 @@ def map_columns(dataset, names: dict[str, str], path: str):
     Raises:
         ValueError: for a source without audio, text, or a column of `names`, with the nearest that it has.
     """
-    from datasets import Audio, IterableDataset, Value
-
     found = dataset.column_names
     theirs = {ours: names.get(ours, ours) for ours in COLUMNS}
     for ours, column in theirs.items():
         if column not in found and (ours in ("audio", "text") or ours in names):
             nearest = difflib.get_close_matches(column, found, n=1)
             hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-            remedy = f"Map it: columns: {{{ours}: NAME}}."
+            remedy = f"Map it: columns: {{{ours}: NAME}} of the source"
+            remedy += "; of train_files and eval_file by --text_column NAME." if ours == "text" else "."
             raise ValueError(f"{path} has no column {column!r}; it has {found}.{hint} {remedy}")
     theirs = {ours: column for ours, column in theirs.items() if column in found}
-    # Of a stream, `datasets` would encode an Audio column anew, undecoded or not, which needs torchcodec; and
-    # decode it when it renames columns, if it were not cast before.
-    undecoded = {"bytes": Value("binary"), "path": Value("string")}
-    streams = isinstance(dataset, IterableDataset)
-    dataset = dataset.cast_column(theirs["audio"], undecoded if streams else Audio(decode=False))
+    dataset = undecoded(dataset, theirs["audio"])
     dataset = dataset.select_columns(list(theirs.values()))
     return dataset.rename_columns({column: ours for ours, column in theirs.items() if column != ours})

@@ -18,12 +18,13 @@ from ..files import complete_or_absent
 FEATURE_SETTINGS = (
     "feature_size sampling_rate n_fft hop_length dither tail_seconds pad_to_30_seconds return_input_values"
 ).split()
+READING = 2  # counted up when `load_audio` gives other samples of the same file
 
 
 def encoder_identity(model, feature_extractor) -> str:
     """Names the features of these encoders: other weights, precision or feature settings, another name."""
     settings = {name: getattr(feature_extractor, name) for name in FEATURE_SETTINGS}
-    settings["sound_layers"] = model.config.sound_layers
+    settings |= {"sound_layers": model.config.sound_layers, "reading": READING}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if name.startswith(("audio_tower.", "sound_tower.")):

@@ -47,7 +47,7 @@ class SkippedClips:
         if len(self.first_paths[reason]) < LISTED_PATHS:
             self.first_paths[reason].append(path)
         if self.path is not None:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write("\t".join(" ".join(value.split()) for value in (path, reason, detail)) + "\n")
 
     def report(self):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from glob import glob
 from pathlib import Path
 
+from .clip_lists import SUFFIXES, open_list
 from .column_mapping import COLUMNS, map_columns
 from .corpora import annotation
 from .task_prompts import TRAIN_PROMPTS
@@ -26,8 +27,9 @@ class Source:
     One source of clips, as a recipe has it.
 
     Args:
-        path (`str`): a Parquet file (or a pattern of several), a SALMONN annotation `.json`, a directory (of Parquet
-            files, or an audiofolder with a metadata file), or the name of a `datasets` dataset on the hub.
+        path (`str`): a Parquet file (or a pattern of several), a `.csv`, `.tsv` or `.jsonl` list of files and their
+            texts, a SALMONN annotation `.json`, a directory (of Parquet files, or an audiofolder with a metadata
+            file), or the name of a `datasets` dataset on the hub.
         prefix (`str`): of an annotation file: the directory that its paths are under.
         name, split (`str`): configuration and split of a dataset.
         columns (`dict[str, str]`): what the source calls `audio`, `text`, `task`, `question` and `seconds` where it is
@@ -63,8 +65,8 @@ class Source:
             raise ValueError(f"Source {self.path!r} {found}; both must be above 0. Leave out a source not to be used.")
         if self.prefix and not self.path.endswith(".json"):
             raise ValueError(f"Source {self.path!r} has a prefix, which only an annotation .json takes; remove it.")
-        if self.streaming and (self.path.endswith(".json") or self.speed != 1.0):
-            raise ValueError(f"Source {self.path!r}: an annotation .json or a speed cannot be streamed.")
+        if self.streaming and (self.path.endswith((".json", *SUFFIXES)) or self.speed != 1.0):
+            raise ValueError(f"Source {self.path!r}: an annotation .json, a list or a speed cannot be streamed.")
 
     @classmethod
     def parse(cls, settings: str | dict) -> "Source":
@@ -104,11 +106,10 @@ class Source:
                     f"There is no {self.path}. A recipe's head says which files to bring; {remedy}."
                 )
             dataset = load_dataset("parquet", data_files=self.path, split="train", streaming=self.streaming)
+        elif self.path.endswith(SUFFIXES):
+            dataset = open_list(self.path, self.columns.get("audio"))
         elif metadata := _audiofolder_metadata(self.path, self.split):
-            form = {".csv": "csv", ".jsonl": "json"}[metadata.suffix]
-            dataset = load_dataset(form, data_files=str(metadata), split="train")
-            paths = [str(metadata.parent / name) for name in dataset["file_name"]]
-            dataset = dataset.remove_columns("file_name").add_column("audio", paths)
+            dataset = open_list(metadata, self.columns.get("audio"))
         else:
             dataset = load_dataset(self.path, self.name, split=self.split, streaming=self.streaming)
         return map_columns(dataset, self.columns, self.path)

@@ -41,19 +41,26 @@ class Clip:
         return 0.0 if math.isnan(seconds) else seconds
 
 
-def parquet_clips(files: list[str], references: str, prompt: str = "", question: str | None = None) -> list[Clip]:
+def parquet_clips(
+    files: list[str],
+    references: str,
+    prompt: str = "",
+    question: str | None = None,
+    references_option: str = "text_column",
+) -> list[Clip]:
     """
-    Clips of Parquet files with an `audio` column, as `datasets` writes it.
+    Clips of Parquet files with an `audio` column, as `datasets` writes it, or of lists, see `data/clip_lists.py`.
 
     Args:
         references (`str`): the column of the accepted texts, a string or a list of them.
         prompt (`str`): asked of every clip.
         question (`str`, *optional*): the column of a question of each clip's own, asked instead.
+        references_option (`str`): that names the column of the texts, for errors.
 
     Raises:
         ValueError: for a file without one of the columns, naming what it has.
     """
-    data = parquet_rows(files, *filter(None, (references, question)))
+    data = parquet_rows(files, **{references_option: references}, question_column=question)
     clips = []
     for row, columns in enumerate(data.remove_columns("audio")):
         accepted = columns[references]

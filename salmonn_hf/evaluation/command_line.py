@@ -15,7 +15,7 @@ def model_parser(description: str, data: bool = True) -> argparse.ArgumentParser
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint directory or hub name")
     if data:
-        parser.add_argument("--data", required=True, nargs="+", help="Parquet files")
+        parser.add_argument("--data", required=True, nargs="+", help="Parquet files, or .csv, .tsv or .jsonl lists")
     parser.add_argument("--dtype", help="default: the checkpoint's, or float32 on CPUs without bfloat16")
     parser.add_argument("--device", help="default: the GPU, where there is one")
     parser.add_argument("--max_clips", type=int, help="the first of them only")

@@ -86,21 +86,21 @@ def fill_part(clips: list[Clip], make_model: Callable, parts: Path, batches: lis
     parts.mkdir(exist_ok=True)
     done = {line["row"] for file in parts.glob("*.jsonl") for line in read_lines(file)}
     own = parts / f"{state.process_index}.jsonl"
-    write_atomically(own, "".join(map(as_line, read_lines(own))))  # a line that was cut off by a kill goes
+    if own.exists():  # a line that was cut off by a kill goes
+        write_atomically(own, "".join(map(as_line, read_lines(own))))
     todo = [batch for batch in batches[state.process_index :: state.num_processes] if not done.issuperset(batch)]
     if not todo:
         return
     model = make_model()
     start, audio_seconds = time.perf_counter(), 0.0
     progress = tqdm(total=sum(map(len, todo)), unit="clip", disable=not state.is_main_process)
-    with own.open("a", encoding="utf-8") as file:
-        for batch in todo:
-            lines = predict_batch(model, batch, clips)
-            audio_seconds += sum(line["seconds"] for line in lines)
-            # One write for the whole batch. Of a batch that was cut off in it, the rest is written when it is redone.
+    for batch in todo:
+        lines = predict_batch(model, batch, clips)
+        audio_seconds += sum(line["seconds"] for line in lines)
+        # One write for the whole batch. Of a batch that was cut off in it, the rest is written when it is redone.
+        with own.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write("".join(as_line(line) for line in lines if line["row"] not in done))
-            file.flush()
-            progress.update(len(batch))
+        progress.update(len(batch))
     seconds = time.perf_counter() - start
     if state.is_main_process:
         speed = {"clips": sum(map(len, todo)), "audio_seconds": round(audio_seconds, 1), "seconds": round(seconds, 1)}

@@ -29,9 +29,11 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
+from ..model.adapters import name_adapter_base
 from ..model.base_part_resolver import is_complete, is_hub_id, resolve_base_part
 from ..model.checkpoint import check_weight_files
 from ..model.remote_code import save_code
+from ..terminal import command
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +98,7 @@ def push_to_hub(
         user = api.whoami()["name"]
         validate_repo_id(repo_id)
         repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
+        name_adapter_base(directory, repo_id)
         names = (json.loads((directory / "config.json").read_text()).get("base_parts") or {}).values()
         base_parts = {name: resolve_base_part(name, token=api.token) for name in set(names)}
     size = sum((directory / file).stat().st_size for file in files)
@@ -240,6 +243,7 @@ def explained(what: str) -> Iterator[None]:
         raise PushError(f"{what}. {'; '.join(reasons)} {remedy}") from error
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m salmonn_hf.push", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

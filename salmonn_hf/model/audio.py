@@ -1,27 +1,34 @@
 """Any source of audio to one mono float32 waveform at the model's sampling rate."""
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from io import SEEK_END, BytesIO
+import base64
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from io import BytesIO
+from itertools import chain
 from numbers import Real
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
-import soundfile
 import soxr
 import torch
 from huggingface_hub.utils import httpx
 from transformers.utils import is_torchcodec_usable
 
+from .audio_file import AudioFileError, UnknownFormat, audio_streams, sample_blocks
+from .downmix import BLOCK_SAMPLES, mix_down
+
 SAMPLING_RATE = 16_000
-BLOCK_FRAMES = 1 << 20  # decoded at a time, so that hours of multi-channel audio need little memory
+CONVERSION = "ffmpeg -i INPUT output.flac"
 FETCH_TIMEOUT_SECONDS = 30.0
-UNKNOWN_FRAMES = 2**63 - 1  # libsndfile's length of a streamed FLAC
-MP3_TOLERANCE_FRAMES = 2304  # two MPEG frames: encoders differ in what the length header counts
-MP3_BLOCK_FRAMES = 4096  # small, so that no more than that is read of the file but not given by libsndfile
-MP3_TAG_BYTES = 4096  # tags may follow the last frame
-STREAMED_WAV_BYTES = 0x7FFF0000  # writers that cannot seek back leave 0 or a number near 2³¹ or 2³² as the size
+PEAK_LIMIT = 2.0  # of floats: a little over full scale is what resampling or a limiter leaves
+INTEGER_PEAK = 64.0  # of floats: more is no gain but samples in the range of integers
+MAX_PATH_CHARACTERS = 255  # a longer text that reads as base64 is the file itself
+
+
+logger = logging.getLogger(__name__)
 
 
 class AudioError(ValueError):
@@ -36,21 +43,24 @@ def load_audio(source, sampling_rate: int = SAMPLING_RATE) -> np.ndarray:
         source: one of
 
             - the path or http(s) URL of a file, the `bytes` of one, or a binary stream. soundfile decodes it; formats
-              that it does not know (m4a, mp4, webm) need torchcodec.
+              that it does not know (m4a, mp4, webm) need torchcodec. What is fetched is logged.
+            - the file itself as text: a `data:` URI, or base64 alone.
             - an array, tensor or list of floats, already at `sampling_rate`: 1-D, or 2-D with the channels in the
-              smaller axis. Floats are taken as they are (full scale is [-1, 1]), integers of 8, 16 or 32 bits are
-              scaled by the range of their type.
+              smaller axis. Integers of 8, 16 or 32 bits are scaled by the range of their type.
             - `{"array": ..., "sampling_rate": ...}`, where `"array"` may be called `"raw"`; or
               `{"bytes": ..., "path": ...}`, as `datasets` gives with `Audio(decode=False)`.
             - a torchcodec `AudioDecoder`, as `datasets` gives by default.
         sampling_rate (`int`): of the result, in Hz.
 
     Returns:
-        `np.ndarray` of shape `(samples,)`, float32: the mean of the channels. May share memory with `source`.
+        `np.ndarray` of shape `(samples,)`, float32: the mean of the channels, less those that would cancel others in
+        it, see `downmix.py`; of several joined files, one after the other. Floats up to 2 are taken as they are (full
+        scale is [-1, 1]), louder ones scaled down to it. May share memory with `source`.
 
     Raises:
-        AudioError: if there is no such file, it is not audio, is cut short or damaged; if samples are NaN or infinite
-            or there are none; or if an array's type, shape or sampling rate is none of the above. Silence is no error.
+        AudioError: if there is no such file, it is not audio, is cut short or damaged, or holds more than its header
+            tells; if samples are NaN, infinite, or floats in the range of integers, or there are none; or if the type,
+            shape or sampling rate of an array is none of the above. Silence is no error.
     """
     if hasattr(source, "get_all_samples"):
         return _from_decoder(source, "the AudioDecoder", sampling_rate)
@@ -77,7 +87,8 @@ def load_audio(source, sampling_rate: int = SAMPLING_RATE) -> np.ndarray:
 
 def _describe(source) -> str:
     if isinstance(source, (str, Path)):
-        return str(source)
+        text = str(source)
+        return text if len(text) <= MAX_PATH_CHARACTERS else f"{text[:100]}… ({len(text)} characters)"
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return f"array of shape {tuple(source.shape)}"
     if isinstance(source, (bytes, bytearray, list, tuple)):
@@ -89,6 +100,8 @@ def _load(source, name: str, from_rate: float, to_rate: int) -> np.ndarray:
     """`from_rate` is that of a bare array; a file has its own."""
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         source = _fetch(source)
+    elif isinstance(source, str) and (content := file_in_text(source)) is not None:
+        source = content
     if isinstance(source, (str, Path)):
         with _open(Path(source)) as stream:
             return _from_stream(stream, name, to_rate)
@@ -97,11 +110,29 @@ def _load(source, name: str, from_rate: float, to_rate: int) -> np.ndarray:
     if hasattr(source, "read") and hasattr(source, "seek"):
         return _from_stream(source, name, to_rate)
     if isinstance(source, (np.ndarray, torch.Tensor, list, tuple)):
-        return _join([_to_mono(_to_float_array(source, name), name)], name, from_rate, to_rate)
+        return _from_array(_to_float_array(source, name), name, from_rate, to_rate)
     raise AudioError(f"{name} is not audio; give a path, URL, bytes, an array, or a dict with an array and its rate.")
 
 
+def file_in_text(text: str) -> bytes | None:
+    """The file that a `data:` URI or a text of base64 holds; `None` for any other text, such as a path."""
+    header, comma, payload = text.partition(",")
+    is_uri = bool(comma) and header[:5].lower() == "data:"
+    if is_uri and not header.lower().endswith(";base64"):
+        return unquote_to_bytes(payload)
+    if not is_uri and len(text) <= MAX_PATH_CHARACTERS:
+        return None
+    try:
+        encoded = unquote_to_bytes(payload) if is_uri else text.encode()
+        return base64.b64decode(b"".join(encoded.split()), validate=True)
+    except ValueError as error:
+        if not is_uri:
+            return None
+        raise AudioError(f"{header} is not followed by base64 ({error}); encode the whole file.") from error
+
+
 def _fetch(url: str) -> bytes:
+    logger.warning("Fetching %s", url.partition("?")[0])  # what follows may be a key
     try:
         response = httpx.get(url, follow_redirects=True, timeout=FETCH_TIMEOUT_SECONDS)
         response.raise_for_status()
@@ -113,34 +144,32 @@ def _fetch(url: str) -> bytes:
 
 
 def _open(path: Path) -> BinaryIO:
-    if path.is_dir():
+    if os.path.isdir(path):
         raise AudioError(f"{path} is a directory; give the path of one audio file in it.")
-    if not path.exists():
-        raise AudioError(f"{path} does not exist (looked for it in {Path.cwd()}); check the path.")
+    if not os.path.exists(path):  # false too for what cannot be a path, where Path.exists raises
+        raise AudioError(f"{_describe(path)} does not exist (looked for it in {Path.cwd()}); check the path.")
     return path.open("rb")
 
 
 # Files
 
 
-class _ForwardReader(soundfile.SoundFile):
-    """Reads front to end. soundfile's own class seeks after each block, which a streamed FLAC does not survive."""
-
-    def seekable(self):
-        return False
-
-
 def _from_stream(stream: BinaryIO, name: str, sampling_rate: int) -> np.ndarray:
-    stream.seek(0)
     try:
-        file = _ForwardReader(stream)
-    except (soundfile.LibsndfileError, TypeError):  # TypeError: a .raw file, which has no header
+        waveforms = [_read_part(part, name, sampling_rate) for part in audio_streams(stream)]
+    except UnknownFormat:
         return _from_torchcodec(stream, name, sampling_rate)
-    with file:
-        try:
-            return _join(_mono_blocks(file, stream, name), name, file.samplerate, sampling_rate)
-        except soundfile.LibsndfileError as error:
-            raise AudioError(f"{name} is damaged or cut short ({error}); get a whole copy of it.") from error
+    except AudioFileError as error:
+        raise AudioError(f"{name} {error}.") from error
+    if not waveforms:
+        return _from_torchcodec(stream, name, sampling_rate)
+    return _checked(waveforms, name)
+
+
+def _read_part(part, name: str, sampling_rate: int) -> np.ndarray:
+    blocks = sample_blocks(part)
+    rate, first = next(blocks, (sampling_rate, np.zeros((0, 1), np.float32)))
+    return _resampled(chain([mix_down(first)], (mix_down(block) for _, block in blocks)), name, rate, sampling_rate)
 
 
 def _from_torchcodec(stream: BinaryIO, name: str, sampling_rate: int) -> np.ndarray:
@@ -150,7 +179,7 @@ def _from_torchcodec(stream: BinaryIO, name: str, sampling_rate: int) -> np.ndar
     else:
         raise AudioError(
             f"{name} is not an audio file that soundfile can read. For m4a, mp4, webm install torchcodec and FFmpeg; "
-            "or convert it first: ffmpeg -i INPUT output.flac"
+            f"or convert it first: {CONVERSION}"
         )
     stream.seek(0)
     try:
@@ -160,65 +189,12 @@ def _from_torchcodec(stream: BinaryIO, name: str, sampling_rate: int) -> np.ndar
     return _from_decoder(decoder, name, sampling_rate)
 
 
-def _mono_blocks(file: soundfile.SoundFile, stream: BinaryIO, name: str) -> Iterator[np.ndarray]:
-    """The mean of a file's channels, block by block; at the end an error if the file promises more than it held."""
-    frames = 0
-    block_frames = MP3_BLOCK_FRAMES if file.format == "MP3" else BLOCK_FRAMES
-    while len(block := file.read(block_frames, dtype="float32", always_2d=True)):
-        frames += len(block)
-        yield block.mean(axis=1)
-    if file.format == "MP3":
-        _check_mp3_length(file, stream, frames, name)
-    elif file.format in ("WAV", "WAVEX"):
-        _check_wav_length(file, name)
-    elif frames < file.frames != UNKNOWN_FRAMES:
-        raise AudioError(
-            f"{name} is damaged: {frames} of its {file.frames} frames are readable; get a whole copy of it."
-        )
-
-
-def _check_mp3_length(file: soundfile.SoundFile, stream: BinaryIO, frames: int, name: str):
-    position = stream.tell()
-    unread = stream.seek(0, SEEK_END) - position
-    if _has_length_header(stream):
-        if frames < file.frames - MP3_TOLERANCE_FRAMES:
-            raise AudioError(
-                f"{name} is cut short: {frames} of its {file.frames} frames are there; get a whole copy of it."
-            )
-    elif unread > MP3_TAG_BYTES:
-        # Without the header libsndfile guesses the length from the first frame's bit rate, and stops there.
-        raise AudioError(
-            f"{name} is an MP3 of variable bit rate without a length header, of which libsndfile reads only a part; "
-            "convert it first: ffmpeg -i INPUT output.flac"
-        )
-
-
-def _has_length_header(stream: BinaryIO) -> bool:
-    """Whether an MP3's first frame is the Xing or Info frame that counts the others."""
-    stream.seek(0)
-    tag = stream.read(10)
-    if tag.startswith(b"ID3"):
-        size = (tag[6] << 21) + (tag[7] << 14) + (tag[8] << 7) + tag[9]
-        stream.seek(10 + size)
-    first_frame = stream.read(256)
-    return b"Xing" in first_frame or b"Info" in first_frame
-
-
-def _check_wav_length(file: soundfile.SoundFile, name: str):
-    # libsndfile quietly shortens a WAV to the bytes that are there, but says so in its log.
-    sizes = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, flags=re.MULTILINE)
-    if sizes and 0 < int(sizes[1]) < STREAMED_WAV_BYTES and int(sizes[2]) < int(sizes[1]):
-        raise AudioError(
-            f"{name} is cut short: {sizes[2]} of its {sizes[1]} bytes of samples are there; get a whole copy of it."
-        )
-
-
 def _from_decoder(decoder, name: str, sampling_rate: int) -> np.ndarray:
     try:
         samples = decoder.get_all_samples()
     except RuntimeError as error:
         raise AudioError(f"{name} is damaged or cut short ({error}); get a whole copy of it.") from error
-    return _join([samples.data.mean(0).cpu().numpy()], name, samples.sample_rate, sampling_rate)
+    return _from_array(samples.data.cpu().numpy(), name, samples.sample_rate, sampling_rate)
 
 
 # Arrays
@@ -243,18 +219,20 @@ def _to_float_array(samples, name: str) -> np.ndarray:
     )
 
 
-def _to_mono(samples: np.ndarray, name: str) -> np.ndarray:
-    if samples.ndim == 1:
-        return samples
-    if samples.ndim == 2 and samples.size > 0:
-        return samples.mean(axis=int(samples.shape[1] < samples.shape[0]), dtype=np.float32)
-    if samples.ndim == 2:
-        return samples.reshape(0)
-    raise AudioError(f"The {name} has {samples.ndim} dimensions; give (samples,) or (channels, samples).")
+def _from_array(samples: np.ndarray, name: str, from_rate: float, to_rate: int) -> np.ndarray:
+    if samples.ndim not in (1, 2):
+        raise AudioError(f"The {name} has {samples.ndim} dimensions; give (samples,) or (channels, samples).")
+    if samples.ndim == 1 or samples.size == 0:
+        blocks = [samples.reshape(-1)]
+    else:
+        samples = samples if samples.shape[1] < samples.shape[0] else samples.T
+        step = max(1, BLOCK_SAMPLES // samples.shape[1])
+        blocks = (mix_down(samples[start : start + step]) for start in range(0, len(samples), step))
+    return _checked([_resampled(blocks, name, from_rate, to_rate)], name)
 
 
-def _join(blocks: Iterable[np.ndarray], name: str, from_rate: float, to_rate: int) -> np.ndarray:
-    """Resample consecutive blocks of one waveform and put them together."""
+def _resampled(blocks: Iterable[np.ndarray], name: str, from_rate: float, to_rate: int) -> np.ndarray:
+    """Consecutive blocks of one waveform put together, at the other rate."""
     parts = []
     resampler = soxr.ResampleStream(from_rate, to_rate, 1, quality="HQ") if from_rate != to_rate else None
     for block in blocks:
@@ -263,6 +241,18 @@ def _join(blocks: Iterable[np.ndarray], name: str, from_rate: float, to_rate: in
         parts.append(block if resampler is None else resampler.resample_chunk(block))
     if resampler is not None:
         parts.append(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
-    if sum(map(len, parts)) == 0:
-        raise AudioError(f"{name} has no samples; exclude it, or make the recording again.")
     return np.concatenate(parts) if len(parts) > 1 else np.ascontiguousarray(parts[0])
+
+
+def _checked(waveforms: list[np.ndarray], name: str) -> np.ndarray:
+    """Waveforms one behind the other, not far above full scale."""
+    waveform = np.concatenate(waveforms) if len(waveforms) > 1 else waveforms[0]
+    if len(waveform) == 0:
+        raise AudioError(f"{name} has no samples; exclude it, or make the recording again.")
+    peak = max(float(waveform.max()), -float(waveform.min()))
+    if peak > INTEGER_PEAK:
+        raise AudioError(
+            f"{name} has floats up to {peak:.6g}, in the range of integers; floats are to be in [-1, 1]. Divide those "
+            "of 16 bits by 32768, or give them as int16."
+        )
+    return waveform if peak <= PEAK_LIMIT else waveform / np.float32(peak)

@@ -3,6 +3,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from .configuration_beats import BeatsConfig
 from .configuration_whisper_projector import WhisperProjectorConfig
@@ -80,6 +81,15 @@ class SalmonnConfig(PreTrainedConfig):
                 f"{self.text_config.vocab_size} tokens; name a token that it has and text never uses."
             )
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As in transformers, but what is no SALMONN is refused; it would become a model of defaults, of 32 layers."""
+        settings, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if (kind := settings.get("model_type")) != cls.model_type:
+            found = f"holds a model of type {kind!r}" if kind else "has no config.json of a model"
+            raise ValueError(f"{pretrained_model_name_or_path} {found}, not of a SALMONN; name a checkpoint of that.")
+        return settings, kwargs
+
     @property
     def quantized_parts(self) -> dict[str, dict]:
         """`parts` of the quantization_config, see [`SalmonnQuantizationConfig`]; empty for none."""
@@ -129,6 +139,8 @@ class SalmonnConfig(PreTrainedConfig):
 
 
 SalmonnConfig.register_for_auto_class()
+# `transformers serve` and any-to-any look here, and not among registered models; they import this module before.
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["salmonn"] = "SalmonnForConditionalGeneration"
 # Here and not in the package's __init__, so that the code in a checkpoint knows the parts' types, too.
 for part_config in (BeatsConfig, WindowQFormerConfig, WhisperProjectorConfig):
     AutoConfig.register(part_config.model_type, part_config, exist_ok=True)

@@ -34,6 +34,8 @@ class SalmonnGenerationMixin(GenerationMixin):
             ValueError: for options that do not go with the prompt, by their names; if drafts are asked for without a
                 CTC head or a tokenizer; if the clips do not fit the prompt.
         """
+        if hasattr(kwargs.get("tokenizer"), "tokenizer"):  # a processor, which `transformers serve` hands on
+            kwargs["tokenizer"] = kwargs["tokenizer"].tokenizer
         options = GenerationOptions(self.generation_config, generation_config, args, kwargs)
         if "prompt_embeds" in kwargs or options["is_assistant"]:  # called by a way of decoding, not from without
             return super().generate(inputs, options.config, **kwargs)

@@ -3,42 +3,29 @@ SALMONN: audio → encoders → projector → language model → text, in the or
 Towards Generic Hearing Abilities for Large Language Models", ICLR 2024 (https://arxiv.org/abs/2310.13289), 3.1.
 """
 
-import copy
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from .checkpoint import (
-    adapter_state_dict,
-    base_state_dict,
-    check_loaded,
-    check_weight_files,
-    round_matrices,
-    without_base_parts,
-)
+from .checkpoint import base_state_dict
 from .configuration_salmonn import SalmonnConfig
 from .generation_salmonn import SalmonnGenerationMixin
 from .kept_cache import keep_prompt, mask_as_cut
-from .lora import LORA_FIELDS, LoraMixin, adapted_parts
+from .lora import LORA_FIELDS, adapted_parts
 from .modeling_beats import BeatsModel
 from .placeholders import check_placeholders, drop_spare_placeholders, embed_prompt
-from .processing_salmonn import keep_transcription_ids
+from .pretrained_salmonn import BASE_PART_KWARGS, SalmonnPreTrainedModel
 from .projector import ProjectorOutput
 from .quantized_layers import quantize_parts
-from .quantizer_salmonn import SalmonnQuantizationConfig
-from .remote_code import save_code
 from .speech_encoder import SalmonnWhisperEncoder
 from .vocabulary import VocabularyMixin
 from .whisper_projector import WhisperProjector
 from .window_qformer import WindowQFormerProjector
 
 PASSED_ON = ("past_key_values", "hidden_states", "attentions")  # of the language model's outputs
-# Of `from_pretrained`, what also says how base parts are fetched; a revision is the checkpoint's own.
-BASE_PART_KWARGS = ("cache_dir", "token", "local_files_only")
 
 
 @dataclass
@@ -65,82 +52,7 @@ class SalmonnOutput(CausalLMOutputWithPast):
     alignment_loss: torch.Tensor | None = None
 
 
-class SalmonnPreTrainedModel(PreTrainedModel):
-    config: SalmonnConfig
-    config_class = SalmonnConfig
-    base_model_prefix = ""
-    main_input_name = "input_ids"
-    input_modalities = ("audio", "text")
-    supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_attention_backend = True
-    # Loading an adapter checkpoint must not ask for what its base parts bring, nor a saved one for derived buffers.
-    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
-        """
-        As `PreTrainedModel.from_pretrained`. A checkpoint whose config names `base_parts` holds only what was trained;
-        the frozen parts are then found by [`resolve_base_part`] and put together with it.
-
-        Raises:
-            OSError: if the checkpoint or one of its base parts cannot be had, or a file was cut off; the message says
-                what was tried, or names the file.
-            ValueError: if the files lack tensors, naming them; with `output_loading_info` a full checkpoint's report
-                names them instead.
-        """
-        base_kwargs = {name: kwargs[name] for name in BASE_PART_KWARGS if name in kwargs}
-        hub_kwargs = base_kwargs | ({"revision": kwargs["revision"]} if "revision" in kwargs else {})
-        if hasattr(settings := getattr(config, "quantization_config", None), "to_dict"):
-            config = copy.deepcopy(config)  # a loaded model has the object, the loader takes a dict
-            config.quantization_config = settings.to_dict()
-        if pretrained_model_name_or_path is None:
-            return super().from_pretrained(None, *model_args, config=config, **kwargs)
-        if not isinstance(config, SalmonnConfig):
-            config = SalmonnConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
-        check_weight_files(pretrained_model_name_or_path)
-        if not config.base_parts:
-            with_report = kwargs.pop("output_loading_info", False)
-            kwargs |= {"config": config, "output_loading_info": True}
-            model, report = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-            if with_report:
-                return model, report
-            check_loaded(pretrained_model_name_or_path, report)
-            return model
-
-        with torch.device("meta"):
-            skeleton = cls(config)
-            skeleton.quantize_parts(config.quantized_parts)
-        state_dict = adapter_state_dict(pretrained_model_name_or_path, skeleton, **hub_kwargs)
-        settings = kwargs.get("quantization_config")
-        if isinstance(settings, SalmonnQuantizationConfig) and not (settings.language_model or config.quantized_parts):
-            # Rounded as they are in their files, as base parts will be when what is saved of this model is loaded.
-            config = copy.deepcopy(config)
-            config.quantization_config = kwargs.pop("quantization_config").to_dict()
-            skeleton.quantize_parts(settings.parts)
-            state_dict = round_matrices(state_dict, skeleton)
-        state_dict |= base_state_dict(skeleton, **base_kwargs)
-        kwargs = {name: value for name, value in kwargs.items() if name not in hub_kwargs}
-        model = super().from_pretrained(None, *model_args, config=config, state_dict=state_dict, **kwargs)
-        model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
-        if model.can_generate():
-            model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
-        return model
-
-    def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):
-        """As `PreTrainedModel.save_pretrained`, but a model with `config.base_parts` leaves those frozen parts out."""
-        state_dict = self.state_dict() if state_dict is None else state_dict
-        state_dict = without_base_parts(state_dict, self.config)
-        if self.can_generate():
-            keep_transcription_ids(self.generation_config, save_directory)
-        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
-        if kwargs.get("is_main_process", True):
-            save_code(save_directory)
-
-
-class SalmonnModel(VocabularyMixin, SalmonnPreTrainedModel, LoraMixin):
+class SalmonnModel(VocabularyMixin, SalmonnPreTrainedModel):
     """Encoders, projector and language model, up to its last hidden state."""
 
     def __init__(self, config: SalmonnConfig):
@@ -158,6 +70,7 @@ class SalmonnModel(VocabularyMixin, SalmonnPreTrainedModel, LoraMixin):
         """Round the weights of parts to few bits, in place, see [`quantize_parts`]; the config is left as it is."""
         # A method, since a process with the package and a checkpoint's own code has these layers' classes twice.
         quantize_parts(self, parts)
+        self.refuse_to_merge_into_bits()
 
     def train(self, mode: bool = True):
         """As `nn.Module.train`, but an encoder without a trainable weight stays in evaluation mode."""

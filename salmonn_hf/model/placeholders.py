@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers.utils import torch_compilable_check
 
 
 def check_placeholders(is_audio: torch.BoolTensor, count: int, audio_token_id: int):
@@ -10,12 +11,15 @@ def check_placeholders(is_audio: torch.BoolTensor, count: int, audio_token_id: i
     Raises:
         ValueError: if there are not as many placeholders as the clips give audio embeddings, `count`.
     """
-    if is_audio.sum() != count:
-        raise ValueError(
+    # Also where torch.export traces it, which takes no branch that depends on data.
+    torch_compilable_check(
+        is_audio.sum() == count,
+        lambda: (
             f"input_ids hold {int(is_audio.sum())} audio placeholders (token {audio_token_id}), but the clips give "
             f"{count} audio embeddings. Make the prompt with SalmonnProcessor, whose window settings must be those of "
             "the model, and pass its input_features along."
-        )
+        ),
+    )
 
 
 def embed_prompt(

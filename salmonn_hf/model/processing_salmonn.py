@@ -10,6 +10,7 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs
 
 from .audio import load_audio
+from .serving import check_source, errors_answered
 from .windows import num_windows
 
 # Puts content lists ({"type": "text"}, {"type": "audio"}) as plain strings before a language model's own chat
@@ -99,6 +100,7 @@ class SalmonnProcessor(ProcessorMixin):
         mel_frames = int(audio_inputs["input_features_mask"][audio_idx].sum())
         return self.audio_token * self.num_audio_tokens((mel_frames + 1) // 2)
 
+    @errors_answered()
     def __call__(self, text=None, audio=None, **kwargs) -> BatchFeature:
         r"""
         Args:
@@ -122,6 +124,7 @@ class SalmonnProcessor(ProcessorMixin):
         # The base class has the feature extractor's fetch_audio decode the clips.
         return super().__call__(text=text, audio=audio, **kwargs)
 
+    @errors_answered()
     def apply_chat_template(self, conversation, chat_template=None, processor_kwargs=None, **kwargs):
         """
         As `ProcessorMixin.apply_chat_template`; a clip is `{"type": "audio", "audio": path, array, ...}`. A control
@@ -165,13 +168,16 @@ class SalmonnProcessor(ProcessorMixin):
         """Message content with its clips decoded to arrays."""
         if isinstance(content, str):
             return content
-        sources = ("audio", "path", "url")
-        return [
-            {"type": "audio", "audio": load_audio(part[key], self.feature_extractor.sampling_rate)}
-            if part["type"] == "audio" and (key := next((k for k in sources if part.get(k) is not None), None))
-            else part
-            for part in content
-        ]
+        parts = []
+        for part in content:
+            if part["type"] not in ("text", "audio"):
+                raise ValueError(f"A message holds a part of type {part['type']!r}; the model takes text and audio.")
+            keys = ("audio", "path", "url") if part["type"] == "audio" else ()
+            if (source := next((part[key] for key in keys if part.get(key) is not None), None)) is not None:
+                check_source(source)
+                part = {"type": "audio", "audio": load_audio(source, self.feature_extractor.sampling_rate)}
+            parts.append(part)
+        return parts
 
     def transcription_messages(self, audio=None, prompt=None, language=None) -> list[dict]:
         """The user turn that asks for a transcript of one clip."""

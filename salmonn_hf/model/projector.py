@@ -84,7 +84,8 @@ class SalmonnProjector(PreTrainedModel):
         num_tokens = num_states
         if is_token is not None:
             embeds = embeds[is_token]
-            num_tokens = torch.stack([clip.sum() for clip in is_token.split(num_states.tolist())])
+            last = is_token.cumsum(0)[num_states.cumsum(0) - 1]  # tokens up to the end of each clip
+            num_tokens = last.diff(prepend=last.new_zeros(1))
         ctc_log_probs = self.ctc_log_probs(states, token_embedding) if return_ctc and self.has_ctc_head else None
         return ProjectorOutput(embeds, num_tokens, ctc_log_probs, states, num_states)
 

@@ -47,9 +47,9 @@ class SalmonnSoundSummary(nn.Module):
         place = torch.arange(names.shape[1], device=kind.device)
         place = place * torch.minimum(length, num_states[:, None]) // length.clamp(min=1)
         token = ((num_states.cumsum(0) - num_states)[:, None] + place)[named]
-        count = torch.bincount(token, minlength=int(num_states.sum()))[:, None]
-        rows = embedding_rows(embedding, names[named])
-        sums = rows.new_zeros(len(count), rows.shape[-1]).index_add(0, token, rows)
+        rows, num_rows = embedding_rows(embedding, names[named]), num_states.sum().item()
+        count = token.new_zeros(num_rows, 1).index_add(0, token, torch.ones_like(token)[:, None])
+        sums = rows.new_zeros(num_rows, rows.shape[-1]).index_add(0, token, rows)
         return torch.where(count > 0, sums / count.clamp(min=1) + self.marker, 0).to(rows.dtype)
 
     def logits(self, statistics: torch.Tensor) -> torch.Tensor:

@@ -94,10 +94,10 @@ class WhisperProjector(SalmonnProjector):
         size, context, reach = self.config.window_frames, self.config.window_context, self.config.window_reach
         frames = self.audio_norm(audio_frames) * audio_frames_mask[..., None]
         windows_of_clips = num_windows(audio_frames_mask.sum(-1), size, size)
-        count = int(windows_of_clips.max())
+        count = num_windows(frames.shape[1], size, size)
         own = torch.arange(count, device=frames.device) < windows_of_clips[:, None]
         windows = nn.functional.pad(frames, (0, 0, 0, count * size - frames.shape[1]))
-        states = self.query + self.frame_mlp(windows.reshape(len(frames), count, -1).to(self.query.dtype))
+        states = self.query + self.frame_mlp(windows.reshape(frames.shape[0], count, -1).to(self.query.dtype))
 
         starts = size * torch.arange(count, device=frames.device)[:, None]
         positions = torch.arange(frames.shape[1], device=frames.device)

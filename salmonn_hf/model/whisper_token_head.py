@@ -89,7 +89,8 @@ class WhisperTokenHead(nn.Module):
         with torch.no_grad():
             best, best_token = scores.max(-1, keepdim=True)
             best = best.float() * scale
-            if not (self.training or states.requires_grad):  # a model whose states have gradients cannot be copied
+            # Neither while torch.export traces it, nor with gradients, with which a model cannot be copied.
+            if not (self.training or states.requires_grad or torch.compiler.is_exporting()):
                 self.last_path = states, path_to_draft(best, best_token, blank)[:, 0]
             with_word = (best > blank - SURELY_BLANK).nonzero()[:, 0]
             least = (torch.maximum(best, blank) - UNLIKELY) / scale

@@ -20,14 +20,17 @@ def merge_wordless(
     Returns:
         `embeds` with each window at its group's mean, and which windows are the first of their group.
     """
-    places = torch.arange(len(embeds), device=embeds.device)
+    places = torch.arange(embeds.shape[0], device=embeds.device)
     clip_starts = torch.zeros_like(wordless)
     clip_starts[num_windows.cumsum(0)[:-1]] = True
     before = torch.cat([wordless.new_zeros(1), wordless[:-1]])
     starts_run = clip_starts | ~wordless | ~before
-    run_start = torch.where(starts_run, places, 0).cummax(0).values
+    starts = torch.where(starts_run, places, 0)
+    torch._check(starts.shape[0] > 0)  # a hint for torch.export
+    run_start = starts.cummax(0).values
     is_first = (places - run_start) % limit == 0
     group = is_first.cumsum(0) - 1
-    size = torch.bincount(group)[:, None].to(embeds.dtype)
-    means = embeds.new_zeros(len(size), embeds.shape[-1]).index_add(0, group, embeds) / size
-    return means[group], is_first
+    # Room for as many groups as windows, so that no shape depends on what the windows hold.
+    size = torch.zeros_like(group).index_add(0, group, torch.ones_like(group))
+    sums = torch.zeros_like(embeds).index_add(0, group, embeds)
+    return sums[group] / size[group][:, None].to(embeds.dtype), is_first

@@ -49,8 +49,9 @@ class WindowQFormerProjector(SalmonnProjector):
     def window_states(self, audio_frames, audio_frames_mask, sound_frames=None, sound_frames_mask=None):
         frames, mask = self.join_frames(audio_frames, audio_frames_mask, sound_frames, sound_frames_mask)
         size, stride = self.config.window_frames, self.config.window_stride
-        windows_of_clips = num_windows(mask.sum(-1), size, stride, keep_tail=not self.config.pad_to_30_seconds)
-        length = (int(windows_of_clips.max()) - 1) * stride + size
+        keep_tail = not self.config.pad_to_30_seconds
+        windows_of_clips = num_windows(mask.sum(-1), size, stride, keep_tail)
+        length = (num_windows(mask.shape[1], size, stride, keep_tail) - 1) * stride + size
         frames = nn.functional.pad(frames, (0, 0, 0, length - frames.shape[1]))
         mask = nn.functional.pad(mask, (0, length - mask.shape[1]))
 
@@ -60,7 +61,7 @@ class WindowQFormerProjector(SalmonnProjector):
 
         positions = 0 if self.window_positions is None else self.window_positions.to(windows.dtype)
         queries = self.qformer(
-            query_embeds=self.query_tokens.expand(len(windows), -1, -1),
+            query_embeds=self.query_tokens.expand(windows.shape[0], -1, -1),
             encoder_hidden_states=windows + positions,
             encoder_attention_mask=window_mask,
         ).last_hidden_state

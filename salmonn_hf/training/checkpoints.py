@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..hub.push import push_to_hub
+from ..model.adapters import name_adapter_base
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
@@ -51,6 +52,7 @@ def save_checkpoint(trainer, save: Callable[[], None]):
             if (output_dir / name).exists():
                 shutil.rmtree(output_dir / name)
             os.replace(staging / name, output_dir / name)
+            name_adapter_base(output_dir / name, os.path.abspath(output_dir / name))
             staging.rmdir()
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)
@@ -62,6 +64,8 @@ def save_checkpoint(trainer, save: Callable[[], None]):
     finally:
         trainer.args = args
     if args.push_to_hub:
+        if args.should_save:
+            name_adapter_base(output_dir / name, trainer.hub_model_id)
         trainer._push_from_checkpoint(str(output_dir / name))
     if args.should_save:
         rotate_checkpoints(str(output_dir), args.save_total_limit, best_model_checkpoint=state.best_model_checkpoint)
@@ -90,6 +94,7 @@ def save_model(trainer, processor):
         for file in sorted(partial.iterdir()):
             os.replace(file, output_dir / file.name)
         partial.rmdir()
+        name_adapter_base(output_dir, os.path.abspath(output_dir))
         if args.push_to_hub:
             push_to_hub(output_dir, trainer.hub_model_id, private=args.hub_private_repo, token=args.hub_token)
     if state_dict is None and on_float32:  # as are the features on which it is evaluated next

@@ -32,5 +32,7 @@ def cut_lora_rank(model: nn.Module, rank: int):
                     linear = nn.Linear(*weight.T.shape, bias=False, device="meta")
                     linear.weight = nn.Parameter(weight.to(layer.lora_A[name].weight.dtype))
                     getattr(layer, part)[name] = linear
+                layer.lora_alpha[name] *= rank / layer.r[name]
                 layer.r[name] = rank
     model.config.lora = lora | {"r": rank, "lora_alpha": lora["lora_alpha"] * rank / lora["r"]}
+    model.describe_lora()

@@ -89,3 +89,40 @@ def test_flac_of_16_bit_audio_is_lossless(tmp_path):
     # louder than full scale is clipped, not wrapped round
     (tmp_path / "b.flac").write_bytes(flac_bytes(np.array([2.0, -2.0, 0.5], np.float32)))
     np.testing.assert_array_equal(soundfile.read(tmp_path / "b.flac", dtype="int16")[0], [32767, -32768, 16384])
+
+
+def test_a_clip_of_joined_files_is_as_long_as_all_of_them(tmp_path):
+    """No transcript of the whole beside samples of the first part."""
+    for form, kind in (("wav", {}), ("mp3", {}), ("ogg", {"subtype": "OPUS"})):
+        file = tmp_path / f"a.{form}"
+        soundfile.write(file, np.random.default_rng(0).standard_normal(16000) * 0.1, 16000, **kind)
+        file.write_bytes(file.read_bytes() * 3)
+        assert clip_seconds(row(file)) == pytest.approx(3.0, abs=0.001)
+        assert clip_seconds({"audio": {"bytes": file.read_bytes()}}) == pytest.approx(3.0, abs=0.001)
+        whole = read_clip(row(file))
+        assert len(whole) == pytest.approx(48000, abs=10)
+        part = row(file, start=1.5, end=2.75)
+        assert clip_seconds(part) == 1.25
+        np.testing.assert_allclose(read_clip(part), whole[24000:44000], atol=1e-6)
+
+
+def test_a_clip_whose_header_tells_less_is_refused_or_read_whole(tmp_path):
+    file = write(tmp_path / "a.wav", 2.0)
+    data = (tmp_path / "a.wav").read_bytes()
+    at = data.index(b"data") + 4
+    (tmp_path / "a.wav").write_bytes(data[:at] + bytes(4) + data[at + 4 :])
+    assert clip_seconds(row(file)) == 2.0 and len(read_clip(row(file))) == 32000
+    assert len(read_clip(row(file, start=1.0, end=2.0))) == 16000
+    for broken in (data[:at] + (1000).to_bytes(4, "little") + data[at + 4 :], data[:-1000]):
+        (tmp_path / "b.wav").write_bytes(broken)
+        for clip in (row(tmp_path / "b.wav"), {"audio": {"bytes": broken, "path": None}, "text": "a"}):
+            with pytest.raises(UnusableClip, match="unreadable"):
+                checked_seconds(clip)
+            with pytest.raises(UnusableClip, match="damaged"):
+                read_clip(clip)
+
+
+def test_a_part_of_a_file_is_mixed_down_as_the_whole_is(tmp_path):
+    samples = np.random.default_rng(0).standard_normal(32000).astype(np.float32) * 0.1
+    soundfile.write(tmp_path / "a.wav", np.stack([samples, -samples], axis=1), 16000, subtype="FLOAT")
+    np.testing.assert_array_equal(read_clip(row(tmp_path / "a.wav", start=0.5, end=1.5)), samples[8000:24000])

@@ -16,6 +16,8 @@ from salmonn_hf.data.clip_audio import read_clip
 from salmonn_hf.data.clip_table import ClipTable
 from salmonn_hf.data.skipped_clips import SkippedClips
 from salmonn_hf.data.sources import Source
+from salmonn_hf.evaluation.clips import parquet_clips
+from salmonn_hf.model.audio import load_audio
 from salmonn_hf.training.recipe import parse_recipe
 
 
@@ -215,3 +217,76 @@ def test_an_unwritable_list_of_skipped_clips_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="skipped.tsv.*can be written"):
         SkippedClips(tmp_path / "file" / "skipped.tsv")
+
+
+def listed(directory):
+    """Two recordings, and what a list of them should be read as."""
+    (directory / "wavs").mkdir()
+    for name, seconds in (("a", 0.5), ("b", 0.25)):
+        soundfile.write(directory / "wavs" / f"{name}.wav", noise(seconds), 16000, subtype="FLOAT")
+    return [("1984, or NA", 8000), ("NA", 4000)]
+
+
+LISTS = {
+    "l.csv": 'audio,text,seconds\nwavs/a.wav,"1984, or NA",0.5\nwavs/b.wav,NA,0.25\n',
+    "bom.csv": '\ufefffile_name,text\r\nwavs/a.wav,"1984, or NA"\r\nwavs/b.wav,NA\r\n',
+    "l.tsv": "path\ttext\nwavs/a.wav\t1984, or NA\nwavs/b.wav\tNA\n",
+    "l.jsonl": '{"file": "wavs/a.wav", "text": "1984, or NA"}\n\n{"file": "wavs/b.wav", "text": "NA"}\n',
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_lists_of_files_in_training_and_evaluation(tmp_path, name):
+    expected = listed(tmp_path)
+    (tmp_path / name).write_text(LISTS[name], encoding="utf-8")
+    table = ClipTable(Source(str(tmp_path / name)))
+    assert [(row["text"], len(read_clip(row))) for row in map(table.__getitem__, range(2))] == expected
+    assert table.seconds.tolist() == [0.5, 0.25]
+    clips = parquet_clips([str(tmp_path / name)], "text")
+    assert [(clip.references[0], len(clip.waveform())) for clip in clips] == expected
+
+
+def test_a_list_with_columns_of_other_names_or_none(tmp_path):
+    listed(tmp_path)
+    (tmp_path / "l.csv").write_text("clip,said\nwavs/a.wav,x\n,y\nwavs/gone.wav,z\n")
+    skipped = SkippedClips()
+    table = ClipTable(Source(str(tmp_path / "l.csv"), columns={"audio": "clip", "text": "said"}), skipped=skipped)
+    assert len(table) == 1 and len(read_clip(table[0])) == 8000 and skipped.counts == {"unreadable": 2}
+    with pytest.raises(ValueError, match=r"no column audio or file_name .*it has \['clip', 'said'\].*columns: {audio"):
+        Source(str(tmp_path / "l.csv")).open()
+    (tmp_path / "l.jsonl").write_text('{"audio": "wavs/a.wav", "text": "x"}\n["y"]\n')
+    with pytest.raises(Exception, match="l.jsonl, line 2 is no JSON object|generating"):
+        Source(str(tmp_path / "l.jsonl")).open()
+    with pytest.raises(FileNotFoundError, match="no .*none.csv"):
+        Source(str(tmp_path / "none.csv")).open()
+    with pytest.raises(ValueError, match="cannot be streamed"):
+        Source("l.csv", streaming=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int16"])
+@pytest.mark.parametrize("rate", [16_000, 8_000])
+def test_parquet_of_arrays(tmp_path, dtype, rate):
+    samples = (noise(0.5) * (32767 if dtype == "int16" else 1)).astype(dtype)
+    kind = pa.struct({"array": pa.list_(pa.from_numpy_dtype(dtype)), "sampling_rate": pa.int64()})
+    audio = [{"array": samples, "sampling_rate": rate}, {"array": [], "sampling_rate": rate}, None]
+    pq.write_table(pa.table({"audio": pa.array(audio, kind), "text": ["a", "b", "c"]}), tmp_path / "a.parquet")
+    expected = load_audio({"array": samples, "sampling_rate": rate})
+    skipped = SkippedClips()
+    table = ClipTable(Source(str(tmp_path / "a.parquet")), skipped=skipped)
+    assert skipped.counts == {"zero length": 2} and table.seconds.tolist() == [8000 / rate]
+    np.testing.assert_array_equal(read_clip(table[0]), expected)
+    np.testing.assert_array_equal(parquet_clips([str(tmp_path / "a.parquet")], "text")[0].waveform(), expected)
+    streamed = next(iter(Source(str(tmp_path / "a.parquet"), streaming=True).open()))
+    np.testing.assert_array_equal(read_clip(streamed), expected)
+
+
+def test_hints_name_the_option_that_names_the_column(tmp_path):
+    path = write(tmp_path / "a.parquet", [embedded(flac(0.5), "a", sentence="x")])
+    with pytest.raises(ValueError, match="no column 'text'.*--text_column NAME"):
+        DataArguments(train_files=[path]).load()
+    with pytest.raises(ValueError, match="no column 'text'.*Name it with --text_column"):
+        parquet_clips([path], "text")
+    with pytest.raises(ValueError, match="'sentences'.*Did you mean 'sentence'. Name it with --captions_column"):
+        parquet_clips([path], "sentences", references_option="captions_column")
+    with pytest.raises(ValueError, match="no column 'question'.*Name it with --question_column"):
+        parquet_clips([path], "sentence", question="question")

@@ -35,6 +35,15 @@ def flac(waveform):
     return file.getvalue()
 
 
+def test_nothing_empty_is_left_where_the_model_cannot_be_loaded(tmp_path):
+    def make_model():
+        raise OSError("no such checkpoint")
+
+    with pytest.raises(OSError, match="no such checkpoint"):
+        predict(clips_of([0.5]), make_model, tmp_path / "out", {"task": "asr"}, 1)
+    assert [file for file in tmp_path.rglob("*") if file.is_file() and not file.stat().st_size] == []
+
+
 def clips_of(seconds):
     texts = ["a dog", "barks", "in the yard", "", "all night"]
     files = [b"no audio" if length is None else flac(noise(length, row)) for row, length in enumerate(seconds)]

@@ -1,5 +1,7 @@
 """`pipeline("any-to-any")` with audio in chat messages: what it answers is what processor and model answer."""
 
+import logging
+
 import numpy as np
 import pytest
 import soundfile
@@ -76,3 +78,10 @@ def test_a_clip_that_is_none_is_named(talker, tmp_path):
         talker(conversation(str(tmp_path / "gone.wav")), **FEW)
     with pytest.raises(salmonn_hf.AudioError, match="NaN"):
         talker(conversation(np.full(8000, np.nan, np.float32)), **FEW)
+
+
+def test_the_model_is_among_those_that_the_pipeline_knows(tiny_checkpoint, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with caplog.at_level(logging.WARNING, "transformers"):
+        pipeline("any-to-any", model=str(tiny_checkpoint), device="cpu")
+    assert "not supported" not in caplog.text

@@ -1,5 +1,6 @@
 """load_audio against soundfile, soxr, ffmpeg and tones of known pitch; and what it says about audio it cannot use."""
 
+import base64
 import http.server
 import io
 import shutil
@@ -50,6 +51,32 @@ def assert_tone(waveform, hertz=440.0, amplitude=0.5, seconds=1.0):
 
 
 # Sources
+
+
+def test_the_file_itself_as_text():
+    """As a `data:` URI, in base64 or percent-encoded, and as base64 alone, also in lines."""
+    data = encoded(tone())
+    text = base64.b64encode(data).decode()
+    uris = ["data:audio/wav;base64,", "data:;base64,", "DATA:audio/wav;codecs=1;BASE64,"]
+    percent = "".join(f"%{byte:02x}" for byte in data)
+    lines = base64.encodebytes(data).decode()
+    escaped = text.replace("+", "%2B").replace("/", "%2F").replace("=", "%3D")
+    sources = [*(uri + text for uri in uris), uris[0] + escaped, f"data:audio/wav,{percent}", text, lines]
+    for source in [*sources, {"path": sources[0]}]:
+        np.testing.assert_array_equal(load_audio(source), load_audio(data))
+
+
+def test_a_text_that_is_no_file_is_refused_in_few_words():
+    for source in [
+        "data:audio/wav;base64,AAAA",
+        "data:audio/wav;base64,!" + "A" * 5000,
+        "data:,",
+        "A" * 5000,
+        "a/" * 3000,
+    ]:
+        with pytest.raises(AudioError) as error:
+            load_audio(source)
+        assert len(str(error.value)) < 600
 
 
 @pytest.mark.parametrize("wrap", [str, lambda path: path], ids=["str", "Path"])
@@ -111,7 +138,6 @@ def test_channels_are_averaged():
     waveform = load_audio(encoded(tones, 48_000, subtype="FLOAT"))
     expected = soxr.resample(tones.mean(axis=1), 48_000, RATE)
     np.testing.assert_allclose(waveform, expected, atol=1e-6)
-    np.testing.assert_array_equal(load_audio(encoded(np.stack([tone(), -tone()], axis=1), subtype="FLOAT")), 0)
 
 
 @needs_ffmpeg
@@ -133,25 +159,13 @@ def test_decoding_and_resampling_agree_with_ffmpeg(arguments):
 @needs_ffmpeg
 def test_streamed_files_whose_header_does_not_know_their_length():
     data = encoded(speech_like(7))
-    for arguments in (("-f", "flac"), ("-f", "wav")):
-        np.testing.assert_array_equal(load_audio(ffmpeg(data, *arguments)), load_audio(data))
-
-
-@needs_ffmpeg
-def test_mp3_without_length_header_is_read_whole_or_refused():
-    data = encoded(speech_like(20))
-    constant = ffmpeg(data, "-f", "mp3", "-b:a", "32k", "-write_xing", "0", "-id3v2_version", "0")
-    cover = b"ID3\x03\0\0" + bytes([0, 6, 0, 0]) + bytes(6 << 14)  # a tag as large as one with a picture
-    for mp3 in (constant, cover + constant):
-        assert abs(len(load_audio(mp3)) - 20 * RATE) < 2500
-    data = encoded(speech_like(20)[RATE // 2 :])  # loud at once: the first frame is a large one
-    variable = ffmpeg(data, "-f", "mp3", "-q:a", "5", "-write_xing", "0")
-    with pytest.raises(AudioError, match=r"bytes of length \d+ is an MP3 of variable bit rate.*ffmpeg"):
-        load_audio(variable)
+    for form in ("flac", "wav", "aiff", "au", "caf", "w64", "wav -rf64 always"):
+        streamed = ffmpeg(data, "-f", *form.split())
+        np.testing.assert_array_equal(load_audio(streamed), load_audio(data), err_msg=form)
 
 
 def test_blocks_of_a_long_file_join_without_seams(monkeypatch):
-    monkeypatch.setattr("salmonn_hf.model.audio.BLOCK_FRAMES", 1000)
+    monkeypatch.setattr("salmonn_hf.model.audio_file.BLOCK_SAMPLES", 1000)
     samples = speech_like(2, 44_100)
     waveform = load_audio(encoded(samples, 44_100, subtype="FLOAT"))
     np.testing.assert_array_equal(waveform, soxr.resample(samples, 44_100, RATE, quality="HQ"))
@@ -188,6 +202,40 @@ def test_either_orientation_of_channels():
     for samples in (stereo, stereo.T, np.asfortranarray(stereo)):
         np.testing.assert_array_equal(load_audio(samples), tone() / 2)
     np.testing.assert_array_equal(load_audio(tone()[None]), tone())
+
+
+@pytest.mark.parametrize("peak", [0.3, 1.0, 1.7, 2.0])
+def test_floats_a_little_over_full_scale_stay(peak):
+    for source in (
+        tone(amplitude=peak),
+        list(map(float, tone(amplitude=peak))),
+        encoded(tone(amplitude=peak), subtype="FLOAT"),
+    ):
+        np.testing.assert_array_equal(load_audio(source), tone(amplitude=peak))
+
+
+@pytest.mark.parametrize("peak", [2.5, 3, 10, 60])
+def test_floats_far_over_full_scale_are_scaled_down(peak):
+    loud = tone(hertz=437, amplitude=peak)
+    sources = [loud, torch.tensor(loud), torch.tensor(loud).double(), {"array": loud, "sampling_rate": RATE}]
+    for source in (*sources, loud[None], encoded(loud, subtype="FLOAT"), encoded(loud, subtype="DOUBLE")):
+        np.testing.assert_allclose(load_audio(source), loud / np.abs(loud).max(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("peak", [127, 6700, 32_767, 8_388_607, 2_147_483_647])
+def test_floats_in_the_range_of_integers_are_refused(peak):
+    loud = tone(hertz=437, amplitude=peak)
+    sources = [
+        loud,
+        loud.astype(np.float64),
+        loud.tolist(),
+        torch.tensor(loud),
+        torch.tensor(loud, dtype=torch.bfloat16),
+    ]
+    sources += [np.stack([loud, loud]), {"raw": loud, "sampling_rate": 8000}, encoded(loud, subtype="FLOAT")]
+    for source in sources:
+        with pytest.raises(AudioError, match="in the range of integers; .* Divide those of 16 bits by 32768"):
+            load_audio(source)
 
 
 def test_lists_and_strided_arrays():

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import noise, tiny_config, tiny_model, tiny_processor, tiny_text_config, tiny_tokenizer
+from conftest import noise, randomise_lora, tiny_config, tiny_model, tiny_processor, tiny_text_config, tiny_tokenizer
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, WhisperForConditionalGeneration
 
@@ -219,6 +220,37 @@ def test_with_local_files_alone_nothing_is_fetched(adapter, monkeypatch):
     with pytest.raises(BasePartNotFoundError, match="(?s)whisper-tiny.*local_files_only was given"):
         AutoModel.from_pretrained(directory, local_files_only=True)
     assert looked_up == [("openai/whisper-tiny", False)]
+
+
+def test_what_peft_merges_into_base_parts_is_saved(adapter, tmp_path):
+    """The base parts on disk are without it; what is taken out again leaves them as they are."""
+    _, directory = adapter
+    config = AutoConfig.from_pretrained(directory)
+    config.lora = None
+    bare = SalmonnForConditionalGeneration.from_base_parts(config).eval()
+    bare.save_pretrained(tmp_path / "bare")
+    for take_out in ("merge_and_unload", "unload"):
+        wrapped = get_peft_model(AutoModel.from_pretrained(tmp_path / "bare"), LoraConfig(target_modules=["q_proj"]))
+        randomise_lora(wrapped)
+        expected = logits(wrapped) if take_out == "merge_and_unload" else logits(bare)
+        getattr(wrapped, take_out)().save_pretrained(tmp_path / take_out)
+        loaded = AutoModel.from_pretrained(tmp_path / take_out)
+        torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_second_adapter_beside_an_adapter_checkpoint(adapter, tmp_path):
+    model, directory = adapter
+    loaded = AutoModel.from_pretrained(directory)
+    assert loaded.active_adapters() == ["default"]
+    loaded.add_adapter(LoraConfig(target_modules=["k_proj", "fc2"]), "second")
+    assert torch.equal(logits(loaded), logits(model))
+    randomise_lora(loaded, "lora_B.second").save_pretrained(tmp_path / "second")
+    again = AutoModel.from_pretrained(tmp_path / "second")
+    torch.testing.assert_close(logits(again), logits(loaded), rtol=1e-4, atol=1e-4)
+    again.delete_adapter("adapter")
+    again.save_pretrained(tmp_path / "again")
+    assert "language_model.model.norm.weight" not in load_file(tmp_path / "again" / "model.safetensors")
+    assert torch.equal(logits(AutoModel.from_pretrained(tmp_path / "again")), logits(model))
 
 
 def test_who_asks_what_was_loaded_is_told_what_lacked(tmp_path):

@@ -2,36 +2,15 @@
 
 import pytest
 import torch
-from conftest import noise, tiny_config, tiny_model, tiny_processor
+from conftest import ENCODER_LORA, LORA, noise, tiny_processor
 from peft.tuners.lora import LoraLayer
 
 from salmonn_hf import SalmonnForConditionalGeneration
 from salmonn_hf.model.quantizer_salmonn import set_quantized_parts
 
-LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
-ENCODER_LORA = {"r": 2, "lora_alpha": 8, "target_modules": ["q_proj", "out_proj", "fc1"]}
 
-
-@pytest.fixture
-def model():
-    model = tiny_model(tiny_config(lora=LORA)).eval()
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-@pytest.fixture
-def adapted_encoder(model):
-    model.add_lora(ENCODER_LORA, "audio_tower")
-    for layer in model.audio_tower.modules():
-        if isinstance(layer, LoraLayer):
-            torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.3)
-    return model
-
-
-def test_lora_in_the_encoder_is_saved_and_merged(adapted_encoder, tmp_path):
-    model, inputs = adapted_encoder, tiny_processor().apply_transcription_request([noise(0.5)])
+def test_lora_in_the_encoder_is_saved_and_merged(lora_in_both, tmp_path):
+    model, inputs = lora_in_both, tiny_processor().apply_transcription_request([noise(0.5)])
     layers = len(model.audio_tower.layers)
     assert len([layer for layer in model.audio_tower.modules() if isinstance(layer, LoraLayer)]) == 3 * layers
     with torch.no_grad():
@@ -46,19 +25,19 @@ def test_lora_in_the_encoder_is_saved_and_merged(adapted_encoder, tmp_path):
     assert not any(".lora_" in name or ".base_layer" in name for name in loaded.state_dict())
 
 
-def test_lora_changes_what_the_encoder_hears(adapted_encoder):
+def test_lora_changes_what_the_encoder_hears(lora_in_both):
     inputs = tiny_processor().apply_transcription_request([noise(0.5)])
     clip = inputs["input_features"], inputs["input_features_mask"]
     with torch.no_grad():
-        adapted = adapted_encoder.encode_audio(*clip)["audio_frames"]
-        for layer in adapted_encoder.audio_tower.modules():
+        adapted = lora_in_both.encode_audio(*clip)["audio_frames"]
+        for layer in lora_in_both.audio_tower.modules():
             if isinstance(layer, LoraLayer):
                 layer.enable_adapters(False)
-        assert not torch.allclose(adapted_encoder.encode_audio(*clip)["audio_frames"], adapted, atol=1e-2)
+        assert not torch.allclose(lora_in_both.encode_audio(*clip)["audio_frames"], adapted, atol=1e-2)
 
 
-def test_lora_in_quantised_weights_is_not_merged(adapted_encoder):
-    set_quantized_parts(adapted_encoder.config, {"audio_tower": {"bits": 8}})
+def test_lora_in_quantised_weights_is_not_merged(lora_in_both):
+    set_quantized_parts(lora_in_both.config, {"audio_tower": {"bits": 8}})
     with pytest.raises(ValueError, match="as audio_tower is"):
-        adapted_encoder.merge_lora()
-    assert adapted_encoder.config.lora == LORA
+        lora_in_both.merge_lora()
+    assert lora_in_both.config.lora == LORA

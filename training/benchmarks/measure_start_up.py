@@ -29,6 +29,7 @@ from salmonn_hf.data.flac import flac_bytes
 from salmonn_hf.data.mixture_sampler import MixtureSampler
 from salmonn_hf.data.sources import Source
 from salmonn_hf.model.audio import SAMPLING_RATE
+from salmonn_hf.terminal import command
 
 STEP_SIZE = 64  # clips of an optimizer step
 WORDS = "a of the bird car door rain dog speaks closes sings passes slowly loudly behind window garden".split()
@@ -68,6 +69,7 @@ def megabytes() -> np.ndarray:
     return np.array([int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) / 1024 for name in ("VmRSS", "RssAnon")])
 
 
+@command
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
     parser.add_argument("--rows", type=int, default=1_600_000, help="of the index")

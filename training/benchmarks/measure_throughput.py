@@ -20,6 +20,8 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
+from salmonn_hf.terminal import command
+
 SALMONNS = {"pad_to_30_seconds": True, "window_position_embeddings": True, "output_norm": True}
 REFERENCE = {"encoder_dtype": "float32", "train_sampling_strategy": "random", "feature_cache": ""}
 REFERENCE["projector_config"] = {"model_type": "salmonn_window_qformer", **SALMONNS}
@@ -47,6 +49,7 @@ def clips_per_second(recipe: dict, work: Path) -> float:
     return float(re.search(r"'train_samples_per_second': '?([\d.]+)", result.stdout)[1])
 
 
+@command
 def main():
     parser = HfArgumentParser(MeasureArguments, description=__doc__.split("\n")[1])
     parser.add_argument("recipe", help="Of stage 1.")

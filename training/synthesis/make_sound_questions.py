@@ -24,6 +24,7 @@ from salmonn_hf.data.augmentation import add_noise
 from salmonn_hf.data.clip_parquet import parquet_rows, write_clips
 from salmonn_hf.data.flac import flac_bytes
 from salmonn_hf.model.audio import SAMPLING_RATE, load_audio
+from salmonn_hf.terminal import command
 
 WORDS = yaml.safe_load(Path(__file__).with_name("sound_questions.yaml").read_text(encoding="utf-8"))
 QUESTIONS = WORDS["questions"]
@@ -63,6 +64,7 @@ def sound_questions(row: dict, labels: list[str], rounds: int, rng: np.random.Ge
     return questions
 
 
+@command
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sounds", nargs="+", required=True, help="Parquet files")

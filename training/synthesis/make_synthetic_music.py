@@ -23,6 +23,7 @@ import yaml
 from salmonn_hf.data.clip_parquet import write_clips
 from salmonn_hf.data.flac import flac_bytes
 from salmonn_hf.model.audio import SAMPLING_RATE, load_audio
+from salmonn_hf.terminal import command
 
 WORDS = yaml.safe_load(Path(__file__).with_name("music.yaml").read_text(encoding="utf-8"))
 INSTRUMENTS, CAPTIONS = WORDS["instruments"], WORDS["captions"]
@@ -116,6 +117,7 @@ def make_clip(seed: int, index: int, soundfont: Path) -> dict:
     return row | {"seconds": len(waveform) / SAMPLING_RATE}
 
 
+@command
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="the Parquet file to write")

@@ -28,6 +28,7 @@ from speech_clips import row, trim, with_silence, write_speech
 
 from salmonn_hf.data.clip_parquet import CLIPS_PER_GROUP
 from salmonn_hf.model.audio import SAMPLING_RATE
+from salmonn_hf.terminal import command
 
 MAX_WORDS_PER_SECOND = 5.0  # above it the voice skipped words, or failed silently
 PROGRAMS = ("espeak-ng", "flite")  # each in the apt package of its name
@@ -101,6 +102,7 @@ def make_clips(texts: list[str], clips: int, seed: int, workers: int) -> Iterato
             print(f"{made}/{clips} clips, {attempts - made} dropped", flush=True)
 
 
+@command
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="the Parquet file to write")
