@@ -32,18 +32,18 @@ class SalmonnCTCHead(nn.Module):
         nn.init.constant_(self.log_scale, 3.0)  # cosines times e³ = 20
 
     def forward(
-        self, audio_embeds: torch.Tensor, embedding: nn.Module, classes: torch.LongTensor | None = None
+        self, audio_embeds: torch.Tensor, token_embedding: nn.Module, classes: torch.LongTensor | None = None
     ) -> torch.Tensor:
         r"""
         Args:
             audio_embeds (`torch.Tensor` of shape `(..., hidden size)`).
-            embedding (`nn.Module`): the language model's input embeddings.
+            token_embedding (`nn.Module`): the language model's.
             classes (`torch.LongTensor` of shape `(classes,)`, *optional*): indices into `token_ids`; default: all.
 
         Returns:
             float32 log-probabilities of shape `(..., 1 + classes)`: the blank, then the tokens.
         """
-        center, rows = token_directions(embedding, self.token_ids)
+        center, rows = token_directions(token_embedding, self.token_ids)
         rows = rows if classes is None else rows[classes]
         blank = nn.functional.normalize(self.blank.float()[None], dim=-1)
         directions = nn.functional.normalize(audio_embeds.float() - center, dim=-1)

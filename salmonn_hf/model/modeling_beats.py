@@ -48,10 +48,10 @@ class BeatsRelativePositionBias(nn.Module):
         self.max_distance = config.max_distance
         self.bias = nn.Embedding(config.num_buckets, config.num_attention_heads)
 
-    def buckets(self, length: int) -> torch.Tensor:
+    def buckets(self, length: int, device: torch.device | None = None) -> torch.Tensor:
         """`(length, length)`: half of the buckets for keys up to the query, half for those after it; in each half one
         per distance at first, then wider ones, logarithmically, up to `max_distance`."""
-        positions = torch.arange(length, device=self.bias.weight.device)
+        positions = torch.arange(length, device=device)
         offsets = positions[None, :] - positions[:, None]
         distances = offsets.abs()
         half = self.num_buckets // 2
@@ -60,9 +60,9 @@ class BeatsRelativePositionBias(nn.Module):
         far = (exact + steps.clamp(min=0).long()).clamp(max=half - 1)
         return torch.where(distances < exact, distances, far) + half * (offsets > 0)
 
-    def forward(self, length: int) -> torch.Tensor:
+    def forward(self, length: int, device: torch.device | None = None) -> torch.Tensor:
         """The bias, `(1, heads, queries, keys)`."""
-        return self.bias(self.buckets(length)).permute(2, 0, 1)[None]
+        return self.bias(self.buckets(length, device)).permute(2, 0, 1)[None]
 
 
 def eager_attention_forward(
@@ -285,7 +285,7 @@ class BeatsModel(BeatsPreTrainedModel):
         hidden_states = self.dropout(hidden_states)
 
         relative = self.relative_position_bias
-        position_bias = None if relative is None else relative(hidden_states.shape[1])
+        position_bias = None if relative is None else relative(hidden_states.shape[1], hidden_states.device)
         for layer in self.layers:
             if self.training and self.config.gradient_decay != 1:
                 hidden_states = scale_gradient(hidden_states, self.config.gradient_decay)

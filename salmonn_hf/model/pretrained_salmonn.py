@@ -33,7 +33,8 @@ class SalmonnPreTrainedModel(AdapterMixin, PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("audio", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    # The embeddings of the language model are a module, which stays on its own device where the parts have several.
+    _skip_keys_device_placement = ["past_key_values", "token_embedding"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True

@@ -261,7 +261,12 @@ def embedding_rows(embedding: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Rows of an embedding module's matrix, quantised or not, without Gemma's scale."""
     if isinstance(embedding, QuantizedMatrix):
         return embedding.select(ids)
-    return nn.functional.embedding(ids, embedding.weight.detach())  # in less time than by indices
+    if embedding.weight.is_meta:  # offloaded: the module fetches its weights when it is called
+        return embedding(ids).detach() / getattr(embedding, "embed_scale", 1.0)
+    rows = nn.functional.embedding(
+        ids.to(embedding.weight.device), embedding.weight.detach()
+    )  # faster than by indices
+    return rows.to(ids.device)
 
 
 def linears(part: nn.Module) -> dict[str, nn.Linear]:

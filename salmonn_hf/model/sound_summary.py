@@ -28,13 +28,13 @@ class SalmonnSoundSummary(nn.Module):
         self.register_buffer("names", torch.full((config.sound_kinds, config.sound_name_size), -1, dtype=torch.int32))
         self.marker = nn.Parameter(torch.zeros(config.output_size))  # a name is not what somebody says
 
-    def forward(self, sound_frames, sound_frames_mask, num_states, embedding: nn.Module) -> torch.Tensor:
+    def forward(self, sound_frames, sound_frames_mask, num_states, token_embedding: nn.Module) -> torch.Tensor:
         r"""
         Args:
             sound_frames (`torch.Tensor` of shape `(clips, frames, width)`): as the encoder gave them.
             sound_frames_mask (`torch.BoolTensor` of shape `(clips, frames)`).
             num_states (`torch.LongTensor` of shape `(clips,)`): states of each clip.
-            embedding (`nn.Module`): the language model's token embeddings.
+            token_embedding (`nn.Module`): the language model's.
 
         Returns:
             `(states of all clips, hidden size)`: on the first states of each clip the name of its kind; each is the
@@ -47,7 +47,7 @@ class SalmonnSoundSummary(nn.Module):
         place = torch.arange(names.shape[1], device=kind.device)
         place = place * torch.minimum(length, num_states[:, None]) // length.clamp(min=1)
         token = ((num_states.cumsum(0) - num_states)[:, None] + place)[named]
-        rows, num_rows = embedding_rows(embedding, names[named]), num_states.sum().item()
+        rows, num_rows = embedding_rows(token_embedding, names[named]), num_states.sum().item()
         count = token.new_zeros(num_rows, 1).index_add(0, token, torch.ones_like(token)[:, None])
         sums = rows.new_zeros(num_rows, rows.shape[-1]).index_add(0, token, rows)
         return torch.where(count > 0, sums / count.clamp(min=1) + self.marker, 0).to(rows.dtype)

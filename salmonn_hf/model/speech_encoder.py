@@ -29,7 +29,8 @@ class SalmonnWhisperEncoder(WhisperEncoder):
         mel_mask = attention_mask[:, None].to(input_features.dtype)
         hidden_states = nn.functional.gelu(self.conv1(input_features * mel_mask)) * mel_mask
         hidden_states = nn.functional.gelu(self.conv2(hidden_states)).transpose(1, 2)
-        hidden_states = hidden_states + self.embed_positions.weight[: hidden_states.shape[1]]
+        positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+        hidden_states = hidden_states + self.embed_positions(positions)
 
         attention_mask = create_bidirectional_mask(self.config, hidden_states, attention_mask[:, ::2])
         for layer in self.layers:

@@ -118,7 +118,8 @@ class WhisperProjector(SalmonnProjector):
     def embed(self, states, num_states, token_embedding, sound_frames=None, sound_frames_mask=None):
         summary = None
         if self.sound_summary is not None and sound_frames is not None:
-            summary = self.sound_summary(sound_frames, sound_frames_mask, num_states, token_embedding)
+            of_clips = (sound_frames, sound_frames_mask, num_states)
+            summary = self.sound_summary(*of_clips, token_embedding=token_embedding)
         embeds, wordless = self.ctc_head.embed(states, summary, self.speech_tokens, token_embedding)
         if self.config.merged_windows == 1:
             return embeds, None

@@ -92,7 +92,7 @@ class WindowQFormerProjector(SalmonnProjector):
         return states, None
 
     def ctc_log_probs(self, states, token_embedding, classes=None):
-        return self.ctc_head(states, token_embedding, classes)
+        return self.ctc_head(states, token_embedding=token_embedding, classes=classes)
 
     def ctc_path(self, states, token_embedding):
         return self.ctc_head.best(states, token_embedding)

@@ -264,3 +264,37 @@ def test_who_asks_what_was_loaded_is_told_what_lacked(tmp_path):
         SalmonnForConditionalGeneration.from_pretrained(tmp_path)
     _, report = SalmonnForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert report["missing_keys"] == {lacking}
+
+
+TINY_BEATS = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "embed_dim": 8,
+}
+TINY_BEATS |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+
+
+@pytest.mark.parametrize(
+    ("settings", "on_disk"),
+    [
+        ({}, ("audio_tower", "projector", "language_model")),
+        ({"ctc_vocab_size": 7}, ("projector", "language_model")),
+        ({"num_layers": 1}, ("audio_tower", "language_model")),
+        ({"sound_config": BeatsConfig(**TINY_BEATS)}, ("sound_tower", "language_model")),
+    ],
+    ids=["qformer", "ctc", "whisper", "beats"],
+)
+def test_parts_may_lie_on_disk(settings, on_disk, tmp_path):
+    """What is there is on the meta device until its module is called: no module takes another's weights."""
+    model, processor = tiny_model(tiny_config(**settings)), tiny_processor(tiny_config(**settings))
+    processor.feature_extractor.return_input_values = "sound_config" in settings
+    inputs = processor.apply_transcription_request([noise(1.0)])
+    model.save_pretrained(tmp_path)
+    parts = [name for name, _ in model.named_children()]
+    device_map = {part: "disk" if part in on_disk else "cpu" for part in parts}
+    settings = {"device_map": device_map, "offload_folder": tmp_path / "offloaded"}
+    offloaded = SalmonnForConditionalGeneration.from_pretrained(tmp_path, **settings)
+    with torch.no_grad():
+        assert torch.equal(offloaded(**inputs).logits, model(**inputs).logits)
