@@ -44,7 +44,6 @@ class SalmonnProjector(PreTrainedModel):
     main_input_name = "audio_frames"
     input_modalities = ("audio",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["WhisperProjector", "WindowQFormerProjector"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True

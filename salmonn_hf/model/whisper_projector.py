@@ -43,6 +43,7 @@ class WhisperProjector(SalmonnProjector):
 
     config: WhisperProjectorConfig
     config_class = WhisperProjectorConfig
+    _no_split_modules = ["WhisperProjector"]
     base_part_prefixes = {"speech_tokens": ("model.decoder.embed_tokens.", "decoder.embed_tokens.")}
     frozen_parameters = ("speech_tokens.", "sound_summary.norm.", "sound_summary.mlp.")
     sound_parameters = ("sound_summary.marker",)

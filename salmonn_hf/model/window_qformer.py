@@ -15,6 +15,7 @@ class WindowQFormerProjector(SalmonnProjector):
 
     config: WindowQFormerConfig
     config_class = WindowQFormerConfig
+    _no_split_modules = ["WindowQFormerProjector"]
 
     def __init__(self, config: WindowQFormerConfig):
         super().__init__(config)
