@@ -23,6 +23,7 @@ import torch
 from transformers.utils import is_torchcodec_usable
 
 import salmonn_hf
+from salmonn_hf.terminal import command
 
 
 class Clock:
@@ -66,6 +67,7 @@ def encode(feature, value: dict) -> dict:
     return {name: value[name] for name in ("bytes", "path")}
 
 
+@command
 def main():
     clone = Path(sys.argv[1] if len(sys.argv) > 1 else "")
     script = clone / "transformers" / "run_eval.py"

@@ -224,8 +224,8 @@ class SalmonnModel(VocabularyMixin, SalmonnPreTrainedModel):
         input_values: torch.Tensor | None = None,
         input_values_mask: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         **kwargs,
     ) -> SalmonnModelOutput:
         """The language model's last hidden state over text and audio; arguments as in the class below."""
