@@ -18,6 +18,10 @@ CANCELLED_SHARE = 0.08  # of the power of a channel, band by band
 LARGEST = 1e9  # beyond it, and where samples are not finite, there is nothing to compare
 COPY = 0.6  # correlation with a later or earlier copy
 IN_PHASE = 0.7  # of that correlation, without any delay
+LOUD_DB = 20.0  # below a channel's loudest window: what is looked for in another one
+NOISE_DB = 10.0  # above the softest: so much over its noise
+SOFTER_DB = 14.0  # below that channel's own loudest: there it is lost
+MISSED_SHARE = 0.05  # of a channel's loud windows
 CLEARER_DB = 3.0  # more between its loud and its quiet moments, for a later channel to be taken for the clearer
 
 
@@ -30,7 +34,7 @@ def mix_down(samples: np.ndarray) -> np.ndarray:
 
     Returns:
         `np.ndarray` of shape `(samples,)`, float32: the mean of the channels, less those that are a delayed copy of
-        a clearer one, or would cancel it.
+        a clearer one, or would cancel it. A channel with something of its own, such as another speaker, stays.
     """
     channels = samples.shape[1]
     if channels == 1:
@@ -44,23 +48,43 @@ def mix_down(samples: np.ndarray) -> np.ndarray:
     tracks = tracks[power > QUIET * power.max()]
     if (tracks == tracks[:1]).all():
         return mean
-    windows, excerpts = spectra(tracks), excerpt_spectra(tracks)
+    windows, excerpts, levels = spectra(tracks), excerpt_spectra(tracks), [levels_db(track) for track in tracks]
     kept = []
-    for index in sorted(range(len(tracks)), key=lambda index: -round(range_db(tracks[index]) / CLEARER_DB)):
-        if not any(
-            cancelled_share(windows[index], windows[other]) > CANCELLED_SHARE
-            or is_delayed_copy(excerpts[index], excerpts[other])
-            for other in kept
-        ):
+    for index in sorted(range(len(tracks)), key=lambda index: -round(range_db(levels[index]) / CLEARER_DB)):
+        for other in kept:
+            delay = delay_of_copy(excerpts[index], excerpts[other])
+            cancels = cancelled_share(windows[index], windows[other]) > CANCELLED_SHARE
+            if (cancels or delay is not None) and not missed_in(levels[other], levels[index], delay or 0):
+                break
+        else:
             kept.append(index)
     return mean if len(kept) == len(tracks) else tracks[kept].mean(axis=0, dtype=np.float32)
 
 
-def range_db(track: np.ndarray) -> float:
+def levels_db(track: np.ndarray) -> np.ndarray:
+    """The level of each window of a channel, in dB, at most 120 dB apart."""
+    power = track[: len(track) // WINDOW * WINDOW].reshape(-1, WINDOW).var(axis=1)
+    return 10 * np.log10(np.maximum(power, max(1e-12 * power.max(), 1e-30)))
+
+
+def missed_in(kept: np.ndarray, levels: np.ndarray, delay: int) -> bool:
+    """
+    Whether a channel of the levels `kept` is soft where another one, which comes `delay` samples later, is loud: it
+    then misses what is in that one.
+    """
+    places = np.arange(len(levels)) - round(delay / WINDOW)
+    places, levels = places[inside := (places >= 0) & (places < len(kept))], levels[inside]
+    near = np.max([np.roll(kept, shift) for shift in (-2, -1, 0, 1, 2)], axis=0)[places]
+    if len(levels) == 0:
+        return False
+    loud = levels > max(levels.max() - LOUD_DB, np.percentile(levels, 10) + NOISE_DB)
+    return bool(loud.any() and (near[loud] < kept.max() - SOFTER_DB).mean() > MISSED_SHARE)
+
+
+def range_db(levels: np.ndarray) -> float:
     """How far the quiet moments of a channel lie below its loud ones: the less, the more noise is in it."""
-    levels = track[: len(track) // WINDOW * WINDOW].reshape(-1, WINDOW).var(axis=1)
     quiet, loud = np.percentile(levels, [10, 95])
-    return float(10 * np.log10(max(loud, 1e-20) / max(quiet, 1e-6 * loud, 1e-20)))
+    return float(min(loud - quiet, 60))
 
 
 def spectra(tracks: np.ndarray) -> np.ndarray:
@@ -90,7 +114,10 @@ def cancelled_share(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.mean(lost[heard] / total[heard])) if heard.any() else 0.0
 
 
-def is_delayed_copy(first: np.ndarray, second: np.ndarray) -> bool:
-    """Whether two channels are much more alike when one of them is moved."""
+def delay_of_copy(first: np.ndarray, second: np.ndarray) -> int | None:
+    """By how many samples the first of two channels that are much more alike when moved comes later, or `None`."""
     correlation = np.abs(np.fft.irfft(first * second.conj()))
-    return bool(correlation.max() > COPY and correlation[0] < IN_PHASE * correlation.max())
+    delay = int(correlation.argmax())
+    if correlation[delay] <= COPY or correlation[0] >= IN_PHASE * correlation[delay]:
+        return None
+    return delay if delay < len(correlation) // 2 else delay - len(correlation)
