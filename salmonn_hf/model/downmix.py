@@ -18,10 +18,12 @@ CANCELLED_SHARE = 0.08  # of the power of a channel, band by band
 LARGEST = 1e9  # beyond it, and where samples are not finite, there is nothing to compare
 COPY = 0.6  # correlation with a later or earlier copy
 IN_PHASE = 0.7  # of that correlation, without any delay
-LOUD_DB = 20.0  # below a channel's loudest window: what is looked for in another one
-NOISE_DB = 10.0  # above the softest: so much over its noise
-SOFTER_DB = 14.0  # below that channel's own loudest: there it is lost
-MISSED_SHARE = 0.05  # of a channel's loud windows
+FINE_BANDS = 14  # from 200 Hz on, in which two channels are compared moment by moment
+LOUD = 0.01  # of a band's greatest power, and
+OVER_NOISE = 10.0  # times what it mostly has: moments of a channel that another one must have as well
+SOFTER = 0.06  # of the power that it would have as a copy
+ALIKE = 0.3  # squared coherence; a band of unrelated channels has 0.2 at most
+OWN_SHARE = 0.3  # of a channel's loud moments
 CLEARER_DB = 3.0  # more between its loud and its quiet moments, for a later channel to be taken for the clearer
 
 
@@ -48,43 +50,39 @@ def mix_down(samples: np.ndarray) -> np.ndarray:
     tracks = tracks[power > QUIET * power.max()]
     if (tracks == tracks[:1]).all():
         return mean
-    windows, excerpts, levels = spectra(tracks), excerpt_spectra(tracks), [levels_db(track) for track in tracks]
+    windows, excerpts = spectra(tracks), excerpt_spectra(tracks)
     kept = []
-    for index in sorted(range(len(tracks)), key=lambda index: -round(range_db(levels[index]) / CLEARER_DB)):
+    for index in sorted(range(len(tracks)), key=lambda index: -round(range_db(tracks[index]) / CLEARER_DB)):
         for other in kept:
             delay = delay_of_copy(excerpts[index], excerpts[other])
             cancels = cancelled_share(windows[index], windows[other]) > CANCELLED_SHARE
-            if (cancels or delay is not None) and not missed_in(levels[other], levels[index], delay or 0):
+            if (cancels or delay is not None) and not has_its_own(tracks[index], tracks[other], delay or 0):
                 break
         else:
             kept.append(index)
     return mean if len(kept) == len(tracks) else tracks[kept].mean(axis=0, dtype=np.float32)
 
 
-def levels_db(track: np.ndarray) -> np.ndarray:
-    """The level of each window of a channel, in dB, at most 120 dB apart."""
-    power = track[: len(track) // WINDOW * WINDOW].reshape(-1, WINDOW).var(axis=1)
-    return 10 * np.log10(np.maximum(power, max(1e-12 * power.max(), 1e-30)))
-
-
-def missed_in(kept: np.ndarray, levels: np.ndarray, delay: int) -> bool:
+def has_its_own(track: np.ndarray, other: np.ndarray, delay: int) -> bool:
     """
-    Whether a channel of the levels `kept` is soft where another one, which comes `delay` samples later, is loud: it
-    then misses what is in that one.
+    Whether a channel, which comes `delay` samples after another one, has much that the other has not, such as a
+    speaker: in its loud moments, band by band, the other is soft or is not coherent with it.
     """
-    places = np.arange(len(levels)) - round(delay / WINDOW)
-    places, levels = places[inside := (places >= 0) & (places < len(kept))], levels[inside]
-    near = np.max([np.roll(kept, shift) for shift in (-2, -1, 0, 1, 2)], axis=0)[places]
-    if len(levels) == 0:
-        return False
-    loud = levels > max(levels.max() - LOUD_DB, np.percentile(levels, 10) + NOISE_DB)
-    return bool(loud.any() and (near[loud] < kept.max() - SOFTER_DB).mean() > MISSED_SHARE)
+    own, copy = spectra(np.stack([track, np.roll(other, delay)]))
+    edges = np.unique(np.geomspace(13, WINDOW // 2, FINE_BANDS + 1).round().astype(int))[:-1]
+    power, copied = (np.add.reduceat(np.abs(channel) ** 2, edges, axis=1) for channel in (own, copy))
+    cross = np.abs(np.add.reduceat(own * copy.conj(), edges, axis=1)) ** 2
+    loud = power > np.maximum(LOUD * power.max(axis=0), OVER_NOISE * np.percentile(power, 10, axis=0))
+    is_softer = copied * power.max(axis=0) < SOFTER * power * copied.max(axis=0)
+    missed = (cross < ALIKE * power * copied) | is_softer
+    return bool(loud.any() and missed[loud].mean() > OWN_SHARE)
 
 
-def range_db(levels: np.ndarray) -> float:
+def range_db(track: np.ndarray) -> float:
     """How far the quiet moments of a channel lie below its loud ones: the less, the more noise is in it."""
+    levels = track[: len(track) // WINDOW * WINDOW].reshape(-1, WINDOW).var(axis=1)
     quiet, loud = np.percentile(levels, [10, 95])
-    return float(min(loud - quiet, 60))
+    return float(10 * np.log10(max(loud, 1e-20) / max(quiet, 1e-6 * loud, 1e-20)))
 
 
 def spectra(tracks: np.ndarray) -> np.ndarray:

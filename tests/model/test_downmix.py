@@ -120,3 +120,26 @@ def test_a_long_file_is_mixed_block_by_block():
     np.testing.assert_array_equal(mixed[:at], stereo[:at].mean(axis=1))
     np.testing.assert_array_equal(mixed[at:], stereo[at:, 0])
     np.testing.assert_array_equal(load_audio(stereo), mixed)
+
+
+@pytest.mark.parametrize(
+    "name", ["inverted noise", "delayed noise", "inverted hum", "crosstalk", "inverted crosstalk"]
+)
+def test_two_speakers_on_two_channels_both_stay(name):
+    """One after the other, with something in both channels that cancels or comes later."""
+    silence = np.zeros(RATE // 2, np.float32)
+    second = OTHER * SPEECH.std() / OTHER.std()
+    first = np.concatenate([SPEECH, silence, 0 * second])
+    second = np.concatenate([0 * SPEECH, silence, second])
+    level = SPEECH.std() * 0.3
+    hiss = (np.random.default_rng(0).standard_normal(len(first)) * level).astype(np.float32)
+    hum = (np.sin(2 * np.pi * 50 / RATE * np.arange(len(first))) * 4 * level).astype(np.float32)
+    channels = {
+        "inverted noise": (first + hiss, second - hiss),
+        "delayed noise": (first + hiss, second + np.roll(hiss, 20)),
+        "inverted hum": (first + hum, second - hum),
+        "crosstalk": (first + 0.1 * np.roll(second, 40), second + 0.1 * np.roll(first, 40)),
+        "inverted crosstalk": (first - 0.1 * second, second - 0.1 * first),
+    }[name]
+    samples = np.stack(channels, axis=1)
+    assert np.array_equal(mix_down(samples), samples.mean(axis=1))
