@@ -139,7 +139,7 @@ def test_two_speakers_on_two_channels_both_stay(name):
         "delayed noise": (first + hiss, second + np.roll(hiss, 20)),
         "inverted hum": (first + hum, second - hum),
         "crosstalk": (first + 0.1 * np.roll(second, 40), second + 0.1 * np.roll(first, 40)),
-        "inverted crosstalk": (first - 0.1 * second, second - 0.1 * first),
+        "inverted talk": (first - 0.1 * second, second - 0.1 * first),
     }[name]
     samples = np.stack(channels, axis=1)
     assert np.array_equal(mix_down(samples), samples.mean(axis=1))
