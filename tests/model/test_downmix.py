@@ -122,9 +122,7 @@ def test_a_long_file_is_mixed_block_by_block():
     np.testing.assert_array_equal(load_audio(stereo), mixed)
 
 
-@pytest.mark.parametrize(
-    "name", ["inverted noise", "delayed noise", "inverted hum", "crosstalk", "inverted crosstalk"]
-)
+@pytest.mark.parametrize("name", ["inverted noise", "delayed noise", "inverted hum", "crosstalk", "inverted talk"])
 def test_two_speakers_on_two_channels_both_stay(name):
     """One after the other, with something in both channels that cancels or comes later."""
     silence = np.zeros(RATE // 2, np.float32)
