@@ -17,7 +17,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, A
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from .configuration_salmonn import SalmonnConfig
-from .lora import LORA_FIELDS, OWN, OWN_MARK, LoraMixin, adapted_parts, require_peft, tuner_layers
+from .lora import LORA_FIELDS, OWN, OWN_MARK, LoraMixin, adapted_parts, require_peft, switched_off, tuner_layers
 from .quantized_layers import replace_module
 
 
@@ -116,6 +116,8 @@ class AdapterMixin(LoraMixin):
         self.requires_grad_(False)
         try:
             yield
+            for module in switched_off(self):  # all or none: the new one is on
+                module.enable_adapters(True)
             functional.set_adapter(self, [*active, name], inference_mode=not is_trainable)
             functional.set_requires_grad(self, active, False)
             configs = self.peft_config
@@ -135,7 +137,8 @@ class AdapterMixin(LoraMixin):
 
     def add_adapter(self, adapter_config, adapter_name: str | None = None):
         """
-        As in transformers: a new adapter, which alone is trained from now on. Adapters that were active stay active.
+        As in transformers: a new adapter, which alone is trained from now on. Adapters that were active stay active;
+        if they were disabled, they are enabled.
 
         Raises:
             ValueError: if there is an adapter of that name.
@@ -157,7 +160,7 @@ class AdapterMixin(LoraMixin):
     ) -> LoadStateDictInfo:
         """
         As in transformers, also LoRA alone of a SALMONN checkpoint, and all that PEFT can save. Adapters that were
-        active stay active.
+        active stay active; if they were disabled, they are enabled.
 
         Args:
             hub_kwargs: `token`, `revision`, `cache_dir`, `local_files_only` and `subfolder`, here or as
@@ -213,6 +216,12 @@ class AdapterMixin(LoraMixin):
             own = type(self)(config).peft_config[OWN]
         weights = load_file(cached_file(name_or_path, "model.safetensors", **hub_kwargs))
         return own, {key.replace(f".{OWN}.", "."): value for key, value in weights.items() if ".lora_" in key}
+
+    def enable_adapters(self):
+        """As in transformers, which forgets the modules that are trained as a whole."""
+        super().enable_adapters()
+        for module in switched_off(self):
+            module.enable_adapters(True)
 
     def delete_adapter(self, adapter_names):
         """As in transformers; layers that have no adapter any more are as they were before."""
