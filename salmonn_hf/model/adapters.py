@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME, cached_file
 from transformers.utils.loading_report import LoadStateDictInfo
 
+from .checkpoint import checkpoint_weights
 from .configuration_salmonn import SalmonnConfig
 from .lora import LORA_FIELDS, OWN, OWN_MARK, LoraMixin, adapted_parts, require_peft, switched_off, tuner_layers
 from .quantized_layers import replace_module
@@ -56,7 +57,7 @@ def base_of_adapter(name_or_path, **hub_kwargs) -> str | None:
     )
     if not base:
         raise ValueError(f"{name_or_path} is an adapter that does not say for which checkpoint. {remedy}")
-    of_base = {name: value for name, value in hub_kwargs.items() if name != "revision"}
+    of_base = {name: value for name, value in hub_kwargs.items() if name not in ("revision", "subfolder")}
     if not find_file(base, "config.json", **of_base):
         raise ValueError(f"{name_or_path} is an adapter for {base!r}, which is not there. {remedy}")
     kind = PreTrainedConfig.get_config_dict(base, **of_base)[0].get("model_type")
@@ -214,7 +215,7 @@ class AdapterMixin(LoraMixin):
             raise ValueError(f"{name_or_path} has no LoRA; load it with from_pretrained.")
         with torch.device("meta"):
             own = type(self)(config).peft_config[OWN]
-        weights = load_file(cached_file(name_or_path, "model.safetensors", **hub_kwargs))
+        weights = checkpoint_weights(name_or_path, **hub_kwargs)
         return own, {key.replace(f".{OWN}.", "."): value for key, value in weights.items() if ".lora_" in key}
 
     def enable_adapters(self):
