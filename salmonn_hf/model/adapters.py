@@ -18,7 +18,17 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from .checkpoint import checkpoint_weights
 from .configuration_salmonn import SalmonnConfig
-from .lora import LORA_FIELDS, OWN, OWN_MARK, LoraMixin, adapted_parts, require_peft, switched_off, tuner_layers
+from .lora import (
+    LORA_FIELDS,
+    OWN,
+    OWN_MARK,
+    LoraMixin,
+    adapted_parts,
+    option_that_changes_weights,
+    require_peft,
+    switched_off,
+    tuner_layers,
+)
 from .quantized_layers import replace_module
 
 
@@ -105,6 +115,7 @@ class AdapterMixin(LoraMixin):
         configs, functional = dict(getattr(self, "peft_config", {})), require_peft().functional
         if name in configs:
             raise ValueError(f"Adapter with name {name} already exists. Please use a different name.")
+        self.check_base_parts_stay(config)
         if configs and getattr(config, "trainable_token_indices", None):
             raise ValueError(
                 "trainable_token_indices cannot be trained beside another adapter: PEFT's layer knows one alone. "
@@ -142,7 +153,7 @@ class AdapterMixin(LoraMixin):
         if they were disabled, they are enabled.
 
         Raises:
-            ValueError: if there is an adapter of that name.
+            ValueError: if there is an adapter of that name; if it would change base parts.
         """
         with self.beside_active(adapter_name or OWN, adapter_config, is_trainable=True):
             super().add_adapter(without_mark(adapter_config), adapter_name)
@@ -225,9 +236,20 @@ class AdapterMixin(LoraMixin):
             module.enable_adapters(True)
 
     def delete_adapter(self, adapter_names):
-        """As in transformers; layers that have no adapter any more are as they were before."""
+        """
+        As in transformers; layers that have no adapter any more are as they were before.
+
+        Raises:
+            ValueError: if that cannot be, since the adapter has changed weights of the model.
+        """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self.check_unmerged("deleted")
+        for name in names:
+            if option := option_that_changes_weights(getattr(self, "peft_config", {}).get(name)):
+                raise ValueError(
+                    f"Without the adapter {name!r} the model would not be as it was before: {option} has changed its "
+                    "weights. Load the checkpoint again; or call merge_lora() to keep what the adapter learnt."
+                )
         own = adapted_parts(self.config) if OWN in names else []
         checkpoint, base_parts = self.name_or_path, self.config.base_parts
         super().delete_adapter(names)

@@ -376,6 +376,22 @@ def test_trained_tokens_beside_another_adapter_are_refused(own, bare, tmp_path):
     close(AutoModel.from_pretrained(tmp_path), logits(model))
 
 
+@pytest.mark.parametrize("option", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"bias": "all"}])
+def test_an_adapter_that_changes_weights_is_not_taken_out(bare, option, tmp_path):
+    model = AutoModel.from_pretrained(bare[0])
+    model.add_adapter(LoraConfig(**SECOND, **option), "second")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1
+    expected = logits(model)
+    with pytest.raises(ValueError, match="'second'.*(init_lora_weights|bias)=.*Load the checkpoint again"):
+        model.delete_adapter("second")
+    close(model, expected)
+    model.save_pretrained(tmp_path)
+    close(AutoModel.from_pretrained(tmp_path), expected)
+    close(model.merge_lora(), expected)
+
+
 def test_adapters_inside_a_part_are_not_lost(bare, tmp_path):
     model = AutoModel.from_pretrained(bare[0])
     model.language_model.add_adapter(LoraConfig(**SECOND))

@@ -281,6 +281,34 @@ def test_an_adapter_for_a_checkpoint_in_a_subfolder(adapter, tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.parametrize("option", [{"init_lora_weights": i} for i in ("pissa", "olora")] + [{"bias": "lora_only"}])
+def test_adapters_that_change_base_parts_are_refused(adapter, option, tmp_path):
+    model, config = AutoModel.from_pretrained(adapter[1]), LoraConfig(target_modules=["k_proj", "fc2"], **option)
+    before = logits(model)
+    full = AutoModel.from_pretrained(adapter[1]).merge_lora()
+    full.save_pretrained(tmp_path / "full")
+    full = AutoModel.from_pretrained(tmp_path / "full")
+    full.add_adapter(config, "second")
+    full.save_pretrained(tmp_path / "second")
+    for put_in in (
+        lambda: model.add_adapter(config, "second"),
+        lambda: model.load_adapter(tmp_path / "second", "second"),
+    ):
+        with pytest.raises(ValueError, match=f"{next(iter(option))}=.*base parts.*leave it out"):
+            put_in()
+    assert model.active_adapters() == ["default"] and torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("option", [{"bias": "all"}, {"modules_to_save": ["norm"]}])
+def test_own_lora_that_changes_base_parts_is_refused(adapter, option):
+    config = AutoConfig.from_pretrained(adapter[1])
+    config.lora = None
+    model = SalmonnForConditionalGeneration.from_base_parts(config)
+    with pytest.raises(ValueError, match=f"{next(iter(option))}.*base parts.*leave it out"):
+        model.add_lora(LORA | option)
+    assert model.config.lora is None and not hasattr(model, "peft_config")
+
+
 def test_an_adapter_whose_weights_are_not_there_is_refused(adapter, tmp_path):
     _, directory = adapter
     loaded = AutoModel.from_pretrained(directory)
