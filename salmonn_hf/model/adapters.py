@@ -16,8 +16,19 @@ from transformers import PreTrainedConfig
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME, cached_file
 from transformers.utils.loading_report import LoadStateDictInfo
 
+from .checkpoint import checkpoint_weights
 from .configuration_salmonn import SalmonnConfig
-from .lora import LORA_FIELDS, OWN, OWN_MARK, LoraMixin, adapted_parts, require_peft, tuner_layers
+from .lora import (
+    LORA_FIELDS,
+    OWN,
+    OWN_MARK,
+    LoraMixin,
+    adapted_parts,
+    option_that_changes_weights,
+    require_peft,
+    switched_off,
+    tuner_layers,
+)
 from .quantized_layers import replace_module
 
 
@@ -56,7 +67,7 @@ def base_of_adapter(name_or_path, **hub_kwargs) -> str | None:
     )
     if not base:
         raise ValueError(f"{name_or_path} is an adapter that does not say for which checkpoint. {remedy}")
-    of_base = {name: value for name, value in hub_kwargs.items() if name != "revision"}
+    of_base = {name: value for name, value in hub_kwargs.items() if name not in ("revision", "subfolder")}
     if not find_file(base, "config.json", **of_base):
         raise ValueError(f"{name_or_path} is an adapter for {base!r}, which is not there. {remedy}")
     kind = PreTrainedConfig.get_config_dict(base, **of_base)[0].get("model_type")
@@ -104,6 +115,7 @@ class AdapterMixin(LoraMixin):
         configs, functional = dict(getattr(self, "peft_config", {})), require_peft().functional
         if name in configs:
             raise ValueError(f"Adapter with name {name} already exists. Please use a different name.")
+        self.check_base_parts_stay(config)
         if configs and getattr(config, "trainable_token_indices", None):
             raise ValueError(
                 "trainable_token_indices cannot be trained beside another adapter: PEFT's layer knows one alone. "
@@ -116,6 +128,8 @@ class AdapterMixin(LoraMixin):
         self.requires_grad_(False)
         try:
             yield
+            for module in switched_off(self):  # all or none: the new one is on
+                module.enable_adapters(True)
             functional.set_adapter(self, [*active, name], inference_mode=not is_trainable)
             functional.set_requires_grad(self, active, False)
             configs = self.peft_config
@@ -135,10 +149,11 @@ class AdapterMixin(LoraMixin):
 
     def add_adapter(self, adapter_config, adapter_name: str | None = None):
         """
-        As in transformers: a new adapter, which alone is trained from now on. Adapters that were active stay active.
+        As in transformers: a new adapter, which alone is trained from now on. Adapters that were active stay active;
+        if they were disabled, they are enabled.
 
         Raises:
-            ValueError: if there is an adapter of that name.
+            ValueError: if there is an adapter of that name; if it would change base parts.
         """
         with self.beside_active(adapter_name or OWN, adapter_config, is_trainable=True):
             super().add_adapter(without_mark(adapter_config), adapter_name)
@@ -157,7 +172,7 @@ class AdapterMixin(LoraMixin):
     ) -> LoadStateDictInfo:
         """
         As in transformers, also LoRA alone of a SALMONN checkpoint, and all that PEFT can save. Adapters that were
-        active stay active.
+        active stay active; if they were disabled, they are enabled.
 
         Args:
             hub_kwargs: `token`, `revision`, `cache_dir`, `local_files_only` and `subfolder`, here or as
@@ -211,13 +226,30 @@ class AdapterMixin(LoraMixin):
             raise ValueError(f"{name_or_path} has no LoRA; load it with from_pretrained.")
         with torch.device("meta"):
             own = type(self)(config).peft_config[OWN]
-        weights = load_file(cached_file(name_or_path, "model.safetensors", **hub_kwargs))
+        weights = checkpoint_weights(name_or_path, **hub_kwargs)
         return own, {key.replace(f".{OWN}.", "."): value for key, value in weights.items() if ".lora_" in key}
 
+    def enable_adapters(self):
+        """As in transformers, which forgets the modules that are trained as a whole."""
+        super().enable_adapters()
+        for module in switched_off(self):
+            module.enable_adapters(True)
+
     def delete_adapter(self, adapter_names):
-        """As in transformers; layers that have no adapter any more are as they were before."""
+        """
+        As in transformers; layers that have no adapter any more are as they were before.
+
+        Raises:
+            ValueError: if that cannot be, since the adapter has changed weights of the model.
+        """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self.check_unmerged("deleted")
+        for name in names:
+            if option := option_that_changes_weights(getattr(self, "peft_config", {}).get(name)):
+                raise ValueError(
+                    f"Without the adapter {name!r} the model would not be as it was before: {option} has changed its "
+                    "weights. Load the checkpoint again; or call merge_lora() to keep what the adapter learnt."
+                )
         own = adapted_parts(self.config) if OWN in names else []
         checkpoint, base_parts = self.name_or_path, self.config.base_parts
         super().delete_adapter(names)

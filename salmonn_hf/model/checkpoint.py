@@ -1,5 +1,6 @@
 """Adapter checkpoints: the file holds what was trained; the frozen base parts are named, and fetched at loading."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -115,24 +116,51 @@ def base_state_dict(model, **hub_kwargs) -> dict[str, torch.Tensor]:
     return round_matrices(state_dict, model)
 
 
-def adapter_state_dict(name_or_path: str, model, **hub_kwargs) -> dict[str, torch.Tensor]:
+def checkpoint_weights(name_or_path: str, variant: str | None = None, **hub_kwargs) -> dict[str, torch.Tensor]:
+    """
+    All tensors in the safetensors file of a checkpoint, or in its shards.
+
+    Raises:
+        OSError: if a file is missing or not a complete safetensors file.
+    """
+    suffix = f".{variant}" if variant else ""
+    try:
+        files = [cached_file(name_or_path, f"model{suffix}.safetensors", **hub_kwargs)]
+    except OSError as missing:
+        try:
+            index = cached_file(name_or_path, f"model.safetensors.index{suffix}.json", **hub_kwargs)
+        except OSError:
+            raise missing from None
+        shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+        files = [cached_file(name_or_path, shard, **hub_kwargs) for shard in shards]
+    state_dict = {}
+    for file in files:
+        try:
+            state_dict |= load_file(file)
+        except Exception as error:
+            raise OSError(f"{file} is not a complete safetensors file ({error}). Fetch or save it again.") from error
+    return state_dict
+
+
+def adapter_state_dict(name_or_path: str, model, **file_kwargs) -> dict[str, torch.Tensor]:
     """
     The trained tensors of an adapter checkpoint for `model`, all of which must be there.
 
+    Args:
+        file_kwargs: as for [`checkpoint_weights`].
+
     Raises:
-        OSError: if the file is missing or not a complete safetensors file.
+        OSError: if a file is missing or not a complete safetensors file.
         ValueError: if tensors are missing or left over, naming them.
     """
-    file = cached_file(name_or_path, "model.safetensors", **hub_kwargs)
-    try:
-        state_dict = load_file(file)
-    except Exception as error:
-        raise OSError(f"{file} is not a complete safetensors file ({error}). Fetch or save it again.") from error
+    state_dict = checkpoint_weights(name_or_path, **file_kwargs)
     tied = model.all_tied_weights_keys  # a head that is the embeddings is not in the file
     expected = {key for key in model.state_dict() if not is_base_key(key, model.config) and key not in tied}
     missing, left_over = sorted(expected - set(state_dict)), sorted(set(state_dict) - expected)
     if missing or left_over:
-        raise ValueError(f"{file} does not fit its config: missing {missing[:5]}, left over {left_over[:5]}.")
+        raise ValueError(
+            f"The weights of {name_or_path} do not fit its config: missing {missing[:5]}, left over {left_over[:5]}."
+        )
     return state_dict
 
 

@@ -47,6 +47,23 @@ def tuner_layers(model) -> dict:
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
+def switched_off(model) -> list:
+    """The modules of a model whose adapters are disabled, also those that PEFT trains as a whole."""
+    return [module for module in model.modules() if getattr(module, "disable_adapters", None) is True]
+
+
+# Initial values of LoRA for which PEFT changes the weights beneath, which stay so when the adapter is taken out.
+CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def option_that_changes_weights(config) -> str | None:
+    """The option of a PEFT config, if any, that changes weights of the model itself, not of the adapter alone."""
+    init, bias = getattr(config, "init_lora_weights", None), getattr(config, "bias", None)
+    if isinstance(init, str) and init.lower().startswith(CHANGING_INITS):
+        return f"init_lora_weights={init!r}"
+    return f"bias={bias!r}" if bias not in (None, "none") else None
+
+
 class OwnAdapter(dict):
     """
     `peft_config` of a model with LoRA of its own. A tuner of PEFT enters its adapter here first, before it switches
@@ -119,12 +136,22 @@ class LoraMixin:
         Put a LoRA adapter (`peft.LoraConfig` arguments) into a part, this or the "audio_tower", in place.
 
         Raises:
-            ValueError: if the part has one already.
+            ValueError: if the part has one already; if it would change base parts.
         """
         peft, module = require_peft(), getattr(self, part)
         if any(OWN in layer._get_available_adapters() for layer in tuner_layers(module).values()):
             raise ValueError(f"{part} has an adapter '{OWN}' already; fold it in first with merge_lora().")
-        peft.inject_adapter_in_model(peft.LoraConfig(**lora), module, OWN)
+        config = peft.LoraConfig(**lora)
+        self.check_base_parts_stay(config)
+        for option in ("modules_to_save", "trainable_token_indices") if self.config.base_parts else ():
+            if getattr(config, option):
+                raise ValueError(
+                    f"{option} trains weights of base parts, which are not saved: leave it out, or set "
+                    "config.base_parts = None to have the whole model saved."
+                )
+        peft.inject_adapter_in_model(config, module, OWN)
+        if getattr(self.config, LORA_FIELDS[part]) is None:
+            self.name_or_path = self.config.name_or_path = ""  # the checkpoint lacks it
         setattr(self.config, LORA_FIELDS[part], lora)
         module.peft_config = OwnAdapter(module.peft_config)  # refuses a tuner around the part, too
         self.describe_lora()
@@ -142,6 +169,17 @@ class LoraMixin:
         own.alpha_pattern = {name: alpha for name, alpha in alphas.items() if alpha != own.lora_alpha}
         self._hf_peft_config_loaded = True
         self.peft_config = {**getattr(self, "peft_config", {}), OWN: own}
+
+    def check_base_parts_stay(self, config):
+        """
+        Raises:
+            ValueError: if an adapter of this PEFT config would change base parts, which are not saved.
+        """
+        if self.config.base_parts and (option := option_that_changes_weights(config)):
+            raise ValueError(
+                f"{option} changes weights of base parts, which are not saved with the model: leave it out; or set "
+                "config.base_parts = None, save the whole model, and put the adapter into what is loaded from there."
+            )
 
     def parts_in_bits(self) -> list[str]:
         """Parts of 4 or 8 bits that have an adapter."""
@@ -164,25 +202,35 @@ class LoraMixin:
 
     def merge_lora(self):
         """
-        Fold the active adapters into the weights of their layers and drop all: the model is then a full one.
+        Fold the active adapters into the weights of their layers and drop all: the model is then a full one. Where
+        others than the checkpoint's own LoRA were folded in, it is that checkpoint no more.
 
         Raises:
-            ValueError: if such a part is quantised.
+            ValueError: if such a part is quantised; if adapters are disabled.
         """
         layers, adapted = tuner_layers(self), adapted_parts(self.config)
         if in_bits := self.parts_in_bits():
             refuse_to_merge(in_bits[0])
+        if switched_off(self):
+            raise ValueError(
+                "The adapters are disabled: call enable_adapters() first to have the active ones merged, or "
+                "delete_adapter for those not wanted."
+            )
+        folded = {name for m in layers.values() for name in [*m.active_adapters, *m.merged_adapters]}
+        is_own = folded == {OWN} and all(name.split(".")[0] in adapted for name in layers)
         for name, layer in reversed(layers.items()):  # of different kinds they may be around each other
             layer.merge(safe_merge=True)
             replace_module(self, name, layer.base_layer)
         for name, module in list(self.named_modules()):
             if hasattr(module, "unload_and_optionally_merge_module"):  # of a config with modules_to_save
                 replace_module(self, name, module.unload_and_optionally_merge_module(True, True, None))
+                is_own = False
         if layers:
             checkpoint = self.name_or_path
             for part in adapted:
                 getattr(self, part).__dict__.pop("peft_config", None)
             del self.peft_config
-            self.name_or_path = self.config.name_or_path = checkpoint  # it still is that, in another form
+            if is_own:  # it still is that, in another form
+                self.name_or_path = self.config.name_or_path = checkpoint
         self.config.base_parts = None
         return self

@@ -1,6 +1,8 @@
 """Loading and saving of SALMONN: whole checkpoints, adapter checkpoints around base parts, and adapters of PEFT."""
 
 import copy
+import os
+from pathlib import Path
 
 import torch
 from transformers import GenerationConfig
@@ -65,16 +67,22 @@ class SalmonnPreTrainedModel(AdapterMixin, PreTrainedModel):
         )
         asked = str(asked or pretrained_model_name_or_path)
         hub_kwargs = base_kwargs | ({} if revision is None else {"revision": revision})
+        hub_kwargs |= {"subfolder": subfolder} if (subfolder := kwargs.get("subfolder")) else {}
         if found := base_of_adapter(asked, **hub_kwargs):
             base = found if base == asked else base
             kwargs.pop("revision", None)  # the adapter's own
+            kwargs.pop("subfolder", None)
+            subfolder = None
         elif base != asked:  # a checkpoint itself, whose adapter_config.json names another place
             base, config, kwargs["revision"] = asked, None, revision
         name, with_report = kwargs.pop("adapter_name", None), kwargs.pop("output_loading_info", False)
         model, report = cls.from_files(base, *model_args, config=config, output_loading_info=True, **kwargs)
         if not (with_report or model.config.base_parts):
             check_loaded(base, report)
-        if find_file(asked, ADAPTER_CONFIG_NAME, **hub_kwargs) and adapter_weights(asked, **hub_kwargs):
+        if subfolder:  # what an adapter can name as its base: of a hub repository there is no name for it
+            base = os.path.join(base, subfolder) if os.path.isdir(base) else ""
+            model.name_or_path = model.config.name_or_path = base
+        if found or (find_file(asked, ADAPTER_CONFIG_NAME, **hub_kwargs) and adapter_weights(asked, **hub_kwargs)):
             name = name or ("adapter" if OWN in getattr(model, "peft_config", {}) else OWN)
             model.load_adapter(asked, name, adapter_kwargs=hub_kwargs)
         return (model, report) if with_report else model
@@ -83,7 +91,7 @@ class SalmonnPreTrainedModel(AdapterMixin, PreTrainedModel):
     def from_files(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         """`from_pretrained` of a checkpoint, without another adapter that may lie there."""
         base_kwargs = {name: kwargs[name] for name in BASE_PART_KWARGS if name in kwargs}
-        hub_kwargs = base_kwargs | ({"revision": kwargs["revision"]} if "revision" in kwargs else {})
+        hub_kwargs = base_kwargs | {name: kwargs[name] for name in ("revision", "subfolder") if kwargs.get(name)}
         if hasattr(settings := getattr(config, "quantization_config", None), "to_dict"):
             config = copy.deepcopy(config)  # a loaded model has the object, the loader takes a dict
             config.quantization_config = settings.to_dict()
@@ -91,7 +99,7 @@ class SalmonnPreTrainedModel(AdapterMixin, PreTrainedModel):
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
         if not isinstance(config, SalmonnConfig):
             config = SalmonnConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
-        check_weight_files(pretrained_model_name_or_path)
+        check_weight_files(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         if not config.base_parts:
             kwargs |= {
                 "config": config,
@@ -103,7 +111,9 @@ class SalmonnPreTrainedModel(AdapterMixin, PreTrainedModel):
         with torch.device("meta"):
             skeleton = cls(config)
             skeleton.quantize_parts(config.quantized_parts)
-        state_dict = adapter_state_dict(pretrained_model_name_or_path, skeleton, **hub_kwargs)
+        state_dict = adapter_state_dict(
+            pretrained_model_name_or_path, skeleton, variant=kwargs.pop("variant", None), **hub_kwargs
+        )
         settings = kwargs.get("quantization_config")
         if isinstance(settings, SalmonnQuantizationConfig) and not (settings.language_model or config.quantized_parts):
             # Rounded as they are in their files, as base parts will be when what is saved of this model is loaded.
@@ -112,7 +122,7 @@ class SalmonnPreTrainedModel(AdapterMixin, PreTrainedModel):
             skeleton.quantize_parts(settings.parts)
             state_dict = round_matrices(state_dict, skeleton)
         state_dict |= base_state_dict(skeleton, **base_kwargs)
-        kwargs = {name: value for name, value in kwargs.items() if name not in hub_kwargs}
+        kwargs = {name: value for name, value in kwargs.items() if name not in (*hub_kwargs, "revision", "subfolder")}
         model, report = super().from_pretrained(None, *model_args, config=config, state_dict=state_dict, **kwargs)
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         if model.can_generate():
@@ -128,6 +138,13 @@ class SalmonnPreTrainedModel(AdapterMixin, PreTrainedModel):
             ValueError: if what would be loaded again is not this model; the message says what to do.
         """
         with self.adapter_to_save() as is_adapter:
+            if is_adapter and kwargs.get("variant"):
+                raise ValueError(
+                    f"An adapter alone has no variant {kwargs['variant']!r}, by which PEFT would not find it: leave "
+                    "variant out; or call merge_lora() to save the whole model."
+                )
+            if is_adapter:
+                kwargs["max_shard_size"] = "1TB"  # in one file, where PEFT looks
             if not is_adapter and getattr(self, "hf_quantizer", None) is not None:
                 # In a library's format the base parts have other weights, and transformers writes all of them; from
                 # nf4 that was loaded it has no way back to what it takes for the original format.

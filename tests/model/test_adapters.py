@@ -276,6 +276,60 @@ def test_an_adapter_without_its_base_is_not_saved(own, tmp_path):
         close(AutoModel.from_pretrained(tmp_path), expected)
 
 
+@pytest.mark.parametrize("merged", [["default", "second"], ["second"], ["default"]])
+def test_an_adapter_of_a_merged_model_names_a_base_that_has_the_same(own, merged, tmp_path):
+    model = with_second(own[0])
+    model.set_adapter(merged)
+    model.merge_lora().add_adapter(LoraConfig(**SECOND), "third")
+    expected = logits(randomise_lora(model, "lora_B.third"))
+    if merged == ["default"]:
+        model.save_pretrained(tmp_path)
+    else:
+        with pytest.raises(ValueError, match="without its base.*Call merge_lora"):
+            model.save_pretrained(tmp_path)
+        assert not list(tmp_path.iterdir())
+        model.merge_lora().save_pretrained(tmp_path)
+    close(AutoModel.from_pretrained(tmp_path), expected)
+
+
+def test_a_checkpoint_that_lora_was_put_into_is_no_base(bare, tmp_path):
+    model = AutoModel.from_pretrained(bare[0])
+    model.add_lora(LORA)
+    randomise_lora(model).add_adapter(LoraConfig(**SECOND), "second")
+    with pytest.raises(ValueError, match="without its base"):
+        model.save_pretrained(tmp_path)
+
+
+def test_an_adapter_put_beside_disabled_ones_enables_them(own, tmp_path):
+    model = with_second(own[0])
+    model.save_pretrained(tmp_path)
+    expected = logits(model)
+    model.delete_adapter("second")
+    model.disable_adapters()
+    model.load_adapter(tmp_path, "second")
+    close(model, expected)
+    model.disable_adapters()
+    model.add_adapter(LoraConfig(r=2, target_modules=["down_proj"]), "third")
+    close(model, expected)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained and all(".third." in name for name in trained)
+
+
+def test_disabled_adapters_are_not_merged(bare):
+    model = AutoModel.from_pretrained(bare[0])
+    model.add_adapter(LoraConfig(**SECOND, modules_to_save=["projector"]))
+    model.projector.modules_to_save["default"].proj.weight.data += 0.1
+    expected = logits(randomise_lora(model))
+    model.disable_adapters()
+    assert torch.equal(logits(model), logits(bare[1]))
+    with pytest.raises(ValueError, match=r"disabled.*enable_adapters\(\)"):
+        model.merge_lora()
+    assert torch.equal(logits(model), logits(bare[1]))
+    model.enable_adapters()
+    close(model, expected)
+    close(model.merge_lora(), expected)
+
+
 def test_modules_to_save_are_saved_and_merged(bare, tmp_path):
     model = AutoModel.from_pretrained(bare[0])
     model.add_adapter(LoraConfig(**SECOND, modules_to_save=["projector"]))
@@ -320,6 +374,22 @@ def test_trained_tokens_beside_another_adapter_are_refused(own, bare, tmp_path):
     model = randomise_lora(get_peft_model(AutoModel.from_pretrained(bare[0]), config))
     model.save_pretrained(tmp_path)
     close(AutoModel.from_pretrained(tmp_path), logits(model))
+
+
+@pytest.mark.parametrize("option", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"bias": "all"}])
+def test_an_adapter_that_changes_weights_is_not_taken_out(bare, option, tmp_path):
+    model = AutoModel.from_pretrained(bare[0])
+    model.add_adapter(LoraConfig(**SECOND, **option), "second")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1
+    expected = logits(model)
+    with pytest.raises(ValueError, match="'second'.*(init_lora_weights|bias)=.*Load the checkpoint again"):
+        model.delete_adapter("second")
+    close(model, expected)
+    model.save_pretrained(tmp_path)
+    close(AutoModel.from_pretrained(tmp_path), expected)
+    close(model.merge_lora(), expected)
 
 
 def test_adapters_inside_a_part_are_not_lost(bare, tmp_path):

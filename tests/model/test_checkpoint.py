@@ -253,6 +253,72 @@ def test_a_second_adapter_beside_an_adapter_checkpoint(adapter, tmp_path):
     assert torch.equal(logits(AutoModel.from_pretrained(tmp_path / "again")), logits(model))
 
 
+@pytest.mark.parametrize("saved", [{"max_shard_size": "2KB"}, {"max_shard_size": "2KB", "variant": "fp16"}, {}])
+def test_shards_variants_and_subfolders_are_read(adapter, saved, tmp_path):
+    model, inner = adapter[0], tmp_path / "there" / "inner"
+    model.save_pretrained(inner, **saved)
+    assert (len(list(inner.glob("*.safetensors"))) > 1) == bool(saved)
+    variant = saved.get("variant")
+    for cls in (AutoModel, SalmonnForConditionalGeneration):
+        for place in ({"subfolder": "inner"}, {}):
+            directory = inner.parent if place else inner
+            assert torch.equal(logits(cls.from_pretrained(directory, variant=variant, **place)), logits(model))
+
+
+def test_an_adapter_for_a_checkpoint_in_a_subfolder(adapter, tmp_path):
+    model, inner = adapter[0], tmp_path / "there" / "inner"
+    model.save_pretrained(inner, max_shard_size="2KB")
+    loaded = AutoModel.from_pretrained(inner.parent, subfolder="inner")
+    loaded.add_adapter(LoraConfig(target_modules=["k_proj", "fc2"]), "second")
+    randomise_lora(loaded, "lora_B.second").save_pretrained(tmp_path / "second" / "inner", max_shard_size="2KB")
+    again = SalmonnForConditionalGeneration.from_pretrained(tmp_path / "second", subfolder="inner")
+    torch.testing.assert_close(logits(again), logits(loaded), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="no variant 'bf16'.*leave variant out"):
+        loaded.save_pretrained(tmp_path / "third", variant="bf16")
+    assert not (tmp_path / "third").exists()
+    again.delete_adapter(["default", "adapter"])
+    again.load_adapter(inner.parent, subfolder="inner")
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("option", [{"init_lora_weights": i} for i in ("pissa", "olora")] + [{"bias": "lora_only"}])
+def test_adapters_that_change_base_parts_are_refused(adapter, option, tmp_path):
+    model, config = AutoModel.from_pretrained(adapter[1]), LoraConfig(target_modules=["k_proj", "fc2"], **option)
+    before = logits(model)
+    full = AutoModel.from_pretrained(adapter[1]).merge_lora()
+    full.save_pretrained(tmp_path / "full")
+    full = AutoModel.from_pretrained(tmp_path / "full")
+    full.add_adapter(config, "second")
+    full.save_pretrained(tmp_path / "second")
+    for put_in in (
+        lambda: model.add_adapter(config, "second"),
+        lambda: model.load_adapter(tmp_path / "second", "second"),
+    ):
+        with pytest.raises(ValueError, match=f"{next(iter(option))}=.*base parts.*leave it out"):
+            put_in()
+    assert model.active_adapters() == ["default"] and torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("option", [{"bias": "all"}, {"modules_to_save": ["norm"]}])
+def test_own_lora_that_changes_base_parts_is_refused(adapter, option):
+    config = AutoConfig.from_pretrained(adapter[1])
+    config.lora = None
+    model = SalmonnForConditionalGeneration.from_base_parts(config)
+    with pytest.raises(ValueError, match=f"{next(iter(option))}.*base parts.*leave it out"):
+        model.add_lora(LORA | option)
+    assert model.config.lora is None and not hasattr(model, "peft_config")
+
+
+def test_an_adapter_whose_weights_are_not_there_is_refused(adapter, tmp_path):
+    _, directory = adapter
+    loaded = AutoModel.from_pretrained(directory)
+    loaded.add_adapter(LoraConfig(target_modules=["k_proj"]), "second")
+    loaded.save_pretrained(tmp_path / "second")
+    (tmp_path / "second" / "adapter_model.safetensors").unlink()
+    with pytest.raises(OSError, match="holds no adapter_model.safetensors"):
+        AutoModel.from_pretrained(tmp_path / "second")
+
+
 def test_who_asks_what_was_loaded_is_told_what_lacked(tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path)
