@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 from torch import nn
-from transformers import GenerationMixin
+from transformers import GenerationMixin, StopStringCriteria
 
 from .answering import transcript_limit
 from .ctc_draft import decode_with_drafts
@@ -40,7 +40,10 @@ class SalmonnGenerationMixin(GenerationMixin):
         if "prompt_embeds" in kwargs or options["is_assistant"]:  # called by a way of decoding, not from without
             return super().generate(inputs, options.config, **kwargs)
         if inputs is not None:
-            kwargs["input_features" if inputs.is_floating_point() and inputs.ndim == 3 else "input_ids"] = inputs
+            name = "input_features" if inputs.is_floating_point() and inputs.ndim == 3 else "input_ids"
+            if kwargs.get(name) is not None:
+                raise ValueError(f"inputs, which come first, and {name} are the same; give one of them.")
+            kwargs[name] = inputs
         clips = {name: kwargs.pop(name, None) for clip in CLIPS for name in (clip, f"{clip}_mask")}
         given = {name: kwargs.pop(name, None) for name in PROMPT}
         has_clips = any(clip is not None for clip in clips.values())
@@ -157,9 +160,14 @@ class SalmonnGenerationMixin(GenerationMixin):
         if one_path and options["cache_implementation"] is None and options["use_cache"] is not False:
             embedding = self.get_input_embeddings()
             draft = {"draft_ids": [] if audio is None else self.projector.ctc_draft(audio.states, embedding)}
-            options.kwargs["custom_generate"] = partial(
-                decode_with_drafts, draft_tokenizer=options["tokenizer"], **draft
-            )
+            tokenizer = draft["draft_tokenizer"] = options["tokenizer"]
+            # Transformers gives a decoding function from without neither the tokenizer nor the streamer.
+            if (stop_strings := options["stop_strings"]) is not None:
+                stop = StopStringCriteria(stop_strings=stop_strings, tokenizer=tokenizer)
+                options.kwargs["stopping_criteria"] = [*(options["stopping_criteria"] or ()), stop]
+                options.kwargs["stop_strings"] = None
+            draft["streamer"] = options["streamer"]
+            options.kwargs["custom_generate"] = partial(decode_with_drafts, **draft)
 
     def prepare_inputs_for_generation(
         self,
