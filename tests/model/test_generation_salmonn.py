@@ -305,3 +305,16 @@ def test_the_same_input_by_two_names_is_refused(pair):
         pair[0].generate(inputs["input_ids"], **inputs)
     with pytest.raises(ValueError, match="inputs.* input_features"):
         pair[0].generate(inputs["input_features"], **inputs)
+
+
+@pytest.mark.parametrize("other", [{"vocab_size": 280}, {"audio_token_id": 4}], ids=str)
+def test_an_assistant_that_hears_needs_the_same_vocabulary(pair, other):
+    model, processor = pair
+    text_config = {"text_config": tiny_text_config(vocab_size=280)} if "vocab_size" in other else other
+    inputs = inputs_of(processor, 1)
+    tokenizers = {"tokenizer": processor.tokenizer, "assistant_tokenizer": tiny_processor().tokenizer}
+    for options in ({}, tokenizers):
+        with pytest.raises(ValueError, match="assistant_model has a vocabulary"):
+            model.generate(
+                **inputs, max_new_tokens=4, assistant_model=tiny_model(tiny_config(**text_config)), **options
+            )
