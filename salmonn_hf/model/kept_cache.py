@@ -34,7 +34,8 @@ def check_rows(cache, prompts: int, sequences: int):
     if rows not in (None, prompts * sequences):
         raise ValueError(
             f"past_key_values have {rows} rows, but there are {prompts} prompts, with num_beams or "
-            f"num_return_sequences {sequences}. Repeat them with past_key_values.batch_repeat_interleave, or give as many prompts."
+            f"num_return_sequences {sequences}. Repeat them with past_key_values.batch_repeat_interleave, "
+            "or give as many prompts."
         )
 
 
