@@ -7,6 +7,10 @@ from transformers import BatchFeature, WhisperFeatureExtractor
 
 from .audio import AudioError, load_audio
 
+# What processors hand to any feature extractor, the text's options among them; nothing is done with it here.
+OF_ANY = ("padding", "truncation", "max_length", "pad_to_multiple_of", "return_attention_mask", "load_audio_backend")
+OF_WHISPER = ("do_normalize", "return_token_timestamps")  # accepted where they ask for nothing
+
 
 class SalmonnFeatureExtractor(WhisperFeatureExtractor):
     r"""
@@ -54,7 +58,10 @@ class SalmonnFeatureExtractor(WhisperFeatureExtractor):
 
         Raises:
             AudioError: for a clip that is empty, longer than 30 s, not mono, or holds NaN or infinite samples.
+            ValueError: for options that it does not have.
         """
+        if other := [name for name in kwargs if name not in OF_ANY and not (name in OF_WHISPER and not kwargs[name])]:
+            raise ValueError(f"{', '.join(other)}: SalmonnFeatureExtractor has no such option. Leave it out.")
         if sampling_rate is not None and sampling_rate != self.sampling_rate:
             raise AudioError(
                 f"The clips are sampled at {sampling_rate} Hz, but the model takes {self.sampling_rate} Hz. "

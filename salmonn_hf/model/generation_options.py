@@ -1,14 +1,17 @@
 """The options of one call of `generate`, wherever they are given, and what of them goes with a prompt with audio."""
 
 import copy
+import inspect
 
 import torch
-from transformers.generation import BaseStreamer
+from transformers.generation import BaseStreamer, GenerationMixin
 
-POSITIONAL = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus", "assistant_model")
+# Of transformers' `generate`, behind `inputs` and `generation_config`.
+POSITIONAL = tuple(inspect.signature(GenerationMixin.generate).parameters)[3:-1]
 # They read, or draft, token ids, of which `inputs_embeds` alone have none.
 DRAFTS = ("prompt_lookup_num_tokens", "assistant_model")
 NEEDS_IDS = (*DRAFTS, "prefill_chunk_size", "speculation_type")
+SPECULATION = (None, "ctc", "dflash")  # the last is of transformers
 OF_HUB_CODE = ("penalty_alpha", "dola_layers", "num_beam_groups", "constraints", "force_words_ids")
 
 
@@ -24,7 +27,12 @@ class GenerationOptions:
     """
 
     def __init__(self, default, config, args: tuple, kwargs: dict):
-        kwargs |= dict(zip((*POSITIONAL, "streamer"), args, strict=False))
+        if len(args) > len(POSITIONAL):
+            raise TypeError(f"generate takes {len(POSITIONAL)} arguments behind generation_config, not {len(args)}.")
+        by_place = dict(zip(POSITIONAL, args, strict=False))
+        if twice := next((name for name in by_place if name in kwargs), None):
+            raise TypeError(f"generate got {twice} twice, by its place and by its name.")
+        kwargs |= by_place
         self.default, self.config, self.kwargs = default, copy.deepcopy(config), kwargs
 
     def __getitem__(self, name: str):
@@ -62,6 +70,10 @@ class GenerationOptions:
         if drafting and self["stop_strings"] is not None:
             raise ValueError(
                 f"{drafting} takes several tokens at a time, and could pass over stop_strings; leave out one."
+            )
+        if self["speculation_type"] not in SPECULATION:
+            raise ValueError(
+                f'speculation_type={self["speculation_type"]!r} is not known: use "ctc", for drafts of the CTC head.'
             )
         if has_clips and self["cache_implementation"] == "paged":
             raise ValueError('cache_implementation="paged" takes token ids alone, no audio; leave it out.')

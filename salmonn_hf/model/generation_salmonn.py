@@ -4,12 +4,12 @@ from functools import partial
 
 import torch
 from torch import nn
-from transformers import GenerationMixin
+from transformers import GenerationMixin, StopStringCriteria
 
 from .answering import transcript_limit
 from .ctc_draft import decode_with_drafts
 from .generation_options import GenerationOptions, PromptStreamer
-from .kept_cache import cached_length, clips_behind_cache, keep_prompt, split_at_cache
+from .kept_cache import cached_length, check_rows, clips_behind_cache, keep_prompt, split_at_cache
 from .placeholders import embed_prompt, expand_request
 
 CLIPS = ("input_features", "input_values", "audio_frames", "sound_frames")
@@ -40,7 +40,10 @@ class SalmonnGenerationMixin(GenerationMixin):
         if "prompt_embeds" in kwargs or options["is_assistant"]:  # called by a way of decoding, not from without
             return super().generate(inputs, options.config, **kwargs)
         if inputs is not None:
-            kwargs["input_features" if inputs.is_floating_point() and inputs.ndim == 3 else "input_ids"] = inputs
+            name = "input_features" if inputs.is_floating_point() and inputs.ndim == 3 else "input_ids"
+            if kwargs.get(name) is not None:
+                raise ValueError(f"inputs, which come first, and {name} are the same; give one of them.")
+            kwargs[name] = inputs
         clips = {name: kwargs.pop(name, None) for clip in CLIPS for name in (clip, f"{clip}_mask")}
         given = {name: kwargs.pop(name, None) for name in PROMPT}
         has_clips = any(clip is not None for clip in clips.values())
@@ -62,6 +65,7 @@ class SalmonnGenerationMixin(GenerationMixin):
             return super().generate(None, options.config, **prompt, **kwargs)
 
         if in_cache:
+            check_rows(cache, len(input_ids), max(options["num_beams"] or 1, options["num_return_sequences"] or 1))
             prompt, has_clips = self.prompt_behind_cache(cache, given, clips)
         else:
             audio = self.project_audio(**clips) if audio is None else audio
@@ -116,6 +120,13 @@ class SalmonnGenerationMixin(GenerationMixin):
             counts = self.config.projector_config.num_audio_tokens(frames)
             clips = clips_behind_cache(clips, counts, input_ids == token, tail.shape[1])
         audio = self.project_audio(**clips)
+        places, given_audio = int((tail == token).sum()), 0 if audio is None else len(audio.states)
+        if places != given_audio:
+            raise ValueError(
+                f"Behind past_key_values input_ids hold {places} audio placeholders, but the clips give {given_audio} "
+                "audio embeddings. Crop past_key_values to end before or behind a clip, where windows are merged "
+                "behind the prompt, and give the clips behind them."
+            )
         new = self.embed_prompt(tail, tail_mask, audio=audio)
         ids = new["input_ids"] if head is None else torch.cat([head, new["input_ids"]], dim=1)
         if torch.equal(ids, input_ids):
@@ -136,6 +147,12 @@ class SalmonnGenerationMixin(GenerationMixin):
             return None
         if clips["input_features"] is None or cached_length(options["past_key_values"]):
             raise ValueError("An assistant_model that hears needs the clips' input_features, and no past_key_values.")
+        own, other = ((c.text_config.vocab_size, c.audio_token_id) for c in (self.config, assistant.config))
+        if own != other:
+            raise ValueError(
+                f"assistant_model has a vocabulary of {other[0]} tokens with {other[1]} for audio, and this model one "
+                f"of {own[0]} with {own[1]}; choose one with the same tokenizer, or a language model alone."
+            )
         on_device = {name: None if clip is None else clip.to(assistant.device) for name, clip in clips.items()}
         embeds = assistant.project_audio(**on_device).embeds
         is_audio = (input_ids == self.config.audio_token_id).to(assistant.device)
@@ -157,9 +174,14 @@ class SalmonnGenerationMixin(GenerationMixin):
         if one_path and options["cache_implementation"] is None and options["use_cache"] is not False:
             embedding = self.get_input_embeddings()
             draft = {"draft_ids": [] if audio is None else self.projector.ctc_draft(audio.states, embedding)}
-            options.kwargs["custom_generate"] = partial(
-                decode_with_drafts, draft_tokenizer=options["tokenizer"], **draft
-            )
+            tokenizer = draft["draft_tokenizer"] = options["tokenizer"]
+            # Transformers gives a decoding function from without neither the tokenizer nor the streamer.
+            if (stop_strings := options["stop_strings"]) is not None:
+                stop = StopStringCriteria(stop_strings=stop_strings, tokenizer=tokenizer)
+                options.kwargs["stopping_criteria"] = [*(options["stopping_criteria"] or ()), stop]
+                options.kwargs["stop_strings"] = None
+            draft["streamer"] = options["streamer"]
+            options.kwargs["custom_generate"] = partial(decode_with_drafts, **draft)
 
     def prepare_inputs_for_generation(
         self,

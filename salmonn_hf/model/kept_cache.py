@@ -19,8 +19,24 @@ def keep_prompt(cache, given: torch.LongTensor, cut: torch.LongTensor, mask: tor
 
 
 def kept_prompt(cache, like: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor, torch.Tensor]:
-    """The three that `keep_prompt` noted, else each with no token."""
-    return getattr(cache, ATTRIBUTE, None) or (like[:, :0],) * 3
+    """The three that `keep_prompt` noted, in as many rows as `like` if it repeats them; else each with no token."""
+    kept = getattr(cache, ATTRIBUTE, None) or (like[:, :0],) * 3
+    return tuple(rows.repeat_interleave(max(len(like) // len(rows), 1), dim=0) for rows in kept)
+
+
+def check_rows(cache, prompts: int, sequences: int):
+    """
+    Raises:
+        ValueError: if the cache has not a row for each sequence, of which there are `sequences` per prompt.
+    """
+    keys = (getattr(layer, "keys", None) for layer in cache.layers)
+    rows = next((len(states) for states in keys if states is not None and states.numel()), None)
+    if rows not in (None, prompts * sequences):
+        raise ValueError(
+            f"past_key_values have {rows} rows, but there are {prompts} prompts, with num_beams or "
+            f"num_return_sequences {sequences}. Repeat them with past_key_values.batch_repeat_interleave, "
+            "or give as many prompts."
+        )
 
 
 def mask_as_cut(cache, attention_mask: torch.Tensor | None, new_tokens: int) -> torch.Tensor | None:
@@ -28,7 +44,11 @@ def mask_as_cut(cache, attention_mask: torch.Tensor | None, new_tokens: int) -> 
     of_tokens = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2  # not ready-made, by layer type
     if not of_tokens or not hasattr(cache, ATTRIBUTE):
         return attention_mask
-    given, _, mask = getattr(cache, ATTRIBUTE)
+    given, _, mask = kept_prompt(cache, attention_mask)
+    if len(mask) != len(attention_mask):
+        raise ValueError(
+            f"past_key_values were made of {len(mask)} prompts, but attention_mask has {len(attention_mask)} rows."
+        )
     spare = given.shape[1] - mask.shape[1]
     if attention_mask.shape[1] != cached_length(cache) + new_tokens + spare:
         return attention_mask

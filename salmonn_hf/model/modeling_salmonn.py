@@ -295,8 +295,9 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
             inputs_embeds (`torch.Tensor` of shape `(batch, tokens, hidden size)`): in place of `input_ids`. Audio
                 goes where these hold the embedding of the audio token.
             labels (`torch.LongTensor` of shape `(batch, tokens)`): -100 where there is no loss.
-            logits_to_keep (`int`): logits of the last so many positions alone; 0: of all, in training, too. With
-                `labels`, the first of the kept positions has no loss.
+            logits_to_keep (`int` or `torch.LongTensor` of shape `(kept,)`): of the last so many positions alone,
+                0: of all, in training, too; or of these positions. With `labels`, as in transformers each position's
+                logits predict the next label, so that of the last so many positions the first has no loss.
             audio_frames, audio_frames_mask, sound_frames, sound_frames_mask: what `encode_audio` returned, in place of
                 the features; they need not be encoded again.
             ctc_labels, caption_labels, num_alignment_labels: see `alignment_loss`, which is then given as well.
@@ -320,7 +321,7 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
         prompt = given
         if input_ids is not None or inputs_embeds is not None:
             prompt = self.embed_prompt(input_ids, audio=audio, **given)
-        labels, positions = prompt["labels"], {}
+        labels, positions, kwargs_of_loss = prompt["labels"], {}, dict(kwargs)
         if prompt["position_ids"] is not None:
             positions = {"position_ids": prompt["position_ids"]}
         if isinstance(logits_to_keep, int) and logits_to_keep > 0:
@@ -328,6 +329,8 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
             labels = labels if labels is None else last_labels(labels, logits_to_keep)
             # By indices, the selected states are one block of memory; of a slice, torch copies the head for each row.
             logits_to_keep = torch.arange(-logits_to_keep, 0, device=prompt["inputs_embeds"].device)
+        elif isinstance(logits_to_keep, torch.Tensor) and labels is not None:
+            kwargs_of_loss["shift_labels"] = next_labels(labels, logits_to_keep)
         outputs = self.language_model(
             inputs_embeds=prompt["inputs_embeds"],
             attention_mask=prompt["attention_mask"],
@@ -340,7 +343,7 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
             keep_prompt(outputs.past_key_values, input_ids, prompt["input_ids"], prompt["attention_mask"])
         loss, vocab_size = None, self.config.text_config.vocab_size
         if labels is not None:
-            loss = self.loss_function(logits=outputs.logits, labels=labels, vocab_size=vocab_size, **kwargs)
+            loss = self.loss_function(logits=outputs.logits, labels=labels, vocab_size=vocab_size, **kwargs_of_loss)
         passed_on = {name: getattr(outputs, name) for name in ("logits", *PASSED_ON)}
         embeds = None if audio is None else audio.embeds
         return SalmonnOutput(loss, **passed_on, audio_embeds=embeds, alignment_loss=alignment_loss)
@@ -392,6 +395,20 @@ def last_labels(labels: torch.LongTensor, count: int) -> torch.LongTensor:
     if (labels[:, 1 : labels.shape[1] - count + 1] != -100).any():
         raise ValueError(f"logits_to_keep={count} leaves out positions that have labels; keep one more than these.")
     return labels[:, -count:]
+
+
+def next_labels(labels: torch.LongTensor, positions: torch.LongTensor) -> torch.LongTensor:
+    """
+    The label behind each of the `positions`, which their logits predict; -100 behind the last.
+
+    Raises:
+        ValueError: if others have a loss, which then has no logits.
+    """
+    behind = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    positions = (positions.nonzero()[:, 0] if positions.dtype == torch.bool else positions).to(labels.device)
+    if (behind.index_fill(1, positions % labels.shape[1], -100) != -100).any():
+        raise ValueError("logits_to_keep leaves out positions that have labels; keep those before them, too.")
+    return behind[:, positions].contiguous()
 
 
 SalmonnForConditionalGeneration.register_for_auto_class("AutoModel")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sized
 from itertools import islice
+from numbers import Real
 
 from transformers import AutomaticSpeechRecognitionPipeline, GenerationConfig, pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
@@ -80,7 +81,7 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
         Raises:
             AudioError: for an input that cannot be used, naming it.
             ValueError: for word-level timestamps, overlapping segments (`stride_length_s`), the language
-                (`return_language`), and a `chunk_length_s` above what the encoder hears.
+                (`return_language`), a `chunk_length_s` above what the encoder hears, and lengths that are no seconds.
         """
         if isinstance(inputs, list) and len(inputs) == 0:
             return []
@@ -103,7 +104,10 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
                 f"return_timestamps={return_timestamps!r}: SALMONN gives times of segments only; use True or False."
             )
         longest = self.feature_extractor.chunk_length
-        if chunk_length_s is not None and not 0 <= chunk_length_s <= longest:
+        for name, seconds in (("chunk_length_s", chunk_length_s), ("target_length_s", target_length_s)):
+            if seconds is not None and not (isinstance(seconds, Real) and seconds >= 0):
+                raise ValueError(f"{name}={seconds!r} must be a number of seconds, 0 or more.")
+        if chunk_length_s is not None and chunk_length_s > longest:
             raise ValueError(f"chunk_length_s={chunk_length_s} must be in 0 to {longest}: no more is heard at once.")
         generate_kwargs = {**(generate_kwargs or {}), **more_generate_kwargs}
         for name, reason in OF_OTHER_MODELS.items():

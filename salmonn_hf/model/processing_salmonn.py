@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs
+from transformers.utils import logging
 
 from .audio import load_audio
 from .serving import check_source, errors_answered
 from .windows import num_windows
+
+logger = logging.get_logger(__name__)
 
 # Puts content lists ({"type": "text"}, {"type": "audio"}) as plain strings before a language model's own chat
 # template, which knows text only.
@@ -82,6 +85,9 @@ class SalmonnProcessor(ProcessorMixin):
         if tokenizer.pad_token is None:
             tokenizer = copy.deepcopy(tokenizer)
             tokenizer.pad_token = tokenizer.eos_token
+        if vars(tokenizer).get("padding_side") == type(tokenizer).padding_side:
+            if "padding_side" not in tokenizer.init_kwargs:
+                del tokenizer.padding_side  # its class says the same, so that one that is set later can be told
         if chat_template is None:
             prelude = CONTENT_PRELUDE.replace("AUDIO_TOKEN", audio_token)
             chat_template = prelude + (tokenizer.chat_template or SALMONN_TEMPLATE)
@@ -109,18 +115,25 @@ class SalmonnProcessor(ProcessorMixin):
             audio: one clip or a flat list of clips, in the order of their placeholders: arrays at 16 kHz, paths, bytes
                 or anything else that [`load_audio`] takes.
             kwargs: as for any processor, flat or nested (`text_kwargs`, `audio_kwargs`, `common_kwargs`). By default
-                tensors of torch, and rows padded on the left.
+                tensors of torch, and rows padded on the left, unless the tokenizer's files, or its `padding_side` that
+                is set on `processor.tokenizer`, say otherwise.
 
         Returns:
             `BatchFeature` with `input_ids` and `attention_mask`, and what the feature extractor returns.
 
         Raises:
             ValueError: if the number of placeholders is not that of the clips; for a `sampling_rate` that is not the
-                feature extractor's.
+                feature extractor's, and for `audio_kwargs` that do nothing here.
             AudioError: for a clip that cannot be used, naming it.
         """
         if audio is None and text is not None and not is_text(text):
             text, audio = None, text
+        check_audio_kwargs(kwargs.get("audio_kwargs") or {})
+        if "padding_side" in vars(self.tokenizer) and "padding_side" not in {
+            **kwargs,
+            **kwargs.get("common_kwargs", {}),
+        }:
+            kwargs["text_kwargs"] = {"padding_side": self.tokenizer.padding_side} | kwargs.get("text_kwargs", {})
         # The base class has the feature extractor's fetch_audio decode the clips.
         return super().__call__(text=text, audio=audio, **kwargs)
 
@@ -131,10 +144,13 @@ class SalmonnProcessor(ProcessorMixin):
         token, the audio token among them, that the messages' text spells is plain text in what is tokenised. Rows to
         be continued (`add_generation_prompt`) are padded on the left.
         """
-        batched = isinstance(conversation[0], (list, tuple))
+        batched = len(conversation) > 0 and isinstance(conversation[0], (list, tuple))
+        conversations = conversation if batched else [conversation]
+        if not all(map(len, conversations)):
+            raise ValueError("The conversation is an empty list: it needs a message at least.")
         conversations = [
-            [{**message, "content": self._decoded(message["content"])} for message in messages]
-            for messages in (conversation if batched else [conversation])
+            [{**message, "content": self._decoded(message.get("content"))} for message in messages]
+            for messages in conversations
         ]
         processor_kwargs = dict(processor_kwargs or {})
         for_text = processor_kwargs.get("text_kwargs", {})
@@ -168,8 +184,14 @@ class SalmonnProcessor(ProcessorMixin):
         """Message content with its clips decoded to arrays."""
         if isinstance(content, str):
             return content
+        if not content:
+            raise ValueError(f"A message has no content, but {content!r}: give a text, or a list of parts.")
         parts = []
         for part in content:
+            if "type" not in part:
+                raise ValueError(f'A part of a message has no "type": give it "text" or "audio". It is {part!r:.200}.')
+            if part["type"] == "text" and not isinstance(part.get("text"), str):
+                raise ValueError(f'A part of type "text" has no text, but {part.get("text")!r:.200}.')
             if part["type"] not in ("text", "audio"):
                 raise ValueError(f"A message holds a part of type {part['type']!r}; the model takes text and audio.")
             keys = ("audio", "path", "url") if part["type"] == "audio" else ()
@@ -254,6 +276,22 @@ def keep_transcription_ids(generation_config, directory):
             return
         generation_config.transcription_ids = SalmonnProcessor.from_pretrained(directory).transcription_ids()
     generation_config._from_model_config = False  # with this mark they would not be read
+
+
+def check_audio_kwargs(given: dict):
+    """
+    Raises:
+        ValueError: for options of one feature extractor or another by which a clip would be cut or padded otherwise.
+    """
+    if name := next((name for name in ("max_length", "pad_to_multiple_of") if given.get(name) is not None), None):
+        raise ValueError(
+            f"{name} does nothing in audio_kwargs: clips are padded to the longest, and none is cut. Leave it out."
+        )
+    for name, done in (("padding", (None, True, "longest")), ("truncation", (None, False))):
+        if given.get(name) not in done:
+            logger.warning_once(
+                f"{name}={given[name]!r} does nothing in audio_kwargs: clips are as in `padding=True`."
+            )
 
 
 def is_text(given) -> bool:

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from conftest import LANGUAGE_MODELS, noise, tiny_config, tiny_model, tiny_processor, tiny_text_config
-from transformers import MaxLengthCriteria, pipeline
+from transformers import GenerationConfig, MaxLengthCriteria, pipeline
 
 from salmonn_hf.model.ctc_draft import (
     END_MARKS,
@@ -343,3 +343,45 @@ def test_models_without_a_head_say_so():
         tiny_model().generate(**inputs, speculation_type="ctc", tokenizer=processor.tokenizer)
     with pytest.raises(ValueError, match="tokenizer=processor.tokenizer"):
         drafting_model().generate(**inputs, speculation_type="ctc")
+
+
+def test_stop_strings_and_streamers_as_in_plain_decoding(tmp_path):
+    """Transformers does not hand them on to a decoding loop of one's own."""
+
+    class Streamer:
+        def __init__(self):
+            self.tokens = []
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.tokens.append("end")
+
+    model, processor = drafting_model(), tiny_processor()
+    tokenizer = processor.tokenizer
+    inputs = processor.apply_transcription_request([noise(1.0)])
+    width = inputs["input_ids"].shape[1]
+    new = model.generate(**inputs, max_new_tokens=24)[0, width:].tolist()
+    stop = next(token for token in map(tokenizer.decode, new[3:]) if len(token) == 1 and token.isalnum())
+    in_config = GenerationConfig(max_new_tokens=24, stop_strings=stop)
+    for options in ({"max_new_tokens": 24, "stop_strings": [stop]}, {"generation_config": in_config}):
+        plain, drafted = Streamer(), Streamer()
+        expected = model.generate(**inputs, **options, tokenizer=tokenizer, streamer=plain)
+        assert expected.shape[1] < width + 24
+        drafts = {"speculation_type": "ctc", "tokenizer": tokenizer, "streamer": drafted}
+        assert torch.equal(model.generate(**inputs, **options, **drafts), expected)
+        assert drafted.tokens == plain.tokens
+
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    transcriber = pipeline("automatic-speech-recognition", model=str(tmp_path))
+    expected = transcriber(noise(1.0), stop_strings=[stop])
+    assert expected != transcriber(noise(1.0))
+    assert transcriber(noise(1.0), stop_strings=[stop], speculation_type="ctc") == expected
+
+
+def test_an_unknown_speculation_type_is_named():
+    inputs = tiny_processor().apply_transcription_request([noise(0.5)])
+    with pytest.raises(ValueError, match="speculation_type='foo'"):
+        drafting_model().generate(**inputs, speculation_type="foo")

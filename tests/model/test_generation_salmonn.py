@@ -281,3 +281,40 @@ def test_both_encoders_must_get_the_same_clips():
             call(**fewer)
         with pytest.raises(ValueError, match="input_values are missing"):
             call(**none)
+
+
+def test_arguments_by_their_place(pair):
+    """All of `generate` in transformers, up to those behind the streamer."""
+    inputs = inputs_of(pair[1], 1)
+    ids, clips = inputs["input_ids"], {name: inputs[name] for name in CLIPS}
+    config = GenerationConfig(guidance_scale=3.0, max_new_tokens=8)
+    negative = torch.tensor([[40, 41, 42]])
+    expected = pair[0].generate(ids, config, **clips, negative_prompt_ids=negative)
+    assert not torch.equal(expected, pair[0].generate(ids, config, **clips))
+    none = [None] * 6
+    assert torch.equal(pair[0].generate(ids, config, *none, negative, **clips), expected)
+    with pytest.raises(TypeError, match="negative_prompt_ids"):
+        pair[0].generate(ids, config, *none, negative, negative_prompt_ids=negative, **clips)
+    with pytest.raises(TypeError, match="arguments"):
+        pair[0].generate(ids, config, *none, negative, None, None, 7, **clips)
+
+
+def test_the_same_input_by_two_names_is_refused(pair):
+    inputs = dict(inputs_of(pair[1], 1))
+    with pytest.raises(ValueError, match="inputs.* input_ids"):
+        pair[0].generate(inputs["input_ids"], **inputs)
+    with pytest.raises(ValueError, match="inputs.* input_features"):
+        pair[0].generate(inputs["input_features"], **inputs)
+
+
+@pytest.mark.parametrize("other", [{"vocab_size": 280}, {"audio_token_id": 4}], ids=str)
+def test_an_assistant_that_hears_needs_the_same_vocabulary(pair, other):
+    model, processor = pair
+    text_config = {"text_config": tiny_text_config(vocab_size=280)} if "vocab_size" in other else other
+    inputs = inputs_of(processor, 1)
+    tokenizers = {"tokenizer": processor.tokenizer, "assistant_tokenizer": tiny_processor().tokenizer}
+    for options in ({}, tokenizers):
+        with pytest.raises(ValueError, match="assistant_model has a vocabulary"):
+            model.generate(
+                **inputs, max_new_tokens=4, assistant_model=tiny_model(tiny_config(**text_config)), **options
+            )

@@ -107,3 +107,52 @@ def test_what_does_not_fit_the_cache_is_refused(pair):
     if hasattr(cache, "salmonn_prompt"):
         with pytest.raises(ValueError, match="of another prompt"):
             model.generate(input_ids=sequences.flip(1), past_key_values=cache, max_new_tokens=2)
+
+
+def test_a_regrouped_cache_goes_with_as_many_rows(pair):
+    model = pair[0]
+    inputs, sequences, cache = first_turn(pair, 1)
+    ids, mask = behind(sequences, inputs["attention_mask"], torch.tensor([[40, 41, 42]]))
+    expected = continued(model, ids, mask, past_key_values=copy.deepcopy(cache))
+    two = copy.deepcopy(cache)
+    two.batch_repeat_interleave(2)
+    both, of_both = ids.repeat(2, 1), mask.repeat(2, 1)
+    for rows in (both, both[:, -4:]):
+        assert torch.equal(continued(model, rows, of_both, past_key_values=copy.deepcopy(two)), expected.repeat(2, 1))
+    beams = continued(model, ids, mask, {name: inputs[name] for name in CLIPS}, num_beams=2)
+    assert torch.equal(continued(model, ids, mask, past_key_values=copy.deepcopy(two), num_beams=2), beams)
+    for ids_of, cache_of, options in (
+        (ids, two, {}),
+        (ids[:, -4:], two, {}),
+        (both, cache, {}),
+        (ids, cache, {"num_beams": 2}),
+        (ids, cache, {"do_sample": True, "num_return_sequences": 2}),
+    ):
+        mask_of = of_both if len(ids_of) == 2 else mask
+        with pytest.raises(ValueError, match="past_key_values have"):
+            continued(model, ids_of, mask_of, past_key_values=copy.deepcopy(cache_of), **options)
+
+
+def test_one_row_of_several_prompts(pair):
+    model = pair[0]
+    inputs, sequences, cache = first_turn(pair, 2)
+    ids, mask = behind(sequences, inputs["attention_mask"], torch.tensor([[40, 41, 42]] * 2))
+    cache.batch_select_indices(torch.tensor([1]))
+    if hasattr(cache, "salmonn_prompt"):  # which has the rows of both
+        for rows in (ids[1:], ids[1:, -4:]):
+            with pytest.raises(ValueError, match="past_key_values"):
+                continued(model, rows, mask[1:], past_key_values=copy.deepcopy(cache))
+    else:
+        expected = continued(model, ids[1:], mask[1:], past_key_values=copy.deepcopy(cache))
+        assert torch.equal(continued(model, ids[1:, -4:], mask[1:], past_key_values=cache), expected)
+
+
+def test_a_cache_that_ends_within_a_clip_is_refused(pair):
+    model = pair[0]
+    inputs, sequences, cache = first_turn(pair, 1)
+    ids, mask = behind(sequences, inputs["attention_mask"], torch.tensor([[40, 41, 42]]))
+    answer = sequences.shape[1] - inputs["input_ids"].shape[1]
+    cache.crop(-(answer + 10))  # the text behind the last clip has fewer tokens
+    for clips in ({}, {name: inputs[name] for name in CLIPS}):
+        with pytest.raises(ValueError, match="Behind past_key_values"):
+            continued(model, ids, mask, clips, past_key_values=copy.deepcopy(cache))

@@ -200,6 +200,22 @@ def test_loss_is_that_of_transformers_and_counts_items_in_batch():
         model(**inputs, labels=labels, logits_to_keep=6)
 
 
+def test_logits_of_chosen_positions_have_the_loss_of_all():
+    model, processor = tiny_model(), tiny_processor()
+    inputs = processor(text=["<|audio|>abc", "<|audio|>abcdef"], audio=[noise(0.5), noise(1.0)])
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] < 4, -100)
+    expected = model(**inputs, labels=labels, num_items_in_batch=5)
+    width = labels.shape[1]
+    chosen = torch.tensor([0, *range(width - 8, width - 1)])
+    mask = torch.zeros(width, dtype=torch.bool).index_fill(0, chosen, True)
+    for kept in (chosen, chosen - width, chosen.flip(0), mask):
+        output = model(**inputs, labels=labels, logits_to_keep=kept, num_items_in_batch=5)
+        torch.testing.assert_close(output.loss, expected.loss)
+        torch.testing.assert_close(output.logits, expected.logits[:, kept])
+    with pytest.raises(ValueError, match="logits_to_keep leaves out"):
+        model(**inputs, labels=labels, logits_to_keep=chosen[:-1])
+
+
 def test_encoded_audio_can_stand_in_for_features():
     model, processor = tiny_model(), tiny_processor()
     inputs = processor.apply_transcription_request([noise(0.7), noise(2.0)])

@@ -387,7 +387,16 @@ def run(code, tmp_path, *arguments):
 
 @pytest.mark.parametrize(
     "option",
-    [{"stride_length_s": 5}, {"return_language": True}, {"chunk_length_s": 31}, {"chunk_length_s": -1}],
+    [
+        {"stride_length_s": 5},
+        {"return_language": True},
+        {"chunk_length_s": 31},
+        {"chunk_length_s": -1},
+        {"chunk_length_s": "5"},
+        {"target_length_s": -1},
+        {"target_length_s": "5"},
+        {"target_length_s": float("nan")},
+    ],
     ids=str,
 )
 def test_options_of_other_pipelines_are_refused_by_name(transcriber, checkpoint, option):

@@ -209,3 +209,63 @@ def test_saving_leaves_no_trace(tmp_path):
     before = processor.to_dict()
     processor.save_pretrained(tmp_path)
     assert processor.to_dict().keys() == before.keys()
+
+
+def test_a_padding_side_that_is_set_on_the_tokenizer_counts(tmp_path):
+    processor, texts = tiny_processor(), ["hello", "hi"]
+    assert processor.tokenizer.padding_side == "right"  # what the class says by default is nobody's choice
+    assert processor(text=texts)["attention_mask"][1].tolist() == [0, 0, 0, 1, 1]
+    processor.tokenizer.padding_side = "right"
+    assert processor(text=texts)["attention_mask"][1].tolist() == [1, 1, 0, 0, 0]
+    for given in ({"padding_side": "left"}, {"text_kwargs": {"padding_side": "left"}}):
+        assert processor(text=texts, **given)["attention_mask"][1].tolist() == [0, 0, 0, 1, 1]
+    assert processor(text=texts, common_kwargs={"padding_side": "left"})["attention_mask"][1, 0] == 0
+    assert processor.apply_transcription_request([noise(0.2), noise(1.0)])["attention_mask"][:, -1].all()
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    settings = {"tokenize": True, "return_dict": True, "processor_kwargs": {"padding": True}}
+    for to_be_answered in (True, False):
+        mask = processor.apply_chat_template(chats, add_generation_prompt=to_be_answered, **settings)["attention_mask"]
+        assert bool(mask[1, -1]) is to_be_answered and bool(mask[1, 0]) is not to_be_answered
+
+    processor.tokenizer.init_kwargs["padding_side"] = "right"
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert loaded(text=texts)["attention_mask"][1].tolist() == [1, 1, 0, 0, 0]
+    loaded.tokenizer.padding_side = "left"
+    assert loaded(text=texts)["attention_mask"][1].tolist() == [0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"foo": 1}, {"do_normalize": True}, {"max_length": 1600}, {"pad_to_multiple_of": 8}],
+    ids=str,
+)
+def test_audio_options_that_do_nothing_are_named(option):
+    processor, (name,) = tiny_processor(), option
+    with pytest.raises(ValueError, match=name):
+        processor(text="<|audio|>", audio=noise(0.5), audio_kwargs=option)
+    # What processors are given for any model, and options of the text.
+    harmless = {"padding": True, "return_attention_mask": True, "truncation": False, "do_normalize": None}
+    harmless |= {"sampling_rate": 16_000, "device": "cpu", "return_tensors": "pt"}
+    expected = processor(text="<|audio|>", audio=noise(0.5))["input_features"]
+    for given in ({"audio_kwargs": harmless}, {"max_length": 99, "padding": "max_length", "truncation": True}):
+        assert torch.equal(processor(text="<|audio|>", audio=noise(0.5), **given)["input_features"], expected)
+
+
+@pytest.mark.parametrize(
+    "conversation, missing",
+    [
+        ([], "a message"),
+        ([[]], "a message"),
+        ([{"role": "user"}], "no content"),
+        ([{"role": "user", "content": None}], "no content"),
+        ([{"role": "user", "content": []}], "no content"),
+        ([{"role": "user", "content": [{"type": "text", "text": None}]}], "no text"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "no text"),
+        ([{"role": "user", "content": [{"text": "hi"}]}], 'no "type"'),
+    ],
+    ids=str,
+)
+def test_what_a_conversation_lacks_is_named(conversation, missing):
+    with pytest.raises(ValueError, match=missing):
+        tiny_processor().apply_chat_template(conversation, tokenize=True)
