@@ -280,6 +280,16 @@ def test_parquet_of_arrays(tmp_path, dtype, rate):
     np.testing.assert_array_equal(read_clip(streamed), expected)
 
 
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+def test_parquet_of_paths(tmp_path, kind):
+    listed(tmp_path)
+    paths = pa.array([str(tmp_path / "wavs" / "a.wav")], kind)
+    pq.write_table(pa.table({"audio": paths, "text": ["a"]}), tmp_path / "a.parquet")
+    path = str(tmp_path / "a.parquet")
+    assert len(read_clip(ClipTable(Source(path))[0])) == 8000
+    assert len(parquet_clips([path], "text")[0].waveform()) == 8000
+
+
 def test_hints_name_the_option_that_names_the_column(tmp_path):
     path = write(tmp_path / "a.parquet", [embedded(flac(0.5), "a", sentence="x")])
     with pytest.raises(ValueError, match="no column 'text'.*--text_column NAME"):
