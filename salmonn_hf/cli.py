@@ -16,6 +16,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 from tqdm import tqdm
@@ -116,11 +117,21 @@ def as_text(file: str, chunks: list[dict], arguments) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    # Before the model is loaded: a wrong path should not cost that wait.
     missing = [file for file in arguments.files if "://" not in file and not Path(file).is_file()]
-    for file in missing:  # before the model is loaded: a wrong path should not cost that wait
-        print(f"error: {file}: there is no such file", file=sys.stderr)
+    for file in missing:
+        fault = "is a directory; name the files in it" if Path(file).is_dir() else "there is no such file"
+        print(f"error: {file}: {fault}", file=sys.stderr)
     if len(missing) == len(arguments.files):
         return 2
+    if arguments.output_dir is not None:
+        try:
+            arguments.output_dir.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=arguments.output_dir):
+                pass
+        except OSError as error:
+            print(f"error: {arguments.output_dir}: cannot be written to ({error.strerror or error})", file=sys.stderr)
+            return 2
 
     from .inference import Answerer
 
@@ -148,8 +159,12 @@ def run(arguments: argparse.Namespace) -> int:
                 progress.write(text, file=sys.stdout, end="")
                 sys.stdout.flush()
             else:
-                arguments.output_dir.mkdir(parents=True, exist_ok=True)
-                write_atomically(arguments.output_dir / output_name(file, arguments.format), text)
+                output = arguments.output_dir / output_name(file, arguments.format)
+                try:
+                    write_atomically(output, text)
+                except OSError as error:
+                    progress.write(f"error: {output}: cannot be written ({error.strerror or error})", file=sys.stderr)
+                    failed += 1
     return 2 if failed == len(arguments.files) else min(failed, 1)
 
 

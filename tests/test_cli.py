@@ -124,6 +124,24 @@ def test_nothing_done_is_2(asked, files, capsys):
     assert "error: broken: no such checkpoint" in capsys.readouterr().err
 
 
+def test_where_nothing_can_be_written_is_told_before_the_model_is_loaded(files, capsys, monkeypatch):
+    monkeypatch.setattr(inference, "Answerer", None)  # calling it would be a TypeError
+    for output in (files / "a.wav", files / "a.wav" / "sub"):
+        assert run("transcribe", files / "a.wav", "--output_dir", output) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {output}: cannot be written to (") and error.count("\n") == 1
+    assert run("transcribe", files) == 2
+    assert capsys.readouterr().err == f"error: {files}: is a directory; name the files in it\n"
+
+
+def test_a_result_that_cannot_be_written_is_named_and_the_others_are_written(asked, files, capsys):
+    (files / "out" / "a.txt").mkdir(parents=True)
+    assert run("transcribe", files / "a.wav", files / "long.wav", "--output_dir", files / "out") == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {files}/out/a.txt: cannot be written (") and error.count("\n") == 1
+    assert (files / "out" / "long.txt").is_file()
+
+
 def test_usage_errors_are_2_and_say_what_to_do(files, capsys, monkeypatch):
     monkeypatch.delenv("SALMONN_MODEL", raising=False)
     for arguments, message in (

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from glob import glob
 from itertools import islice
 from pathlib import Path
 
@@ -34,6 +35,22 @@ def write_clips(path: Path, rows: Iterable[dict], columns: Iterable[str], clips_
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
 
 
+def open_parquet(files: Iterable[str], streaming: bool = False):
+    """Parquet files, or patterns of their names, as one dataset; a ValueError names the first that is none."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        return load_dataset("parquet", data_files=list(files), split="train", streaming=streaming)
+    except (pa.ArrowInvalid, DatasetGenerationError) as error:
+        for file in (name for pattern in files for name in sorted(glob(str(pattern)))):
+            try:
+                pq.read_schema(file)
+            except pa.ArrowInvalid as fault:
+                raise ValueError(f"{file} is no Parquet file ({fault}); make or copy it again.") from error
+        raise
+
+
 def parquet_rows(files: list[str], *columns: str, **options: str | None):
     """
     Parquet files with an `audio` column, as `datasets` writes it, or lists (see `clip_lists.py`), as one
@@ -46,12 +63,12 @@ def parquet_rows(files: list[str], *columns: str, **options: str | None):
     Raises:
         ValueError: for a column that they lack, naming those that they have and the option.
     """
-    from datasets import concatenate_datasets, load_dataset
+    from datasets import concatenate_datasets
 
     if any(str(file).endswith(SUFFIXES) for file in files):
         dataset = concatenate_datasets([open_list(file) for file in files])
     else:
-        dataset = load_dataset("parquet", data_files=list(files), split="train")
+        dataset = open_parquet(files)
     remedies = {column: f" Name it with --{option}." for option, column in options.items()}
     for column in ("audio", *columns, *options.values()):
         if column is not None and column not in dataset.column_names:

@@ -14,11 +14,14 @@ from dataclasses import dataclass, field, fields
 from glob import glob
 from pathlib import Path
 
-from .clip_lists import SUFFIXES, open_list
+from .clip_lists import SUFFIXES, dataset_of, open_list
+from .clip_parquet import open_parquet
 from .column_mapping import COLUMNS, map_columns
 from .corpora import annotation
 from .task_prompts import TRAIN_PROMPTS
 from .text_choice import most_typical
+
+LIST_REMEDY = "Call it 'audio', or map it: columns: {audio: NAME} of a source."
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class Source:
 
     def open(self):
         """Its rows as a `datasets.Dataset` (or `IterableDataset`) of undecoded clips; of `COLUMNS`, those it has."""
-        from datasets import Dataset, Features, List, Value, load_dataset
+        from datasets import Features, List, Value, load_dataset
 
         if self.path.endswith(".json"):
             # The time of its last change makes another cache of a file that was changed.
@@ -98,18 +101,18 @@ class Source:
             strings = {name: Value("string") for name in ("text", "task", "question")}
             audio = {"bytes": Value("binary"), "path": Value("string")}
             features = Features({"audio": audio, **strings, "expand_wav": List(Value("string"))})
-            dataset = Dataset.from_generator(_annotation_rows, features=features, gen_kwargs=arguments)
+            dataset = dataset_of(_annotation_rows, arguments, features)
         elif self.path.endswith(".parquet"):
             if "://" not in self.path and not glob(self.path):
                 remedy = "other data is named by --train_files, --eval_file or --sources"
                 raise FileNotFoundError(
                     f"There is no {self.path}. A recipe's head says which files to bring; {remedy}."
                 )
-            dataset = load_dataset("parquet", data_files=self.path, split="train", streaming=self.streaming)
+            dataset = open_parquet([self.path], self.streaming)
         elif self.path.endswith(SUFFIXES):
-            dataset = open_list(self.path, self.columns.get("audio"))
+            dataset = open_list(self.path, self.columns.get("audio"), LIST_REMEDY)
         elif metadata := _audiofolder_metadata(self.path, self.split):
-            dataset = open_list(metadata, self.columns.get("audio"))
+            dataset = open_list(metadata, self.columns.get("audio"), LIST_REMEDY)
         else:
             dataset = load_dataset(self.path, self.name, split=self.split, streaming=self.streaming)
         return map_columns(dataset, self.columns, self.path)

@@ -21,6 +21,8 @@ def undecoded(dataset, column: str):
     kind = (dataset.features or {}).get(column)
     if isinstance(kind, dict) and {"array", "sampling_rate"} <= set(kind):
         return dataset.map(_as_file, fn_kwargs={"column": column, "dtype": kind["array"].feature.dtype})
+    if kind == Value("large_string"):  # as pandas writes; `datasets` casts strings alone to Audio
+        dataset = dataset.cast_column(column, Value("string"))
     # Of a stream, `datasets` would encode an Audio column anew, undecoded or not, which needs torchcodec; and
     # decode it when it renames columns, if it were not cast before.
     return dataset.cast_column(column, undecoded if isinstance(dataset, IterableDataset) else Audio(decode=False))

@@ -4,7 +4,7 @@ import base64
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from io import BytesIO
+from io import SEEK_END, BytesIO, TextIOBase
 from itertools import chain
 from numbers import Real
 from pathlib import Path
@@ -155,6 +155,12 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _from_stream(stream: BinaryIO, name: str, sampling_rate: int) -> np.ndarray:
+    if getattr(stream, "closed", False):
+        raise AudioError(f"{name} is closed; give it before it is.")
+    if isinstance(stream, TextIOBase) or isinstance(stream.read(0), str):
+        raise AudioError(f'{name} is open as text; open it with mode "rb".')
+    if stream.seek(0, SEEK_END) == 0:
+        raise AudioError(f"{name} is empty (0 bytes) and is not an audio file; get a whole copy of it.")
     try:
         waveforms = [_read_part(part, name, sampling_rate) for part in audio_streams(stream)]
     except UnknownFormat:

@@ -108,7 +108,7 @@ def _sample_part(stream, family: Chunks, start: int, position: int, content: int
             return StreamPart(stream, start, rest), rest
         if rest < end and _holds_chunks(stream, family, rest, end):
             return StreamPart(stream, start, end), end
-        if rest >= end or _is_padding_or_tag(stream, rest, end):
+        if rest >= end or is_padding_or_tag(stream, rest, end):
             return StreamPart(stream, start, samples_end), end
     check_rest(stream, samples_end, end, size)
     return StreamPart(stream, start, samples_end), end
@@ -127,10 +127,10 @@ def _holds_chunks(stream, family: Chunks, position: int, end: int) -> bool:
         if after > end + family.even - 1:
             return chunk[0] in METADATA
         position = after
-    return found and (position >= end or _is_padding_or_tag(stream, position, end))
+    return found and (position >= end or is_padding_or_tag(stream, position, end))
 
 
-def _is_padding_or_tag(stream: BinaryIO, position: int, end: int) -> bool:
+def is_padding_or_tag(stream: BinaryIO, position: int, end: int) -> bool:
     if end - position <= STRAY_BYTES or read_at(stream, position, 8).startswith(TRAILING_TAGS):
         return True
     stream.seek(position)
@@ -147,7 +147,7 @@ def check_rest(stream: BinaryIO, position: int, end: int, size: int):
     Raises:
         AudioFileError: if more than padding or a tag follows the samples.
     """
-    if not _is_padding_or_tag(stream, position, end):
+    if not is_padding_or_tag(stream, position, end):
         raise AudioFileError(
             f"has a header that tells of {size} bytes of samples, which {end - position} other bytes follow",
             "correct the size in its header; of a WAV, all is read by: ffmpeg -ignore_length 1 -i INPUT output.flac",

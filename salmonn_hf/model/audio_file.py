@@ -13,8 +13,9 @@ from typing import BinaryIO
 import numpy as np
 import soundfile
 
-from .audio_containers import FAMILIES, chunk_parts, plain_parts
+from .audio_containers import FAMILIES, chunk_parts, is_padding_or_tag, plain_parts
 from .downmix import BLOCK_SAMPLES
+from .flac_end import flac_end
 from .mpeg_frames import ENCODER_DELAY, JUNK_BYTES, frame_kind, mpeg_parts, tag_bytes
 from .ogg_pages import ogg_streams
 from .stream_part import AudioFileError, StreamPart, read_at
@@ -130,10 +131,19 @@ def sample_blocks(part: StreamPart) -> Iterator[tuple[int, np.ndarray]]:
         except soundfile.LibsndfileError as error:
             if not part.total or frames != promised:
                 raise AudioFileError(f"is damaged or cut short ({error})") from error
+            _check_behind_flac(part)
     if file.subtype.startswith("MPEG"):
         promised = (promised if part.frames is None else part.frames) - ENCODER_DELAY
     if frames < promised:
         raise AudioFileError(f"is damaged or cut short: {frames} of its {promised} samples are readable")
+
+
+def _check_behind_flac(part: StreamPart):
+    data = read_at(part.stream, part.start, part.end - part.start)
+    end = flac_end(data, part.total)
+    if end is not None and not is_padding_or_tag(part, end, len(data)):
+        fault = f"is a FLAC of {part.total} samples, and {len(data) - end} bytes follow its end"
+        raise AudioFileError(fault, "cut them off, or give what they are as a file of its own")
 
 
 def file_seconds(stream: BinaryIO) -> float:

@@ -326,6 +326,24 @@ def test_every_damaged_byte_of_a_flac_is_noticed():
             load_audio(copy)
 
 
+def test_empty_files_and_streams_that_cannot_be_read_are_named(tmp_path):
+    path = tmp_path / "a.wav"
+    path.write_bytes(b"")
+    for source, name in ((path, "a.wav"), (b"", "bytes of length 0"), (io.BytesIO(), "BytesIO object")):
+        with pytest.raises(AudioError, match=f"{name} is empty"):
+            load_audio(source)
+    path.write_bytes(encoded(tone()))
+    with path.open("rb") as closed:
+        assert len(load_audio(closed)) == RATE
+    for source in (closed, io.BytesIO(path.read_bytes())):
+        source.close()
+        with pytest.raises(AudioError, match="is closed"):
+            load_audio(source)
+    for text in (io.StringIO("RIFF"), path.open(encoding="latin-1")):
+        with text, pytest.raises(AudioError, match='is open as text; open it with mode "rb"'):
+            load_audio(text)
+
+
 def test_missing_file_and_directory(tmp_path):
     with pytest.raises(AudioError, match=f"{tmp_path}/none.wav does not exist.*check the path"):
         load_audio(tmp_path / "none.wav")

@@ -173,6 +173,23 @@ def test_flac_whose_header_tells_less_or_more_or_another_rate():
         np.testing.assert_array_equal(load_audio(data + behind), load_audio(data))
 
 
+@pytest.mark.parametrize("samples", [1, 4096, 16_100])
+def test_what_follows_the_end_of_a_flac_is_tags_or_padding_or_refused(samples):
+    data, random = encoded(speech_like(2)[:samples], format="FLAC"), np.random.default_rng(samples).bytes(5000)
+    alone = load_audio(data)
+    for behind in (b"TAG" + bytes(125), b"ID3\4\0\0\0\0\0\5title", bytes(100), b"abc"):
+        np.testing.assert_array_equal(load_audio(data + behind), alone)
+    for behind in (
+        encoded(other(), format="WAV"),
+        encoded(other(), format="MP3"),
+        random,
+        b"\xff\xf8" * 50,
+        data[60:],
+    ):
+        with pytest.raises(AudioError, match=f"of {samples} samples, and {len(behind)} bytes follow its end"):
+            load_audio(data + behind)
+
+
 def chunk(name: bytes, content: bytes) -> bytes:
     return name + len(content).to_bytes(4, "little") + content + bytes(len(content) % 2)
 
