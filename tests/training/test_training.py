@@ -212,7 +212,9 @@ def test_both_stages_with_a_projector_from_whispers_decoder(parts, tmp_path, mon
     fit = initialization.fit_sound_summary
     monkeypatch.setattr(initialization, "fit_sound_summary", lambda *args: fits.append(args[2]) or fit(*args))
     monkeypatch.setattr(
-        SalmonnSoundSummary, "forward", lambda s, x, *args: heard.append(x.abs().max()) or summary(s, x, *args)
+        SalmonnSoundSummary,
+        "forward",
+        lambda s, x, *args, **named: heard.append(x.abs().max()) or summary(s, x, *args, **named),
     )
     monkeypatch.setattr("salmonn_hf.training.sound_kinds.FIT_STEPS", 3)
     captions = [{"path": str(parts / "train.parquet"), "task": "audiocaption"}]
