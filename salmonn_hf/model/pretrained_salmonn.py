@@ -101,12 +101,9 @@ class SalmonnPreTrainedModel(AdapterMixin, PreTrainedModel):
             config = SalmonnConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
         check_weight_files(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         if not config.base_parts:
-            kwargs |= {
-                "config": config,
-                "adapter_kwargs": {"subfolder": "none"},
-            }  # where it looks for one, and finds none
-            model, report = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-            return model, report
+            nowhere = {"subfolder": "none"}  # where it looks for an adapter, and finds none
+            kwargs |= {"config": config, "adapter_kwargs": nowhere}
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
         with torch.device("meta"):
             skeleton = cls(config)

@@ -68,7 +68,8 @@ def background_threshold_db(levels: np.ndarray) -> float:
     Below this level there is no speech, not even a soft word: far below the loudest, or near the level of what is
     always there. Lower than [`pause_threshold_db`], since what is below it may be lost, and not only be cut through.
     """
-    loudest = np.partition(levels, -min(LOUDEST_HOPS, len(levels)))[-min(LOUDEST_HOPS, len(levels))]
+    rank = -min(LOUDEST_HOPS, len(levels))
+    loudest = np.partition(levels, rank)[rank]
     noise = np.percentile(levels, 5)
     softest = loudest - SPEECH_RANGE_DB
     return softest if loudest - noise < LEAST_RANGE_DB else max(softest, noise + NOISE_RANGE_DB)
