@@ -5,7 +5,8 @@ against them. The language model itself is not run, so this takes minutes.
     accelerate launch training/run_stage1.py training/recipes/nano/stage1.yaml
     accelerate launch training/run_stage1.py training/recipes/nano/stage1.yaml --max_steps 50 --output_dir runs/try
 
-The same command goes on from the last checkpoint in `output_dir`.
+The same command goes on from the last checkpoint in `output_dir`. A projector that is Whisper's whole decoder has
+nothing to align: only its end frames are fitted.
 """
 
 import json
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.hf_argparser import HfArg
 
 from salmonn_hf import SalmonnConfig, SalmonnFeatureExtractor, SalmonnForConditionalGeneration, SalmonnProcessor
@@ -23,6 +24,7 @@ from salmonn_hf.model.base_part_resolver import resolve_base_part
 from salmonn_hf.model.checkpoint import config_from_base_parts
 from salmonn_hf.model.lora import encoder_lora
 from salmonn_hf.terminal import command
+from salmonn_hf.training.end_frames import fit_end_frames
 from salmonn_hf.training.freezing import freeze_base_parts
 from salmonn_hf.training.initialization import standardise_frames, start_projector, start_sound_summary
 from salmonn_hf.training.stage import SpeechEncoderArguments, TrainingStage
@@ -47,16 +49,25 @@ def make_processor(args: ModelArguments, config: SalmonnConfig, tokenizer) -> Sa
     return SalmonnProcessor(extractor, tokenizer, audio_token=args.audio_token, **settings)
 
 
-def make_model(args: ModelArguments, config: SalmonnConfig, ctc_tokens: dict[str, list[int]], dtype: torch.dtype):
+def make_model(args: ModelArguments, config: SalmonnConfig, tokens: dict[str, list], dtype: torch.dtype):
     model = SalmonnForConditionalGeneration.from_base_parts(config, dtype=dtype)
     for tower in ("audio_tower", "sound_tower"):
         if hasattr(model, tower) and args.encoder_dtype:
             getattr(model, tower).to(getattr(torch, args.encoder_dtype))
     if args.audio_lora_r is not None:
         model.add_lora(encoder_lora(args.audio_lora_r), "audio_tower")
-    for name, ids in ctc_tokens.items():
-        getattr(model.projector.ctc_head, name).copy_(torch.tensor(ids))
+    for name, ids in tokens.items():
+        model.projector.get_buffer(name).copy_(torch.tensor(ids))
     return model
+
+
+def save_initial_model(stage: TrainingStage, model, processor, dataset):
+    """Of a projector that is Whisper's whole decoder the end frames alone are learnt here, see `fit_end_frames`."""
+    fit_end_frames(model, dataset, stage.training_args.seed)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    model.save_pretrained(stage.training_args.output_dir)
+    processor.save_pretrained(stage.training_args.output_dir)
 
 
 @command
@@ -72,21 +83,25 @@ def main():
     projector_config = AutoConfig.for_model(**fields)
     texts = (text for table in stage.train_tables for text in table.transcripts())
     token_ids = ctc_vocabulary(texts, ctc_tokenizer(tokenizer, projector_config.ctc_merges))
-    ctc_tokens = projector_config.choose_ctc_tokens(token_ids, tokenizer, speech_tokenizer)
+    tokenizers = (tokenizer, speech_tokenizer, GenerationConfig.from_pretrained(whisper))
+    tokens = projector_config.choose_tokens(token_ids, *tokenizers)
 
     parts = (args.audio_tower, args.language_model, projector_config, args.sound_tower)
     audio_token_id = tokenizer.convert_tokens_to_ids(args.audio_token)
     config = config_from_base_parts(*parts, sound_layers=args.sound_layers, audio_token_id=audio_token_id)
     processor = make_processor(args, config, tokenizer)
-    model = make_model(args, config, ctc_tokens, stage.training_args.frozen_dtype)
+    model = make_model(args, config, tokens, stage.training_args.frozen_dtype)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     freeze_base_parts(model, freeze_language_model_lora=True)
 
     datasets = train_dataset, _ = stage.datasets(model, processor)
     names_sounds = config.projector_config.names_sounds
-    vocabulary = ctc_tokens["token_ids"], projector_config.ctc_merges
+    vocabulary = tokens.get("ctc_head.token_ids", []), projector_config.ctc_merges
     collator = ClipCollator(processor, *vocabulary, alignment_only=True, caption_bags=not names_sounds)
+    if not config.projector_config.ctc_vocab_size:
+        save_initial_model(stage, model, processor, train_dataset)
+        return
     if stage.checkpoint is None:
         standardise_frames(model, train_dataset)
         start_projector(model, train_dataset, speech_tokenizer, whisper)

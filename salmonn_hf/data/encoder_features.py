@@ -5,6 +5,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .feature_cache import FeatureCache
 
+KEPT = ("audio_frames", "sound_frames", "transcript_ids", "transcript_states")
+
 
 def num_frames(clip: dict) -> int:
     """Frames of the speech encoder (20 ms each) that a clip has, or will have."""
@@ -17,27 +19,26 @@ def num_frames(clip: dict) -> int:
 def encode_clips(model, clips: list[dict], cache: FeatureCache | None = None) -> list[dict[str, torch.Tensor]]:
     """
     The frames of each clip, without padding: `{"audio_frames": (frames, width)}`, with a sound encoder also
-    `"sound_frames"`.
+    `"sound_frames"`, and what else the model's `encode_audio` gives.
 
     Clips that have them already are passed on. On a CPU the others are encoded one at a time, for their frames to be
     the same to the last bit in any batch, which costs nothing. Elsewhere they are one batch.
 
     Args:
         model ([`SalmonnModel`]): its encoders, in the precision that they have.
-        clips: as `ClipDataset` gives them: `audio_frames` (and `sound_frames`); or `input_features` `(mel bins, mel
+        clips: as `ClipDataset` gives them: what this function gave, from its cache; or `input_features` `(mel bins, mel
             frames)` (and `input_values` `(samples,)`), with `key` if the result is to be stored in `cache`.
     """
     device = model.audio_tower.device
     # LoRA in training is in float32, beside frozen weights in bfloat16.
     mixed = len({parameter.dtype for parameter in model.audio_tower.parameters()}) > 1
-    names = ("audio_frames", "sound_frames")
-    encoded = [{name: clip[name].to(device) for name in names if name in clip} for clip in clips]
+    encoded = [{name: clip[name].to(device) for name in KEPT if name in clip} for clip in clips]
     missing = [index for index, clip in enumerate(encoded) if not clip]
     for group in [[index] for index in missing] if device.type == "cpu" else [missing] * bool(missing):
         with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
             outputs = model.encode_audio(**pad_features([clips[index] for index in group], device))
         for row, index in enumerate(group):
-            lengths = {name: int(outputs[f"{name}_mask"][row].sum()) for name in names if name in outputs}
+            lengths = {name: int(outputs[f"{name}_mask"][row].sum()) for name in KEPT if name in outputs}
             encoded[index] = {name: outputs[name][row, :length] for name, length in lengths.items()}
             if cache is not None and "key" in clips[index]:
                 cache.put(clips[index]["key"], encoded[index])

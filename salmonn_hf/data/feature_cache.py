@@ -25,9 +25,10 @@ def encoder_identity(model, feature_extractor) -> str:
     """Names the features of these encoders: other weights, precision or feature settings, another name."""
     settings = {name: getattr(feature_extractor, name) for name in FEATURE_SETTINGS}
     settings |= {"sound_layers": model.config.sound_layers, "reading": READING}
+    frozen = tuple(f"projector.{name}" for name in model.projector.transcribing_parameters)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
-        if name.startswith(("audio_tower.", "sound_tower.")):
+        if name.startswith(("audio_tower.", "sound_tower.", *frozen)):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:24]
@@ -52,7 +53,7 @@ def open_shard(file: Path) -> tuple:
 class FeatureCache:
     """
     What `SalmonnModel.encode_audio` gives for a clip, by its key (see `clip_key`): a dictionary of tensors without
-    padding, `audio_frames` `(frames, width)` and, with a sound encoder, `sound_frames`.
+    padding, `audio_frames` `(frames, width)` and, with a sound encoder, `sound_frames`, see `encode_clips`.
 
     Clips are written in shards, safetensors files that appear once they are complete: a killed process loses the clips
     of its unfinished shard only. Any number of processes may write, each its own shards, and read those of all.

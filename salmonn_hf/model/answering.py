@@ -11,7 +11,11 @@ def transcript_limit(seconds: float) -> int:
 
 
 CLIP_FEATURES = ("input_features", "input_features_mask", "input_values", "input_values_mask")
-FRAMES = ("audio_frames", "audio_frames_mask", "sound_frames", "sound_frames_mask")
+FRAMES = tuple(
+    f"{name}{suffix}"
+    for name in ("audio_frames", "sound_frames", "transcript_ids", "transcript_states")
+    for suffix in ("", "_mask")
+)
 
 
 def generate_answers(
@@ -51,7 +55,7 @@ def generate_answers(
     limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * prompts
     is_transcript = is_transcript if isinstance(is_transcript, list) else [is_transcript] * prompts
     asked = list(range(prompts))
-    if any(is_transcript) and model.projector.config.min_word_lead is not None:
+    if any(is_transcript) and model.projector.tells_words:
         inputs, has_words = with_frames(model, inputs)
         asked = [row for row in asked if has_words[row] or not is_transcript[row]]
         if len(asked) < prompts:
@@ -72,8 +76,7 @@ def with_frames(model, inputs: dict) -> tuple[dict, list[bool]]:
         frames = model.encode_audio(**{name: inputs[name] for name in CLIP_FEATURES if name in inputs})
     prompts = {name: value for name, value in inputs.items() if name not in (*CLIP_FEATURES, *FRAMES)}
     projector = model.projector
-    states, num_states = projector.window_states(**frames)
-    return prompts | frames, projector.has_words(states, num_states, model.get_input_embeddings()).tolist()
+    return prompts | frames, projector.has_words(model.get_input_embeddings(), **frames).tolist()
 
 
 def generate(model, processor, inputs: dict, limits: list[int] | None, **generate_kwargs) -> list[str]:

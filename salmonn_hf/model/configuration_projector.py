@@ -72,14 +72,14 @@ class ProjectorConfig(PreTrainedConfig):
         keep_tail = not self.pad_to_30_seconds
         return num_windows(num_frames, self.window_frames, self.window_stride, keep_tail) * self.queries_per_window
 
-    def choose_ctc_tokens(self, token_ids: list[int], tokenizer, speech_tokenizer) -> dict[str, list[int]]:
+    def choose_tokens(self, token_ids: list[int], tokenizer, speech_tokenizer, speech_generation_config) -> dict:
         """
-        Size the CTC head for training transcripts that are spelt with the language model's tokens `token_ids`, and
-        give the contents of its buffers, by their names. `tokenizer` is the language model's, `speech_tokenizer`
-        Whisper's.
+        Size what knows tokens by their ids, for training transcripts that are spelt with the language model's tokens
+        `token_ids`, and give the contents of the projector's buffers, by their names. `tokenizer` is the language
+        model's, `speech_tokenizer` and `speech_generation_config` are Whisper's.
         """
         self.ctc_vocab_size = len(token_ids)
-        return {"token_ids": token_ids}
+        return {"ctc_head.token_ids": token_ids}
 
     def fit_to(self, audio_config: PreTrainedConfig, sound_hidden_size: int, text_config: PreTrainedConfig):
         """

@@ -6,6 +6,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from .configuration_beats import BeatsConfig
+from .configuration_whisper_decoder_projector import WhisperDecoderProjectorConfig
 from .configuration_whisper_projector import WhisperProjectorConfig
 from .configuration_window_qformer import WindowQFormerConfig
 
@@ -142,7 +143,7 @@ SalmonnConfig.register_for_auto_class()
 # `transformers serve` and any-to-any look here, and not among registered models; they import this module before.
 MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["salmonn"] = "SalmonnForConditionalGeneration"
 # Here and not in the package's __init__, so that the code in a checkpoint knows the parts' types, too.
-for part_config in (BeatsConfig, WindowQFormerConfig, WhisperProjectorConfig):
+for part_config in (BeatsConfig, WindowQFormerConfig, WhisperProjectorConfig, WhisperDecoderProjectorConfig):
     AutoConfig.register(part_config.model_type, part_config, exist_ok=True)
 
 __all__ = ["SalmonnConfig"]

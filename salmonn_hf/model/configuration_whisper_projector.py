@@ -68,13 +68,14 @@ class WhisperProjectorConfig(ProjectorConfig):
     def names_sounds(self) -> bool:
         return self.sound_summary_size > 0
 
-    def choose_ctc_tokens(self, token_ids, tokenizer, speech_tokenizer):
+    def choose_tokens(self, token_ids, tokenizer, speech_tokenizer, speech_generation_config):
         """As in [`ProjectorConfig`]; the head's tokens are those of both tokenizers, `token_ids` first."""
         trained = set(token_ids)
         shared = shared_tokens(tokenizer, speech_tokenizer, trained)
         self.ctc_vocab_size, self.ctc_trained_size = len(shared), sum(ids[0] in trained for ids in shared)
         columns = map(list, zip(*shared, strict=True))
-        return dict(zip(("token_ids", "speech_token_ids", "capital_token_ids"), columns, strict=True))
+        names = ("token_ids", "speech_token_ids", "capital_token_ids")
+        return {f"ctc_head.{name}": column for name, column in zip(names, columns, strict=True)}
 
     def fit_to(self, audio_config, sound_hidden_size, text_config):
         """As in [`ProjectorConfig`]; the sizes of Whisper's decoder are filled in as well."""

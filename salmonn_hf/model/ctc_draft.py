@@ -260,6 +260,7 @@ def decode_with_drafts(
     generation_config,
     draft_ids: list[int],
     draft_tokenizer,
+    draft_class: type = CTCDraft,
     streamer=None,
     **kwargs,
 ):
@@ -268,14 +269,14 @@ def decode_with_drafts(
 
     Args:
         input_ids (`torch.LongTensor` of shape `(1, prompt)`), with `prompt_embeds` in `kwargs`, if it has audio.
-        draft_ids, draft_tokenizer: see `CTCDraft`.
+        draft_ids, draft_tokenizer: see `CTCDraft`; `draft_class` is it or a subclass.
 
     Returns:
         `(1, prompt + new tokens)`, or the object that `return_dict_in_generate` asks for.
     """
     cache, mask, embedding = kwargs["past_key_values"], kwargs.get("attention_mask"), model.get_input_embeddings()
     cache.activate_past_recording()
-    draft = CTCDraft(draft_ids, draft_tokenizer, int(generation_config._eos_token_tensor[0]))
+    draft = draft_class(draft_ids, draft_tokenizer, int(generation_config._eos_token_tensor[0]))
     text_config = model.language_model.config
     branching = text_config._attn_implementation in ("eager", "sdpa") and mask is None  # the others take no such mask
     reach = getattr(text_config, "sliding_window", None) or float("inf")

@@ -11,7 +11,7 @@ POSITIONAL = tuple(inspect.signature(GenerationMixin.generate).parameters)[3:-1]
 # They read, or draft, token ids, of which `inputs_embeds` alone have none.
 DRAFTS = ("prompt_lookup_num_tokens", "assistant_model")
 NEEDS_IDS = (*DRAFTS, "prefill_chunk_size", "speculation_type")
-SPECULATION = (None, "ctc", "dflash")  # the last is of transformers
+SPECULATION = (None, "ctc", "transcript", "dflash")  # the last is of transformers
 OF_HUB_CODE = ("penalty_alpha", "dola_layers", "num_beam_groups", "constraints", "force_words_ids")
 
 
@@ -73,7 +73,8 @@ class GenerationOptions:
             )
         if self["speculation_type"] not in SPECULATION:
             raise ValueError(
-                f'speculation_type={self["speculation_type"]!r} is not known: use "ctc", for drafts of the CTC head.'
+                f'speculation_type={self["speculation_type"]!r} is not known: use "ctc", for drafts of the CTC head, or '
+                '"transcript", for those of Whisper\'s decoder; the projector\'s `speculation_type` says which it has.'
             )
         if has_clips and self["cache_implementation"] == "paged":
             raise ValueError('cache_implementation="paged" takes token ids alone, no audio; leave it out.')

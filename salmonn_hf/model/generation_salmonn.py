@@ -7,17 +7,21 @@ from torch import nn
 from transformers import GenerationMixin, StopStringCriteria
 
 from .answering import transcript_limit
-from .ctc_draft import decode_with_drafts
+from .ctc_draft import CTCDraft, decode_with_drafts
 from .generation_options import GenerationOptions, PromptStreamer
 from .kept_cache import cached_length, check_rows, clips_behind_cache, keep_prompt, split_at_cache
 from .placeholders import embed_prompt, expand_request
+from .transcript_draft import TranscriptDraft
 
-CLIPS = ("input_features", "input_values", "audio_frames", "sound_frames")
+CLIPS = ("input_features", "input_values", "audio_frames", "sound_frames", "transcript_ids", "transcript_states")
 PROMPT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 
 
 class SalmonnGenerationMixin(GenerationMixin):
-    """`speculation_type="ctc", tokenizer=processor.tokenizer` decodes one prompt with drafts, see [`ctc_draft`]."""
+    """
+    With `tokenizer=processor.tokenizer` and the projector's `speculation_type`, "ctc" or "transcript", one prompt is
+    decoded with drafts, see [`ctc_draft`] and [`transcript_draft`].
+    """
 
     @torch.no_grad()
     def generate(self, inputs=None, generation_config=None, *args, **kwargs):
@@ -76,7 +80,7 @@ class SalmonnGenerationMixin(GenerationMixin):
             prompt["prompt_embeds"] = embeds
             if options["assistant_model"] is not None:
                 prompt["assistant_embeds"] = self.embeds_for_assistant(options, prompt["input_ids"], clips)
-        if options["speculation_type"] == "ctc":
+        if options["speculation_type"] in ("ctc", "transcript"):
             self.decode_with_drafts(options, audio, one_prompt=len(input_ids) == 1 and not in_cache)
 
         seen, width = input_ids[:, :0] if answers_alone else input_ids, prompt["input_ids"].shape[1]
@@ -164,16 +168,21 @@ class SalmonnGenerationMixin(GenerationMixin):
         return embed_prompt(input_ids.to(assistant.device), is_audio, embeds, assistant.get_input_embeddings())
 
     def decode_with_drafts(self, options: GenerationOptions, audio, one_prompt: bool):
-        """Have a prompt decoded with drafts of the CTC head, where there can be any."""
-        if not self.projector.has_ctc_head or options["tokenizer"] is None:
-            needs = "a model with a CTC head (ctc_vocab_size of its projector), and tokenizer=processor.tokenizer"
-            raise ValueError(f'speculation_type="ctc" needs {needs}.')
+        """Have a prompt decoded with the projector's drafts, where there can be any."""
+        kind = options["speculation_type"]
+        if kind != self.projector.speculation_type or options["tokenizer"] is None:
+            needs = {
+                "ctc": "a projector with a CTC head (its config's ctc_vocab_size)",
+                "transcript": "a projector of Whisper's whole decoder",
+            }
+            raise ValueError(f'speculation_type="{kind}" needs {needs[kind]}, and tokenizer=processor.tokenizer.')
         # Drafts change the time alone. They are left out for several prompts, beams or samples, and where another
         # cache is asked for: from one of a fixed size no wrong draft can be taken back.
         one_path = one_prompt and options["num_beams"] in (1, None) and not options["do_sample"]
         if one_path and options["cache_implementation"] is None and options["use_cache"] is not False:
             embedding = self.get_input_embeddings()
-            draft = {"draft_ids": [] if audio is None else self.projector.ctc_draft(audio.states, embedding)}
+            draft = {"draft_ids": [] if audio is None else self.projector.draft(audio, embedding)}
+            draft["draft_class"] = CTCDraft if kind == "ctc" else TranscriptDraft
             tokenizer = draft["draft_tokenizer"] = options["tokenizer"]
             # Transformers gives a decoding function from without neither the tokenizer nor the streamer.
             if (stop_strings := options["stop_strings"]) is not None:

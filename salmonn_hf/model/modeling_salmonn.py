@@ -22,6 +22,7 @@ from .projector import ProjectorOutput
 from .quantized_layers import quantize_parts
 from .speech_encoder import SalmonnWhisperEncoder
 from .vocabulary import VocabularyMixin
+from .whisper_decoder_projector import WhisperDecoderProjector
 from .whisper_projector import WhisperProjector
 from .window_qformer import WindowQFormerProjector
 
@@ -94,12 +95,13 @@ class SalmonnModel(VocabularyMixin, SalmonnPreTrainedModel):
 
         Returns:
             `dict`: `audio_frames` `(clips, frames, d_model)` at 50 Hz and `audio_frames_mask` `(clips, frames)`, bool;
-            with a sound encoder or `config.sound_layers` also `sound_frames` and `sound_frames_mask`.
+            with a sound encoder or `config.sound_layers` also `sound_frames` and `sound_frames_mask`; and what the
+            projector's own `transcribe` gives.
         """
         encoded = self.encode_speech(input_features, input_features_mask)
         if self.config.sound_config is not None:
             encoded |= self.encode_sound(input_values, input_values_mask)
-        return encoded
+        return encoded | self.projector.transcribe(encoded["audio_frames"], encoded["audio_frames_mask"])
 
     def encode_speech(self, input_features, input_features_mask=None):
         return self.speech_frames(self.run_audio_tower(input_features, input_features_mask), input_features_mask)
@@ -148,9 +150,10 @@ class SalmonnModel(VocabularyMixin, SalmonnPreTrainedModel):
         """
         if input_features is not None:
             frames = self.encode_audio(input_features, input_features_mask, input_values, input_values_mask)
-        if frames.get("audio_frames") is None:
+        frames = {name: value for name, value in frames.items() if value is not None}
+        if "audio_frames" not in frames:
             return None
-        counts = {name: len(value) for name, value in frames.items() if value is not None}
+        counts = {name: len(value) for name, value in frames.items()}
         if len(set(counts.values())) > 1:
             raise ValueError(f"Both encoders must be given the same clips; there are {counts} of them.")
         return self.projector(token_embedding=self.get_input_embeddings(), **frames)
@@ -205,9 +208,10 @@ class SalmonnModel(VocabularyMixin, SalmonnPreTrainedModel):
         else:
             is_audio = inputs_embeds == embedding(torch.tensor([audio_token_id], device=inputs_embeds.device))
             is_audio = is_audio.all(-1)
-        check_placeholders(is_audio, 0 if audio is None else len(audio.states), audio_token_id)
+        places = 0 if audio is None else int(audio.num_states.sum())
+        check_placeholders(is_audio, places, audio_token_id)
         prompt["is_audio"] = is_audio
-        if audio is not None and len(audio.embeds) < len(audio.states):
+        if audio is not None and len(audio.embeds) < places:
             prompt = drop_spare_placeholders(prompt, audio.num_states, audio.num_tokens)
         embeds, is_audio = None if audio is None else audio.embeds, prompt.pop("is_audio")
         prompt["inputs_embeds"] = embed_prompt(
@@ -275,6 +279,10 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
         audio_frames_mask: torch.Tensor | None = None,
         sound_frames: torch.Tensor | None = None,
         sound_frames_mask: torch.Tensor | None = None,
+        transcript_ids: torch.LongTensor | None = None,
+        transcript_ids_mask: torch.Tensor | None = None,
+        transcript_states: torch.Tensor | None = None,
+        transcript_states_mask: torch.Tensor | None = None,
         ctc_labels: torch.LongTensor | None = None,
         caption_labels: torch.LongTensor | None = None,
         num_alignment_labels: torch.Tensor | None = None,
@@ -298,12 +306,14 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
             logits_to_keep (`int` or `torch.LongTensor` of shape `(kept,)`): of the last so many positions alone,
                 0: of all, in training, too; or of these positions. With `labels`, as in transformers each position's
                 logits predict the next label, so that of the last so many positions the first has no loss.
-            audio_frames, audio_frames_mask, sound_frames, sound_frames_mask: what `encode_audio` returned, in place of
-                the features; they need not be encoded again.
+            audio_frames, sound_frames, transcript_ids, transcript_states and their masks: what `encode_audio`
+                returned, in place of the features; they need not be encoded again.
             ctc_labels, caption_labels, num_alignment_labels: see `alignment_loss`, which is then given as well.
         """
         frames = {"audio_frames": audio_frames, "audio_frames_mask": audio_frames_mask}
         frames |= {"sound_frames": sound_frames, "sound_frames_mask": sound_frames_mask}
+        frames |= {"transcript_ids": transcript_ids, "transcript_ids_mask": transcript_ids_mask}
+        frames |= {"transcript_states": transcript_states, "transcript_states_mask": transcript_states_mask}
         if input_features is not None:
             frames = self.encode_audio(input_features, input_features_mask, input_values, input_values_mask)
         if input_ids is None and inputs_embeds is None and ctc_labels is not None:
@@ -413,7 +423,7 @@ def next_labels(labels: torch.LongTensor, positions: torch.LongTensor) -> torch.
 
 SalmonnForConditionalGeneration.register_for_auto_class("AutoModel")
 # Here and not in the package's __init__, so that the code in a checkpoint knows its parts, too.
-for part in (BeatsModel, WindowQFormerProjector, WhisperProjector):
+for part in (BeatsModel, WindowQFormerProjector, WhisperProjector, WhisperDecoderProjector):
     AutoModel.register(part.config_class, part, exist_ok=True)
 
 __all__ = ["SalmonnForConditionalGeneration", "SalmonnModel", "SalmonnPreTrainedModel"]

@@ -21,9 +21,11 @@ class ProjectorOutput(ModelOutput):
     num_tokens (`torch.LongTensor` of shape `(clips,)`): audio tokens of each clip; never more than `num_states`.
     ctc_log_probs (`torch.Tensor` of shape `(states of all clips, 1 + ctc_vocab_size)`, *optional*): float32, the blank
         first.
-    states (`torch.Tensor` of shape `(states of all clips, width)`): what the projector made of each window's queries,
-        from which all of these follow; one for each placeholder in the prompt.
-    num_states (`torch.LongTensor` of shape `(clips,)`).
+    states (`torch.Tensor` of shape `(states of all clips, width)`, *optional*): what a projector of windows made of
+        each window's queries, from which all of these follow.
+    num_states (`torch.LongTensor` of shape `(clips,)`): of each clip, as many as it has placeholders in the prompt.
+    draft_ids (`list[list[int]]`, *optional*): each clip's transcript in the language model's tokens, where the
+        projector has one at hand.
     """
 
     embeds: torch.Tensor | None = None
@@ -31,12 +33,14 @@ class ProjectorOutput(ModelOutput):
     ctc_log_probs: torch.Tensor | None = None
     states: torch.Tensor | None = None
     num_states: torch.LongTensor | None = None
+    draft_ids: list[list[int]] | None = None
 
 
 class SalmonnProjector(PreTrainedModel):
     """
-    Base of all projectors. One of them defines `window_states` and `embed`; with a CTC head also `ctc_log_probs` and
-    `ctc_path`. `token_embedding` is everywhere the language model's input embeddings, a module.
+    Base of all projectors. One of windows defines `window_states` and `embed`; with a CTC head also `ctc_log_probs` and
+    `ctc_path`. Another has a `forward`, `has_words` and `draft` of its own. `token_embedding` is everywhere the language
+    model's input embeddings, a module.
     """
 
     config: ProjectorConfig
@@ -53,14 +57,25 @@ class SalmonnProjector(PreTrainedModel):
     # Submodules that stay in full precision where the projector is quantised.
     modules_to_not_quantize: ClassVar[tuple[str, ...]] = ()
     # Of its parameters, by the beginnings of their names: those that stay as they are in training; those that sound
-    # alone is described with; those that come from a pretrained model, and may be trained at a rate of their own.
+    # alone is described with; those that `transcribe` uses; those that come from a pretrained model, and may be trained
+    # at a rate of their own.
     frozen_parameters: ClassVar[tuple[str, ...]] = ()
     sound_parameters: ClassVar[tuple[str, ...]] = ()
+    transcribing_parameters: ClassVar[tuple[str, ...]] = ()
     pretrained_parameters: ClassVar[tuple[str, ...]] = ()
 
     @property
     def has_ctc_head(self) -> bool:
         return self.config.ctc_vocab_size > 0
+
+    @property
+    def speculation_type(self) -> str | None:
+        """What drafts the language model's transcript, see `draft`; `None`: nothing."""
+        return "ctc" if self.has_ctc_head else None
+
+    def transcribe(self, audio_frames: torch.Tensor, audio_frames_mask: torch.BoolTensor) -> dict[str, torch.Tensor]:
+        """What a frozen part of the projector makes of the frames, to be kept with them and given to `forward`."""
+        return {}
 
     def forward(
         self,
@@ -106,10 +121,17 @@ class SalmonnProjector(PreTrainedModel):
         log_probs = self.ctc_log_probs(states, token_embedding)
         return log_probs[:, 1:].amax(-1) - log_probs[:, 0]
 
-    def has_words(self, states, num_states, token_embedding) -> torch.BoolTensor:
-        """Whether the CTC head finds a word in each clip, see `min_word_lead` of the config; `(clips,)`."""
-        if self.config.min_word_lead is None:
-            return torch.ones_like(num_states, dtype=torch.bool)
+    @property
+    def tells_words(self) -> bool:
+        """Whether `has_words` can be false."""
+        return self.config.min_word_lead is not None
+
+    def has_words(self, token_embedding, **frames) -> torch.BoolTensor:
+        """
+        Whether there is a word in each clip, `(clips,)`; `frames` are those that `forward` takes. Here: whether the CTC
+        head finds one, see `min_word_lead` of the config.
+        """
+        states, num_states = self.window_states(**frames)
         leads = self.word_leads(states, token_embedding).split(num_states.tolist())
         return torch.stack([(clip > self.config.min_word_lead).any() for clip in leads])
 
@@ -126,9 +148,12 @@ class SalmonnProjector(PreTrainedModel):
         paths = self.ctc_log_probs(states, token_embedding).argmax(-1).split(num_states.tolist())
         return [collapse_ctc_path(path, self.ctc_head.token_ids) for path in paths]
 
-    def ctc_draft(self, states, token_embedding) -> list[int]:
-        """Token ids of one clip's transcript, for the language model to verify; see [`CTCDraft`]."""
-        return collapse_ctc_path(self.ctc_path(states, token_embedding), self.ctc_head.token_ids)
+    def draft(self, output: ProjectorOutput, token_embedding) -> list[int]:
+        """
+        Token ids of a transcript of the one clip of which `forward` gave `output`, for the language model to verify;
+        see [`Draft`].
+        """
+        return collapse_ctc_path(self.ctc_path(output.states, token_embedding), self.ctc_head.token_ids)
 
     def ctc_training_classes(self, labels: torch.LongTensor) -> tuple[torch.LongTensor | None, torch.LongTensor]:
         """The tokens that a training step's softmax is over, `None` for all, and `labels` as indices into them."""

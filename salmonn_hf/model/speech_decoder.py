@@ -1,0 +1,91 @@
+"""The speech decoder: Whisper's own, over the frames of a clip's own length; its greedy transcript and its states."""
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.models.whisper.modeling_whisper import WhisperDecoder
+
+
+class SalmonnWhisperDecoder(WhisperDecoder):
+    """Whisper's decoder over padded frames: transformers' version takes 30 s exactly and no mask."""
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        frames: torch.Tensor,
+        frames_bias: torch.Tensor,
+        cache: EncoderDecoderCache | None = None,
+    ) -> torch.Tensor:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(clips, tokens)`): behind those in `cache`; no row is padded left.
+            frames (`torch.Tensor` of shape `(clips, frames, d_model)`): the speech encoder's.
+            frames_bias (`torch.Tensor` of shape `(clips, 1, 1, frames)`): added to attention scores, see
+                `padding_bias`.
+
+        Returns:
+            States behind the last LayerNorm, `(clips, tokens, d_model)`; their products with the token embeddings are
+            the scores of the next token.
+        """
+        known, tokens = 0 if cache is None else cache.get_seq_length(), input_ids.shape[1]
+        positions = torch.arange(known, known + tokens, device=input_ids.device)
+        states = self.embed_tokens(input_ids) + self.embed_positions.weight[positions]
+        causal = None
+        if tokens > 1:
+            places = torch.arange(known + tokens, device=input_ids.device)
+            causal = padding_bias(places <= positions[:, None], states.dtype)
+        for layer in self.layers:
+            states = layer(states, causal, frames, frames_bias, past_key_values=cache, use_cache=cache is not None)
+        return self.layer_norm(states)
+
+    @torch.no_grad()
+    def transcribe(
+        self,
+        frames: torch.Tensor,
+        frames_mask: torch.BoolTensor,
+        prompt_ids: list[int],
+        end_id: int,
+        banned: torch.BoolTensor,
+        limits: list[int],
+    ) -> tuple[list[torch.LongTensor], list[torch.Tensor]]:
+        r"""
+        Greedy decoding of each clip; clips that have ended leave the batch.
+
+        Args:
+            frames (`torch.Tensor` of shape `(clips, frames, d_model)`), frames_mask (`(clips, frames)`).
+            prompt_ids (`list[int]`): what each transcript begins behind.
+            banned (`torch.BoolTensor` of shape `(2, vocabulary)`): tokens that no transcript begins with, and tokens
+                that none holds.
+            limits (`list[int]`): the most tokens of each clip's transcript, without the end token.
+
+        Returns:
+            For each clip its token ids `(tokens,)`, the last of which is `end_id` wherever it has ended, and the state
+            that predicted each `(tokens, d_model)`.
+        """
+        device, bias = frames.device, padding_bias(frames_mask, frames.dtype)[:, None]
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        ids = torch.tensor([prompt_ids], device=device).expand(len(frames), -1)
+        left = torch.tensor(limits, device=device) + 1
+        rows = torch.arange(len(frames), device=device)
+        said, states = [[] for _ in limits], [[] for _ in limits]
+        step = 0
+        while len(rows):
+            state = self(ids, frames, bias, cache)[:, -1]
+            scores = nn.functional.linear(state, self.embed_tokens.weight).float()
+            ids = scores.masked_fill(banned[min(step, 1)], float("-inf")).argmax(-1, keepdim=True)
+            for place, row in enumerate(rows.tolist()):
+                said[row].append(ids[place])
+                states[row].append(state[place])
+            step += 1
+            goes_on = ((ids[:, 0] != end_id) & (step < left[rows])).nonzero()[:, 0]
+            if len(goes_on) < len(rows):
+                rows, ids, bias = rows[goes_on], ids[goes_on], bias[goes_on]
+                frames = frames[goes_on]
+                cache.batch_select_indices(goes_on)
+        return [torch.cat(tokens) for tokens in said], [torch.stack(of_clip) for of_clip in states]
+
+
+def padding_bias(mask: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor:
+    """A bias for attention scores: 0 where `mask` `(clips, keys)` is true, else very negative; `(clips, 1, keys)`."""
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return bias.masked_fill(~mask, torch.finfo(dtype).min)[:, None]
