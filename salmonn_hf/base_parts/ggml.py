@@ -58,7 +58,10 @@ def convert_whisper_ggml(source: str | Path, destination: str | Path) -> Path:
     config = whisper_config(ggml.header, tokens)
     state_dict = whisper_state_dict(ggml, config)
     feature_extractor = whisper_feature_extractor(ggml)
-    tokenizer = whisper_tokenizer(ggml.vocabulary, tokens)
+    # The multilingual file names id 50256 with an empty string; the English one puts <|endoftext|> there.
+    vocabulary = ggml.vocabulary[: tokens.end]
+    vocab = {byte_level(token): index for index, token in enumerate(vocabulary)}
+    tokenizer = whisper_tokenizer(vocab, bpe_merges(vocabulary), tokens)
 
     save_file(state_dict, destination / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(destination)
@@ -195,17 +198,15 @@ def whisper_feature_extractor(ggml: GgmlWhisper):
     return extractor
 
 
-def whisper_tokenizer(vocabulary: list[bytes], tokens: SpecialTokens):
-    """A WhisperTokenizer from the file's token bytes, with the special tokens and timestamps the file leaves out."""
-    # The multilingual file names id 50256 with an empty string; the English one puts <|endoftext|> there.
-    vocab = {byte_level(token): index for index, token in enumerate(vocabulary) if index < tokens.end}
-    tokenizer = transformers.WhisperTokenizer(vocab=vocab | tokens.ids, merges=bpe_merges(vocabulary[: tokens.end]))
+def whisper_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]], tokens: SpecialTokens):
+    """A WhisperTokenizer from a byte-level vocabulary; special tokens and timestamps are added here."""
+    tokenizer = transformers.WhisperTokenizer(vocab=vocab | tokens.ids, merges=merges)
     tokenizer.add_special_tokens({"extra_special_tokens": list(tokens.ids)})
     tokenizer.add_tokens(
         [transformers.AddedToken(time, normalized=False, special=False) for time in tokens.timestamps]
     )
     if tokenizer.convert_tokens_to_ids("<|0.00|>") != tokens.ids["<|notimestamps|>"] + 1:
-        raise ValueError(f"a vocabulary of {len(vocabulary)} tokens does not end where Whisper's does")
+        raise ValueError(f"a vocabulary of {len(vocab)} tokens does not end where Whisper's does")
     return tokenizer
 
 

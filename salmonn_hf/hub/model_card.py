@@ -54,11 +54,12 @@ def parts_table(config: SalmonnConfig, bases: dict[str, str], licence: str) -> s
     counts = count_parts(config)
     rows = [["part", "from", "parameters", "licence"]]
     kinds = {"audio_tower": "speech encoder", "sound_tower": "sound encoder", "language_model": "language model"}
+    configs = {"audio_tower": config.audio_config, "language_model": config.text_config}
     for part, kind in kinds.items():
         if part in counts:
-            origin, terms = (
-                (bases[part], licence_of(bases[part])) if part in bases else ("in this checkpoint", licence)
-            )
+            # `weights` is in the config of a part whose weights were not quite the official ones.
+            origin = getattr(configs.get(part), "weights", bases.get(part))
+            origin, terms = (origin, licence_of(origin)) if origin else ("in this checkpoint", licence)
             rows.append([kind, origin, f"{counts[part] / 1e6:.1f} M", terms])
     projector = config.projector_config.description
     projector += ", CTC head" if config.projector_config.ctc_vocab_size else ""

