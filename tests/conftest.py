@@ -49,7 +49,10 @@ def tiny_text_config(model_type="llama", **kwargs):
 
 
 def tiny_config(model_type="llama", text_config=None, **kwargs):
-    """`kwargs` are fields of the config or of its projector; with `num_layers` that is Whisper's decoder layers."""
+    """
+    `kwargs` are fields of the config or of its projector; with `num_layers` that is Whisper's decoder layers, with
+    `num_end_frames` Whisper's whole decoder.
+    """
     audio_config = WhisperConfig(
         d_model=16,
         encoder_layers=2,
@@ -86,10 +89,19 @@ def tiny_config(model_type="llama", text_config=None, **kwargs):
         "frame_mlp_size": 16,
         "ctc_vocab_size": 7,
     }
+    whisper_decoder_projector = {
+        "model_type": "salmonn_whisper_decoder_projector",
+        "prompt_ids": [91, 92],
+        "end_id": 90,
+        "banned_ids": [7, 95],
+        "banned_first_ids": [8, 90],
+    }
     of_projector = {name: kwargs.pop(name) for name in list(kwargs) if name not in SalmonnConfig.__dataclass_fields__}
+    projector = whisper_projector if "num_layers" in of_projector else window_qformer
+    projector = whisper_decoder_projector if "num_end_frames" in of_projector else projector
     settings = {
         "audio_config": audio_config,
-        "projector_config": (whisper_projector if "num_layers" in of_projector else window_qformer) | of_projector,
+        "projector_config": projector | of_projector,
         "text_config": text_config or tiny_text_config(model_type),
         "audio_token_id": 3,
     }

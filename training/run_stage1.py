@@ -36,6 +36,7 @@ class ModelArguments(SpeechEncoderArguments):
     language_model: str = HfArg(help="Causal language model: hub name or directory.")
     sound_tower: str | None = HfArg(default=None, help="Sound encoder: directory of a converted BEATs.")
     encoder_dtype: str | None = HfArg(default=None, help="Of the frozen encoders; default: bfloat16 with bf16 on.")
+    tail_seconds: float | None = HfArg(default=None, help="Silence behind each clip; default: 0.2 s.")
     audio_token: str = HfArg(default="<|audio|>", help="Token of its vocabulary that text never uses.")
     chat_template: str | None = HfArg(default=None, help="Jinja file; default: the language model's own.")
 
@@ -43,6 +44,7 @@ class ModelArguments(SpeechEncoderArguments):
 def make_processor(args: ModelArguments, config: SalmonnConfig, tokenizer) -> SalmonnProcessor:
     projector, mel_bins = config.projector_config, config.audio_config.num_mel_bins
     features = {"pad_to_30_seconds": projector.pad_to_30_seconds, "return_input_values": args.sound_tower is not None}
+    features |= {} if args.tail_seconds is None else {"tail_seconds": args.tail_seconds}
     extractor = SalmonnFeatureExtractor(mel_bins, **features)
     windows = ("window_frames", "window_stride", "queries_per_window")
     settings = {name: getattr(projector, name) for name in windows}

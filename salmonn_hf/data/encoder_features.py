@@ -22,7 +22,8 @@ def encode_clips(model, clips: list[dict], cache: FeatureCache | None = None) ->
     `"sound_frames"`, and what else the model's `encode_audio` gives.
 
     Clips that have them already are passed on. On a CPU the others are encoded one at a time, for their frames to be
-    the same to the last bit in any batch, which costs nothing. Elsewhere they are one batch.
+    the same to the last bit in any batch, which costs nothing. Elsewhere they are one batch, and so they are where the
+    projector transcribes them token by token.
 
     Args:
         model ([`SalmonnModel`]): its encoders, in the precision that they have.
@@ -34,7 +35,8 @@ def encode_clips(model, clips: list[dict], cache: FeatureCache | None = None) ->
     mixed = len({parameter.dtype for parameter in model.audio_tower.parameters()}) > 1
     encoded = [{name: clip[name].to(device) for name in KEPT if name in clip} for clip in clips]
     missing = [index for index, clip in enumerate(encoded) if not clip]
-    for group in [[index] for index in missing] if device.type == "cpu" else [missing] * bool(missing):
+    in_batch = device.type != "cpu" or model.projector.transcribing_parameters
+    for group in [missing] * bool(missing) if in_batch else [[index] for index in missing]:
         with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
             outputs = model.encode_audio(**pad_features([clips[index] for index in group], device))
         for row, index in enumerate(group):

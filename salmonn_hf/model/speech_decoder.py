@@ -21,7 +21,7 @@ class SalmonnWhisperDecoder(WhisperDecoder):
             input_ids (`torch.LongTensor` of shape `(clips, tokens)`): behind those in `cache`; no row is padded left.
             frames (`torch.Tensor` of shape `(clips, frames, d_model)`): the speech encoder's.
             frames_bias (`torch.Tensor` of shape `(clips, 1, 1, frames)`): added to attention scores, see
-                `padding_bias`.
+                `attention_bias`.
 
         Returns:
             States behind the last LayerNorm, `(clips, tokens, d_model)`; their products with the token embeddings are
@@ -33,7 +33,7 @@ class SalmonnWhisperDecoder(WhisperDecoder):
         causal = None
         if tokens > 1:
             places = torch.arange(known + tokens, device=input_ids.device)
-            causal = padding_bias(places <= positions[:, None], states.dtype)
+            causal = attention_bias(places <= positions[:, None], states.dtype)
         for layer in self.layers:
             states = layer(states, causal, frames, frames_bias, past_key_values=cache, use_cache=cache is not None)
         return self.layer_norm(states)
@@ -62,7 +62,7 @@ class SalmonnWhisperDecoder(WhisperDecoder):
             For each clip its token ids `(tokens,)`, the last of which is `end_id` wherever it has ended, and the state
             that predicted each `(tokens, d_model)`.
         """
-        device, bias = frames.device, padding_bias(frames_mask, frames.dtype)[:, None]
+        device, bias = frames.device, attention_bias(frames_mask, frames.dtype)[:, None, None]
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         ids = torch.tensor([prompt_ids], device=device).expand(len(frames), -1)
         left = torch.tensor(limits, device=device) + 1
@@ -85,7 +85,6 @@ class SalmonnWhisperDecoder(WhisperDecoder):
         return [torch.cat(tokens) for tokens in said], [torch.stack(of_clip) for of_clip in states]
 
 
-def padding_bias(mask: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor:
-    """A bias for attention scores: 0 where `mask` `(clips, keys)` is true, else very negative; `(clips, 1, keys)`."""
-    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    return bias.masked_fill(~mask, torch.finfo(dtype).min)[:, None]
+def attention_bias(mask: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is added to attention scores: 0 where `mask` is true, else very negative; of the same shape."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)

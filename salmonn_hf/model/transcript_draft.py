@@ -25,4 +25,6 @@ class TranscriptDraft(CTCDraft):
             rest = self.draft[place - 1][len(said[-1]) :] + rest  # a word that is not finished
         if text and not text[-1].isalnum():
             rest = re.sub(r"^[^\w\s]+", "", rest)  # a mark that is written already
-        return self.token_ids(rest if text else rest.lstrip()) + [self.eos_token_id]
+        if not text or text[-1].isspace():
+            rest = rest.lstrip()
+        return self.token_ids(rest) + [self.eos_token_id]

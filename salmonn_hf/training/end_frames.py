@@ -8,11 +8,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..data.clip_dataset import ClipDataset
 from ..data.encoder_features import pad_features
-from ..model.speech_decoder import padding_bias
+from ..model.speech_decoder import attention_bias
 
 logger = logging.getLogger(__name__)
 
-FIT_CLIPS, FIT_STEPS, FIT_BATCH, FIT_LEARNING_RATE = 800, 300, 16, 0.05
+FIT_CLIPS, FIT_STEPS, FIT_BATCH, FIT_LEARNING_RATE = 400, 250, 16, 0.05
 SILENCE = 2.0  # log-mel frames are clamped so far below their maximum, see WhisperFeatureExtractor
 PADDED = 3000  # log-mel frames, 30 s
 
@@ -37,7 +37,7 @@ def transcript_loss(projector, frames: list[torch.Tensor], transcripts: list[tor
     frames, mask = projector.with_end(pad_sequence(frames, batch_first=True), mask)
     rows = pad_sequence([torch.cat([prompt, ids[:-1]]) for ids in transcripts], batch_first=True)
     labels = pad_sequence(transcripts, batch_first=True, padding_value=-100)
-    states = decoder(rows, frames, padding_bias(mask, frames.dtype)[:, None])[:, len(prompt) - 1 :]
+    states = decoder(rows, frames, attention_bias(mask, frames.dtype)[:, None, None])[:, len(prompt) - 1 :]
     scores = nn.functional.linear(states[labels != -100], decoder.embed_tokens.weight)
     return nn.functional.cross_entropy(scores.float(), labels[labels != -100])
 
