@@ -21,9 +21,10 @@ class TranscriptDraft(CTCDraft):
         if distance > 2 + len(said) / 2:
             return []
         rest = self.text[self.ends[place] :]
-        if place and text[-1:].isalnum() and self.draft[place - 1].startswith(said[-1]):
-            rest = self.draft[place - 1][len(said[-1]) :] + rest  # a word that is not finished
-        if text and not text[-1].isalnum():
+        if place and re.search(r"[\w'’]$", text):
+            if self.draft[place - 1].startswith(said[-1]):
+                rest = self.draft[place - 1][len(said[-1]) :] + rest  # a word that is not finished
+        elif text:
             rest = re.sub(r"^[^\w\s]+", "", rest)  # a mark that is written already
         if not text or text[-1].isspace():
             rest = rest.lstrip()

@@ -96,9 +96,7 @@ class WhisperDecoderProjector(SalmonnProjector):
         return torch.where((place >= 0)[..., None], end, frames), place < count
 
     @torch.no_grad()
-    def transcribe(
-        self, audio_frames: torch.Tensor, audio_frames_mask: torch.BoolTensor
-    ) -> dict[str, torch.Tensor]:
+    def transcribe(self, audio_frames: torch.Tensor, audio_frames_mask: torch.BoolTensor) -> dict[str, torch.Tensor]:
         """
         Whisper's greedy transcripts: `transcript_ids` `(clips, tokens)`, of its own vocabulary, and the states that
         predicted them, `transcript_states` `(clips, tokens, d_model)`, both padded, with masks of the same names.

@@ -54,7 +54,10 @@ def test_the_transcript_is_that_of_transformers_whisper():
     given = {"max_new_tokens": 21, "num_beams": 1, "do_sample": False}
     wanted = whisper.generate(features, decoder_input_ids=torch.tensor([[91], [91]]), **given)
     for clip, ids in enumerate(said):
-        assert wanted[clip].tolist()[-len(ids) :] == ids.tolist() or wanted[clip].tolist()[1 : 1 + len(ids)] == ids.tolist()
+        assert (
+            wanted[clip].tolist()[-len(ids) :] == ids.tolist()
+            or wanted[clip].tolist()[1 : 1 + len(ids)] == ids.tolist()
+        )
         rows = torch.cat([torch.tensor([91]), ids[:-1]])[None]
         teacher_forced = whisper.model.decoder(input_ids=rows, encoder_hidden_states=frames[clip : clip + 1])
         torch.testing.assert_close(teacher_forced.last_hidden_state[0], states[clip], atol=1e-4, rtol=1e-4)
