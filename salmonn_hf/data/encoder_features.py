@@ -27,8 +27,8 @@ def encode_clips(model, clips: list[dict], cache: FeatureCache | None = None) ->
 
     Args:
         model ([`SalmonnModel`]): its encoders, in the precision that they have.
-        clips: as `ClipDataset` gives them: what this function gave, from its cache; or `input_features` `(mel bins, mel
-            frames)` (and `input_values` `(samples,)`), with `key` if the result is to be stored in `cache`.
+        clips: as `ClipDataset` gives them: what this function gave, from its cache; or `input_features`
+            `(mel bins, mel frames)` (and `input_values` `(samples,)`), with `key` if the result is to go to `cache`.
     """
     device = model.audio_tower.device
     # LoRA in training is in float32, beside frozen weights in bfloat16.

@@ -38,9 +38,9 @@ class ProjectorOutput(ModelOutput):
 
 class SalmonnProjector(PreTrainedModel):
     """
-    Base of all projectors. One of windows defines `window_states` and `embed`; with a CTC head also `ctc_log_probs` and
-    `ctc_path`. Another has a `forward`, `has_words` and `draft` of its own. `token_embedding` is everywhere the language
-    model's input embeddings, a module.
+    Base of all projectors. One of windows defines `window_states` and `embed`; with a CTC head also `ctc_log_probs`
+    and `ctc_path`. Another has a `forward`, `has_words` and `draft` of its own. `token_embedding` is everywhere the
+    language model's input embeddings, a module.
     """
 
     config: ProjectorConfig
@@ -57,8 +57,8 @@ class SalmonnProjector(PreTrainedModel):
     # Submodules that stay in full precision where the projector is quantised.
     modules_to_not_quantize: ClassVar[tuple[str, ...]] = ()
     # Of its parameters, by the beginnings of their names: those that stay as they are in training; those that sound
-    # alone is described with; those that `transcribe` uses; those that come from a pretrained model, and may be trained
-    # at a rate of their own.
+    # alone is described with; those that `transcribe` uses; those that come from a pretrained model, and may be
+    # trained at a rate of their own.
     frozen_parameters: ClassVar[tuple[str, ...]] = ()
     sound_parameters: ClassVar[tuple[str, ...]] = ()
     transcribing_parameters: ClassVar[tuple[str, ...]] = ()
@@ -128,8 +128,8 @@ class SalmonnProjector(PreTrainedModel):
 
     def has_words(self, token_embedding, **frames) -> torch.BoolTensor:
         """
-        Whether there is a word in each clip, `(clips,)`; `frames` are those that `forward` takes. Here: whether the CTC
-        head finds one, see `min_word_lead` of the config.
+        Whether there is a word in each clip, `(clips,)`; `frames` are those that `forward` takes. Here: whether the
+        CTC head finds one, see `min_word_lead` of the config.
         """
         states, num_states = self.window_states(**frames)
         leads = self.word_leads(states, token_embedding).split(num_states.tolist())

@@ -129,7 +129,7 @@ class WhisperDecoderProjector(SalmonnProjector):
         transcript_states_mask: torch.BoolTensor | None = None,
         return_ctc: bool = False,
     ) -> ProjectorOutput:
-        """As [`SalmonnProjector.forward`]; `transcript_…` is what `transcribe` gave for these frames, if it was kept."""
+        """As [`SalmonnProjector.forward`]; `transcript_…`: what `transcribe` gave for these frames, if it was kept."""
         if transcript_ids is None:
             transcripts = self.transcribe(audio_frames, audio_frames_mask)
             transcript_ids, transcript_states = transcripts["transcript_ids"], transcripts["transcript_states"]
