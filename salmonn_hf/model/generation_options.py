@@ -74,7 +74,7 @@ class GenerationOptions:
         if self["speculation_type"] not in SPECULATION:
             raise ValueError(
                 f'speculation_type={self["speculation_type"]!r} is not known: use "ctc", for drafts of the CTC head, '
-                "or \"transcript\", for those of Whisper's decoder; the projector's `speculation_type` says which it has."
+                "or \"transcript\", for Whisper's decoder's; the projector's `speculation_type` says which it has."
             )
         if has_clips and self["cache_implementation"] == "paged":
             raise ValueError('cache_implementation="paged" takes token ids alone, no audio; leave it out.')

@@ -15,7 +15,7 @@ from salmonn_hf.model.ctc_draft import (
     place_in_draft,
     words,
 )
-from salmonn_hf.model.projector import SalmonnProjector
+from salmonn_hf.model.projector import ProjectorOutput, SalmonnProjector
 
 DRAFT = "well i think joey left this morning".split()
 
@@ -80,16 +80,17 @@ def test_a_draft_is_greedy_ctc():
     model = drafting_model()
     projector, embedding = model.projector, model.get_input_embeddings()
     embeds = torch.randn(40, 32)
-    ids = projector.ctc_draft(embeds, embedding)
+    ids = projector.draft(ProjectorOutput(states=embeds), embedding)
     assert [ids] == projector.ctc_transcripts(embeds, torch.tensor([40]), embedding) and len(ids) > 5
     by_hand = torch.unique_consecutive(projector.ctc_log_probs(embeds, embedding).argmax(-1))
     assert ids == [60 + int(index) - 1 for index in by_hand if index > 0]
     halves = projector.ctc_transcripts(embeds, torch.tensor([15, 25]), embedding)
-    assert halves == [projector.ctc_draft(half, embedding) for half in embeds.split([15, 25])]
+    outputs = [ProjectorOutput(states=half) for half in embeds.split([15, 25])]
+    assert halves == [projector.draft(output, embedding) for output in outputs]
     head = projector.ctc_head
     head.blank.data = embeds[0] - head.cached_directions[0]  # cached directions do not outlive training
     model.train().eval()
-    assert projector.ctc_draft(embeds[:1], embedding) == []
+    assert projector.draft(ProjectorOutput(states=embeds[:1]), embedding) == []
 
 
 @pytest.mark.parametrize("model_type", LANGUAGE_MODELS)

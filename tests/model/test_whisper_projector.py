@@ -161,11 +161,12 @@ def test_tokens_that_two_tokenizers_share():
 
 def test_the_head_gets_the_shared_tokens():
     config = tiny_config(num_layers=1)
-    tokens = config.projector_config.choose_ctc_tokens([5, 0], OURS, SPEECH)
-    assert tokens == {"token_ids": [0, 5, 2], "speech_token_ids": [1, 2, 0], "capital_token_ids": [3, 2, 0]}
+    tokens = config.projector_config.choose_tokens([5, 0], OURS, SPEECH, None)
+    wanted = {"token_ids": [0, 5, 2], "speech_token_ids": [1, 2, 0], "capital_token_ids": [3, 2, 0]}
+    assert tokens == {f"ctc_head.{name}": ids for name, ids in wanted.items()}
     assert (config.projector_config.ctc_vocab_size, config.projector_config.ctc_trained_size) == (3, 2)
-    head = tiny_model(config).projector.ctc_head
-    assert all(len(getattr(head, name)) == 3 for name in tokens)
+    projector = tiny_model(config).projector
+    assert all(len(projector.get_buffer(name)) == 3 for name in tokens)
 
 
 @pytest.mark.parametrize(
