@@ -19,7 +19,7 @@ PADDED = 3000  # log-mel frames, 30 s
 
 @torch.no_grad()
 def padded_transcript(model, features: torch.Tensor) -> torch.LongTensor:
-    """Whisper's own transcript of a clip `(1, mel bins, mel frames)` padded to 30 s with silence, as it was trained."""
+    """Whisper's own transcript of a clip `(1, mel bins, mel frames)` padded to 30 s with silence, as in training."""
     projector = model.projector
     silence = float(features.max()) - SILENCE
     features = nn.functional.pad(features, (0, PADDED - features.shape[-1]), value=silence)

@@ -133,7 +133,7 @@ def test_good_drafts_save_passes(errors, monkeypatch):
     model.language_model.register_forward_hook(say, with_kwargs=True)
     draft = " the fog is here".replace("fog", "dog") if errors else text
     ids = processor.tokenizer(draft, add_special_tokens=False)["input_ids"]
-    monkeypatch.setattr(SalmonnProjector, "ctc_draft", lambda *_: ids)
+    monkeypatch.setattr(SalmonnProjector, "draft", lambda *_: ids)
     monkeypatch.setattr("salmonn_hf.model.ctc_draft.PASS_TOKENS", 40)  # here a token is a letter
     passes = count_passes(model)
     options = {"max_new_tokens": 40, "speculation_type": "ctc", "tokenizer": processor.tokenizer}
@@ -171,7 +171,7 @@ def test_another_mark_at_the_end_needs_no_pass_of_its_own(text, marks, passes, m
 
     model.language_model.register_forward_hook(say, with_kwargs=True)
     ids = processor.tokenizer(" the fog is here", add_special_tokens=False)["input_ids"]
-    monkeypatch.setattr(SalmonnProjector, "ctc_draft", lambda *_: ids)
+    monkeypatch.setattr(SalmonnProjector, "draft", lambda *_: ids)
     monkeypatch.setattr("salmonn_hf.model.ctc_draft.END_MARKS", marks)
     counted = count_passes(model)
     options = {"max_new_tokens": 40, "speculation_type": "ctc", "tokenizer": processor.tokenizer}
@@ -202,7 +202,7 @@ def test_a_branch_sees_what_stands_before_it(implementation):
 def test_batches_beams_samples_and_fixed_caches_take_no_drafts(monkeypatch):
     """Which would change the time alone; they are not even read."""
     model, processor = drafting_model(), tiny_processor()
-    monkeypatch.setattr(SalmonnProjector, "ctc_draft", lambda *_: pytest.fail("drafts"))
+    monkeypatch.setattr(SalmonnProjector, "draft", lambda *_: pytest.fail("drafts"))
     options = {"max_new_tokens": 5}
     drafts = {"speculation_type": "ctc", "tokenizer": processor.tokenizer}
     for clips, kind in (
