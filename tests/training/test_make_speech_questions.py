@@ -12,13 +12,13 @@ from test_sources import embedded, flac, write
 
 from salmonn_hf.model.audio import load_audio
 
-SYNTHESIS = Path(__file__).parents[2] / "training" / "synthesis"
-sys.path.insert(0, str(SYNTHESIS))
+sys.path.insert(0, str(Path(__file__).parents[2] / "training" / "synthesis"))
 import make_name_and_number_texts as names_and_numbers
 import speech_captions
 from english_texts import load_texts
 from transcripts import names_of, related, the_name, the_number, tokens
 
+SCRIPT = Path(names_and_numbers.__file__).with_name("make_speech_questions.py")
 TEXTS = [
     "Have you met Foster?",
     "The guards saw Foster at the gate.",
@@ -27,7 +27,7 @@ TEXTS = [
     "The river runs under a bridge.",
     "Somebody opened the window yesterday.",
     "We sold the piano to Mr. Hobbins.",
-    "Did the doctor call?",
+    "Did the doctor laugh?",
     "There are forty-two sheep in the garden.",
     "They walked home through heavy snow.",
 ]
@@ -93,8 +93,8 @@ def files(tmp_path):
 
 def make(files, output, monkeypatch, *more):
     arguments = ["--speech", *files, "--output_dir", str(output), "--per_kind", "8", "--captions", "12", "--seed", "3"]
-    monkeypatch.setattr(sys, "argv", ["make_speech_questions.py", *arguments, *more])
-    runpy.run_path(str(SYNTHESIS / "make_speech_questions.py"), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments, *more])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
     return [pq.read_table(output / f"{name}.parquet").to_pylist() for name in ("questions", "captions")]
 
 
@@ -144,7 +144,7 @@ def test_captions_name_speech_and_quote_nothing(files, tmp_path, monkeypatch):
     assert len({row["kind"] for row in captions}) == 3
     said = {word for text in TEXTS for word in text.strip(".?").split() if len(word) > 3}
     captioned = {word for row in captions for word in row["text"].replace(",", "").strip(".").split()}
-    assert not captioned & (said - {"Somebody", "There"})
+    assert captioned & said == {"Somebody", "There"}
 
 
 def test_the_same_seed_gives_the_same(files, tmp_path, monkeypatch):
@@ -184,13 +184,19 @@ def test_sentences_have_one_name_or_number_and_are_spoken_whole(split, tmp_path)
     spoken = load_texts([path], seed=0)
     assert set(spoken) <= {text.strip() for text in texts} and len(spoken) > 190
     names = names_of(texts)
-    for template in names_and_numbers.SPLITS[split]["templates"]:
-        text = names_and_numbers.sentence(names_and_numbers.SPLITS[split], template, np.random.default_rng(0))
-        found = [the_name(tokens(text), names), the_number(tokens(text))]
-        has = [
-            any(slot in template for slot in s) for s in (("person", "surname", "place"), names_and_numbers.NUMBERS)
-        ]
-        assert [answer is not None for answer in found] == has or found[0] is None  # a name that was not drawn before
+    for text in texts:
+        assert the_name(tokens(text), names) or the_number(tokens(text)), text
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_every_template_gives_the_answers_that_it_holds(split):
+    of_split, numbers = names_and_numbers.SPLITS[split], names_and_numbers.NUMBERS
+    names = {name.lower() for slot in ("persons", "surnames", "places") for name in of_split[slot].split()}
+    for template in of_split["templates"]:
+        spoken = tokens(names_and_numbers.sentence(of_split, template, np.random.default_rng(0)))
+        assert (the_number(spoken) is not None) == any(f"{{{slot}}}" in template for slot in numbers), template
+        has_name = any(f"{{{slot}}}" in template for slot in ("person", "surname", "place"))
+        assert (the_name(spoken, names) is not None) == has_name, template
 
 
 @pytest.mark.parametrize(
