@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from salmonn_hf import cli, load_audio
+from salmonn_hf.default_model import default_model
 from salmonn_hf.evaluation.word_error_rate import word_error_rate
 from salmonn_hf.inference import Transcriber
 from salmonn_hf.model.audio import SAMPLING_RATE
@@ -20,14 +21,13 @@ from salmonn_hf.terminal import command
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDINGS = ROOT / "eval" / "recordings"
-MODEL = ROOT / "model_cards" / "salmonn-lite-nano"
 
 
 @command
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("audio", nargs="*", help="files to transcribe; default: the project's own recordings")
-    parser.add_argument("--model", default=str(MODEL), help="checkpoint directory or hub id; default: %(default)s")
+    parser.add_argument("--model", default=default_model(), help="checkpoint; default: %(default)s")
     arguments = parser.parse_args()
     if arguments.audio:
         return cli.main(["transcribe", *arguments.audio, "--model", arguments.model])

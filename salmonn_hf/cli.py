@@ -1,9 +1,9 @@
 """
 Transcribe, caption or question audio files from the command line.
 
-    salmonn transcribe interview.mp3 --model CHECKPOINT
-    salmonn transcribe *.flac --model CHECKPOINT --format srt --output_dir subtitles
-    salmonn caption street.wav --model CHECKPOINT --format json
+    salmonn transcribe interview.mp3
+    salmonn transcribe *.flac --format srt --output_dir subtitles
+    salmonn caption street.wav --format json
     salmonn ask street.wav "Is anyone speaking?" --model CHECKPOINT
 
 Audio of any length is cut at pauses, and each segment is answered for itself: nothing of it is lost. The answers go
@@ -13,7 +13,6 @@ some could not be read (the others were answered), 2 if nothing could be done.
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -22,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .data.task_prompts import TEST_PROMPTS
+from .default_model import HOW_TO_GET, HUB_NAME, default_model
 from .files import write_atomically
 from .model.audio import SAMPLING_RATE, AudioError, load_audio
 from .model.segmentation import TARGET_SECONDS, is_silent, speech_segments, split_at_pauses
@@ -40,15 +40,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("files", nargs="+", metavar="FILE", help="audio files or URLs")
         if task == "ask":
             command.add_argument("question", metavar="QUESTION", help="what is asked of each file")
-        command.add_argument("--model", default=os.environ.get("SALMONN_MODEL"), help="default: $SALMONN_MODEL")
+        command.add_argument("--model", help="checkpoint; default: $SALMONN_MODEL, else salmonn-lite-small")
         command.add_argument("--format", choices=SUFFIXES, default="plain", help="default: %(default)s")
         command.add_argument("--output_dir", type=Path, help="write a file for each input instead")
         command.add_argument("--batch_size", type=int, default=8, help="segments at once; default: %(default)s")
         command.add_argument("--dtype", help="default: the checkpoint's, or float32 on CPUs without bfloat16")
         command.add_argument("--device", help="default: the GPU, where there is one")
     arguments = parser.parse_args(argv)
-    if not arguments.model:
-        parser.error("name a checkpoint with --model or in $SALMONN_MODEL")
     if arguments.format == "srt" and len(arguments.files) > 1 and arguments.output_dir is None:
         parser.error("several files make several subtitle files: give --output_dir")
     if arguments.output_dir is not None:
@@ -135,10 +133,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     from .inference import Answerer
 
+    name = arguments.model or default_model()
     try:
-        model = Answerer(arguments.model, arguments.dtype, arguments.device, max_new_tokens=448)
+        model = Answerer(name, arguments.dtype, arguments.device, max_new_tokens=448)
     except (OSError, ValueError) as error:
-        print(f"error: {arguments.model}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        if name == HUB_NAME:
+            print(f"error: {HOW_TO_GET}", file=sys.stderr)
         return 2
     prompts = {"transcribe": model.processor.transcription_prompt, "caption": TEST_PROMPTS["audiocaption"]}
     prompt = arguments.question if arguments.task == "ask" else prompts[arguments.task]

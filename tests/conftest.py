@@ -93,6 +93,7 @@ def tiny_config(model_type="llama", text_config=None, **kwargs):
         "model_type": "salmonn_whisper_decoder_projector",
         "prompt_ids": [91, 92],
         "end_id": 90,
+        "no_speech_id": 99,
         "banned_ids": [7, 95],
         "banned_first_ids": [8, 90],
     }

@@ -9,9 +9,9 @@ import sys
 import numpy as np
 import pytest
 import soundfile
-from conftest import noise
+from conftest import ROOT, noise
 
-from salmonn_hf import cli, inference
+from salmonn_hf import cli, default_model, inference
 
 SILENCE = np.zeros(16000, np.float32)
 
@@ -142,10 +142,20 @@ def test_a_result_that_cannot_be_written_is_named_and_the_others_are_written(ask
     assert (files / "out" / "long.txt").is_file()
 
 
-def test_usage_errors_are_2_and_say_what_to_do(files, capsys, monkeypatch):
+def test_without_a_clone_or_a_name_it_says_how_to_get_the_default(files, capsys, monkeypatch):
     monkeypatch.delenv("SALMONN_MODEL", raising=False)
+    assert default_model.default_model() == str(ROOT / "model_cards" / default_model.NAME)
+    monkeypatch.setattr(default_model, "__file__", str(files / "site-packages" / "salmonn_hf" / "default_model.py"))
+    assert default_model.default_model() == default_model.HUB_NAME
+    assert cli.main(["transcribe", str(files / "a.wav")]) == 2
+    error = capsys.readouterr().err
+    assert f"error: {default_model.HUB_NAME}: " in error and default_model.HOW_TO_GET in error
+    monkeypatch.setenv("SALMONN_MODEL", "mine")
+    assert default_model.default_model() == "mine"
+
+
+def test_usage_errors_are_2_and_say_what_to_do(files, capsys):
     for arguments, message in (
-        (["transcribe", "a.wav"], "--model or in $SALMONN_MODEL"),
         (["transcribe", "a.wav", "b.wav", "--format", "srt", "--model", "m"], "give --output_dir"),
         (["caption", "x/a.wav", "y/a.flac", "--output_dir", "o", "--model", "m"], "a.txt"),
     ):

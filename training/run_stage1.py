@@ -37,6 +37,7 @@ class ModelArguments(SpeechEncoderArguments):
     sound_tower: str | None = HfArg(default=None, help="Sound encoder: directory of a converted BEATs.")
     encoder_dtype: str | None = HfArg(default=None, help="Of the frozen encoders; default: bfloat16 with bf16 on.")
     tail_seconds: float | None = HfArg(default=None, help="Silence behind each clip; default: 0.2 s.")
+    languages: list[str] | None = HfArg(default=None, help="Codes of those that the training data has, e.g. en.")
     audio_token: str = HfArg(default="<|audio|>", help="Token of its vocabulary that text never uses.")
     chat_template: str | None = HfArg(default=None, help="Jinja file; default: the language model's own.")
 
@@ -90,7 +91,8 @@ def main():
 
     parts = (args.audio_tower, args.language_model, projector_config, args.sound_tower)
     audio_token_id = tokenizer.convert_tokens_to_ids(args.audio_token)
-    config = config_from_base_parts(*parts, sound_layers=args.sound_layers, audio_token_id=audio_token_id)
+    settings = {"sound_layers": args.sound_layers, "languages": args.languages}
+    config = config_from_base_parts(*parts, audio_token_id=audio_token_id, **settings)
     processor = make_processor(args, config, tokenizer)
     model = make_model(args, config, tokens, stage.training_args.frozen_dtype)
     model.generation_config.eos_token_id = tokenizer.eos_token_id

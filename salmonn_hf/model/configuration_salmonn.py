@@ -33,6 +33,8 @@ class SalmonnConfig(PreTrainedConfig):
             [`WindowQFormerConfig`], the default, or another. The sizes of its inputs and outputs are filled in.
         text_config (`PreTrainedConfig` or `dict`): the language model, any that `AutoModelForCausalLM` knows.
         audio_token_id (`int`): the token that stands for one audio embedding in `input_ids`.
+        languages (`list[str]`, *optional*): codes of those that the model was trained to write, e.g. "en"; others are
+            then refused. `None`: not declared.
         lora (`dict`, *optional*): `peft.LoraConfig` arguments of the adapter inside the language model.
         audio_lora (`dict`, *optional*): the same for one inside the speech encoder.
         base_parts (`dict`, *optional*): for an adapter checkpoint, which frozen modules its file leaves out and where
@@ -58,6 +60,7 @@ class SalmonnConfig(PreTrainedConfig):
     projector_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     audio_token_id: int = 0
+    languages: list[str] | None = None
     lora: dict | None = None
     audio_lora: dict | None = None
     base_parts: dict | None = None

@@ -17,6 +17,7 @@ class WhisperDecoderProjectorConfig(ProjectorConfig):
         num_end_frames (`int`): learnt frames behind each clip's own, which say that the audio ends.
         prompt_ids (`list[int]`): Whisper's tokens that ask for an English transcript without times.
         end_id (`int`): Whisper's token that ends a transcript. Tokens behind it are no text.
+        no_speech_id (`int`): Whisper's token for a clip without speech.
         banned_ids, banned_first_ids (`list[int]`): tokens that no transcript holds, and that none begins with.
         num_layers, num_attention_heads, ffn_dim, vocab_size, max_positions (`int`, *optional*), activation_function
             (`str`, *optional*): of Whisper's decoder. `SalmonnConfig` fills them in from the speech encoder's config.
@@ -36,6 +37,7 @@ class WhisperDecoderProjectorConfig(ProjectorConfig):
     num_end_frames: int = 24
     prompt_ids: list[int] | None = None
     end_id: int | None = None
+    no_speech_id: int | None = None
     banned_ids: list[int] | None = None
     banned_first_ids: list[int] | None = None
     num_layers: int | None = None
@@ -65,6 +67,7 @@ class WhisperDecoderProjectorConfig(ProjectorConfig):
         if special.is_multilingual:
             self.prompt_ids += [special.lang_to_id["<|en|>"], special.task_to_id["transcribe"]]
         self.prompt_ids.append(special.no_timestamps_token_id)
+        self.no_speech_id = special.no_timestamps_token_id - 1
         self.banned_ids, self.banned_first_ids = list(special.suppress_tokens), list(special.begin_suppress_tokens)
         return {"pieces": token_pieces(tokenizer, speech_tokenizer, self.end_id)}
 

@@ -5,6 +5,7 @@ from itertools import islice
 from numbers import Real
 
 from transformers import AutomaticSpeechRecognitionPipeline, GenerationConfig, pipeline
+from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .answering import generate_answers, transcript_limit
@@ -80,8 +81,9 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
 
         Raises:
             AudioError: for an input that cannot be used, naming it.
-            ValueError: for word-level timestamps, overlapping segments (`stride_length_s`), the language
-                (`return_language`), a `chunk_length_s` above what the encoder hears, and lengths that are no seconds.
+            ValueError: for a language that the model was not trained to write; for word-level timestamps, overlapping
+                segments (`stride_length_s`), the language (`return_language`), a `chunk_length_s` above what the encoder
+                hears, and lengths that are no seconds.
         """
         if isinstance(inputs, list) and len(inputs) == 0:
             return []
@@ -113,6 +115,8 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
         for name, reason in OF_OTHER_MODELS.items():
             if generate_kwargs.pop(name, None):
                 raise ValueError(f"{name} has no use here: {reason}. Leave it out.")
+        if language is not None or generate_kwargs.get("language"):
+            check_language(language or generate_kwargs["language"], self.model.config.languages)
         preprocess = {"chunk_length_s": chunk_length_s, "target_length_s": target_length_s}
         forward = {"prompt": prompt, "language": language, **generate_kwargs}
         steps = (preprocess, forward, {"return_timestamps": return_timestamps})
@@ -175,6 +179,17 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
         """Save the model and its processor, from which `pipeline` makes this pipeline again."""
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory, **kwargs)
+
+
+def check_language(language: str, trained: list[str] | None):
+    """
+    Raises:
+        ValueError: for a language, by its name or code, that is not among the codes `trained`; `None` takes all.
+    """
+    code = TO_LANGUAGE_CODE.get(language.lower(), language.lower())
+    if trained is not None and code not in trained:
+        names = ", ".join(LANGUAGES.get(known, known).capitalize() for known in trained)
+        raise ValueError(f"language={language!r}: the model was trained to write {names}. Leave it out, or name that.")
 
 
 class TranscriptIterator:

@@ -105,7 +105,7 @@ class WhisperDecoderProjector(SalmonnProjector):
         most = config.max_positions - len(config.prompt_ids)
         limits = [min(transcript_limit(0.02 * frames), most) for frames in audio_frames_mask.sum(-1).tolist()]
         frames, mask = self.with_end(audio_frames.to(dtype), audio_frames_mask)
-        said, states = self.decoder.transcribe(frames, mask, config.prompt_ids, config.end_id, self.banned, limits)
+        said, states = self.decoder.transcribe(frames, mask, config, self.banned, limits)
         for clip, ids in enumerate(said):
             kept = len(cut_repetition(ids.tolist()))
             said[clip], states[clip] = ids[:kept], states[clip][:kept]

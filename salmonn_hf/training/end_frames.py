@@ -27,9 +27,8 @@ def padded_transcript(model, features: torch.Tensor) -> torch.LongTensor:
     features = nn.functional.pad(features, (0, PADDING), value=float(features.max()) - SILENCE)
     frames = model.encode_speech(features[..., :MAX_FRAMES])
     decoder, config = projector.decoder, projector.config
-    given = (config.prompt_ids, config.end_id, projector.banned, [limit])
     frames, mask = frames["audio_frames"].to(decoder.embed_tokens.weight.dtype), frames["audio_frames_mask"]
-    return decoder.transcribe(frames, mask, *given)[0][0]
+    return decoder.transcribe(frames, mask, config, projector.banned, [limit])[0][0]
 
 
 def transcript_loss(projector, frames: list[torch.Tensor], transcripts: list[torch.LongTensor]) -> torch.Tensor:

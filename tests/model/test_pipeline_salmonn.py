@@ -305,6 +305,15 @@ def test_prompt_and_language(transcriber, checkpoint, monkeypatch):
         assert wanted in prompt
 
 
+def test_a_language_that_it_was_not_trained_to_write_is_refused(transcriber, monkeypatch):
+    monkeypatch.setattr(transcriber.model.config, "languages", ["en"])
+    for language in ("English", "en", "EN"):
+        transcriber(noise(1), language=language, **FEW)
+    for given in ({"language": "German"}, {"language": "de"}, {"generate_kwargs": {"language": "Klingon"}}):
+        with pytest.raises(ValueError, match="was trained to write English"):
+            transcriber(noise(1), **given)
+
+
 def test_decoding_is_greedy_and_long_enough_unless_told_otherwise(transcriber, monkeypatch):
     seen = []
 

@@ -1,5 +1,7 @@
 """The projector that is Whisper's whole decoder: its transcript is Whisper's own, and the language model reads it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import noise, tiny_config, tiny_model, tiny_processor
@@ -30,7 +32,7 @@ def frames_of(lengths, width=16, seed=0):
     return {"audio_frames": frames, "audio_frames_mask": mask}
 
 
-def test_the_transcript_is_that_of_transformers_whisper():
+def test_the_transcript_is_that_of_transformers_whisper(monkeypatch):
     """On 30 s of frames, without padding, against `WhisperForConditionalGeneration.generate`."""
     torch.manual_seed(0)
     sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
@@ -49,7 +51,9 @@ def test_the_transcript_is_that_of_transformers_whisper():
     banned[:, [7, *range(91, 100)]] = True
     banned[0, [8, 90]] = True
     mask = torch.ones(frames.shape[:2], dtype=torch.bool)
-    said, states = decoder.transcribe(frames, mask, [91], 90, banned, [20, 20])
+    monkeypatch.setattr(SalmonnWhisperDecoder, "no_speech", lambda *_: torch.full((2,), -1e9))
+    tokens = SimpleNamespace(prompt_ids=[91], end_id=90, no_speech_id=99)
+    said, states = decoder.transcribe(frames, mask, tokens, banned, [20, 20])
     whisper.generation_config.update(suppress_tokens=[7, *range(91, 100)], begin_suppress_tokens=[8, 90])
     given = {"max_new_tokens": 21, "num_beams": 1, "do_sample": False}
     wanted = whisper.generate(features, decoder_input_ids=torch.tensor([[91], [91]]), **given)
