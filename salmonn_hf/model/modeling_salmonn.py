@@ -81,7 +81,9 @@ class SalmonnModel(VocabularyMixin, SalmonnPreTrainedModel):
                 getattr(self, tower).eval()
         return self
 
-    def encode_audio(self, input_features, input_features_mask=None, input_values=None, input_values_mask=None):
+    def encode_audio(
+        self, input_features, input_features_mask=None, input_values=None, input_values_mask=None, transcribe=True
+    ):
         r"""
         The frozen half of the model. What it returns can be kept, and given to `forward` in place of its inputs.
 
@@ -89,6 +91,7 @@ class SalmonnModel(VocabularyMixin, SalmonnPreTrainedModel):
             input_features (`torch.Tensor` of shape `(clips, mel bins, mel frames)`).
             input_features_mask (`torch.Tensor` of shape `(clips, mel frames)`, *optional*): default: all frames.
             input_values, input_values_mask (`torch.Tensor` of shape `(clips, samples)`): for the sound encoder.
+            transcribe (`bool`): with what the projector's own `transcribe` gives; without it, the frames alone.
 
         Raises:
             ValueError: if the two encoders are given different numbers of clips.
@@ -101,7 +104,9 @@ class SalmonnModel(VocabularyMixin, SalmonnPreTrainedModel):
         encoded = self.encode_speech(input_features, input_features_mask)
         if self.config.sound_config is not None:
             encoded |= self.encode_sound(input_values, input_values_mask)
-        return encoded | self.projector.transcribe(encoded["audio_frames"], encoded["audio_frames_mask"])
+        if transcribe:
+            encoded |= self.projector.transcribe(encoded["audio_frames"], encoded["audio_frames_mask"])
+        return encoded
 
     def encode_speech(self, input_features, input_features_mask=None):
         return self.speech_frames(self.run_audio_tower(input_features, input_features_mask), input_features_mask)

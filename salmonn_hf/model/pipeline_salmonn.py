@@ -82,8 +82,8 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
         Raises:
             AudioError: for an input that cannot be used, naming it.
             ValueError: for a language that the model was not trained to write; for word-level timestamps, overlapping
-                segments (`stride_length_s`), the language (`return_language`), a `chunk_length_s` above what the encoder
-                hears, and lengths that are no seconds.
+                segments (`stride_length_s`), the language (`return_language`), a `chunk_length_s` above what is heard
+                at once, and lengths that are no seconds.
         """
         if isinstance(inputs, list) and len(inputs) == 0:
             return []

@@ -5,9 +5,9 @@ from torch import nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.models.whisper.modeling_whisper import WhisperDecoder
 
-# Logistic regression on clips of speech, sounds and noise: how much speaks against words in a clip, see `no_speech`. At
-# this limit 4 of 350 clips of speech have none (sighs, lone syllables), and of 168 without speech 154, all noise among
-# them.
+# Logistic regression on clips of speech, sounds and noise: how much speaks against words in a clip, see `no_speech`.
+# At this limit 4 of 350 clips of speech have none (sighs, lone syllables), and of 168 without speech 154, all noise
+# among them.
 NO_SPEECH_WEIGHT, END_WEIGHT, UNSURE_WEIGHT, BIAS, LIMIT = 0.5, 0.76, 2.4, 2.6, 1.0
 
 
@@ -53,8 +53,8 @@ class SalmonnWhisperDecoder(WhisperDecoder):
         limits: list[int],
     ) -> tuple[list[torch.LongTensor], list[torch.Tensor]]:
         r"""
-        Greedy decoding of each clip; clips that have ended leave the batch. Where Whisper takes a clip to be no speech,
-        and is unsure of what it has written, the transcript is empty.
+        Greedy decoding of each clip; clips that have ended leave the batch. Where Whisper takes a clip to be no
+        speech, and is unsure of what it has written, the transcript is empty.
 
         Args:
             frames (`torch.Tensor` of shape `(clips, frames, d_model)`), frames_mask (`(clips, frames)`).

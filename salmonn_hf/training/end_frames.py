@@ -59,7 +59,8 @@ def fit_end_frames(model, dataset: ClipDataset, seed: int = 0) -> float:
             with torch.no_grad():
                 frames = model.encode_speech(**inputs)["audio_frames"][0].to(dtype)
             transcript = padded_transcript(model, features)
-            if transcript[-1] == projector.config.end_id:  # else it repeats itself
+            # Else it repeats itself, or has no words.
+            if len(transcript) > 1 and transcript[-1] == projector.config.end_id:
                 examples.append((frames, transcript))
         if len(examples) == FIT_CLIPS:
             break

@@ -7,7 +7,7 @@ import torch
 from ..data.clip_dataset import ClipDataset
 from ..data.collator import ClipCollator
 from ..data.ctc_vocabulary import ctc_text
-from ..data.encoder_features import encode_clips, pad_clips
+from ..data.encoder_features import encode_clips, pad_clips, pad_features
 from ..data.streamed_clips import StreamedClips
 from ..data.task_prompts import CAPTION_TASKS, is_transcript
 from ..model.sound_summary import frame_statistics
@@ -73,7 +73,12 @@ def start_sound_summary(model, dataset: ClipDataset, collator: ClipCollator, see
         example = dataset[index]
         if "clip" not in example:  # it cannot be decoded
             continue
-        frames = pad_clips(encode_clips(model, [example["clip"]], dataset.cache))
+        clip = example["clip"]
+        if "sound_frames" in clip:
+            frames = pad_clips([{"sound_frames": clip["sound_frames"]}])
+        else:
+            with torch.no_grad():
+                frames = model.encode_audio(**pad_features([clip], model.device), transcribe=False)
         statistics.append(frame_statistics(frames["sound_frames"], frames["sound_frames_mask"]).cpu())
         texts = [] if is_transcript(example["task"]) else example["texts"]
         captions.append([collator.caption_ids(text) for text in texts])

@@ -3,6 +3,7 @@
 import torch
 from conftest import noise, tiny_config, tiny_model, tiny_processor
 
+from salmonn_hf.model.speech_decoder import SalmonnWhisperDecoder
 from salmonn_hf.training import end_frames
 
 
@@ -37,7 +38,8 @@ def test_they_learn_the_transcripts_and_nothing_else_changes(monkeypatch):
     assert not model.projector.end_frames.requires_grad
 
 
-def test_the_teacher_hears_silence_behind_the_clip():
+def test_the_teacher_hears_silence_behind_the_clip(monkeypatch):
+    monkeypatch.setattr(SalmonnWhisperDecoder, "no_speech", lambda *_: torch.full((1,), -1e9))
     model = tiny_model(tiny_config(num_end_frames=3))
     features, seen = clips_of(1)[0]["clip"]["input_features"][None], []
     model.audio_tower.register_forward_pre_hook(lambda _, args, kwargs: seen.append(args[0]), with_kwargs=True)
