@@ -1,5 +1,5 @@
 """
-Transcribe a Parquet file with the whole model and with its projector alone, which is what the language model reads, and
+Transcribe a Parquet file with the whole model and with its projector alone, which the language model reads, and
 print both word error rates, and the difference with its 95 % interval by paired bootstrap.
 
     python eval/run_projector.py --model model_cards/salmonn-lite-small --data test.parquet --without_states

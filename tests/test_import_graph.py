@@ -23,6 +23,7 @@ ALLOWED = {
     "model": set(),  # it travels in checkpoints
     "files": set(),
     "terminal": set(),
+    "default_model": set(),
     "base_parts": LOWER,
     "convert": LOWER | {"base_parts"},
     "data": LOWER,
@@ -31,7 +32,7 @@ ALLOWED = {
     "hub": LOWER | {"data", "evaluation", "base_parts"},
     "training": LOWER | ABOVE_DATA | {"data", "base_parts"},
     "inference": ROOMS,
-    "cli": ROOMS | {"inference"},
+    "cli": ROOMS | {"inference", "default_model"},
     "push": {"hub"},  # `python -m salmonn_hf.push`
     "__main__": {"cli"},
     "__init__": LOWER | {"base_parts"},
