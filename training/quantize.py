@@ -80,7 +80,7 @@ class QuantizeArguments:
             "language_model": 0 if self.method in LIBRARIES else self.language_model_bits,
             "embedding": self.embedding_bits,
         }
-        bits |= {f"projector.{name}": self.projector_bits for name in config.projector_config.base_parts}
+        bits |= {f"projector.{name}": self.projector_bits for name in config.projector_config.token_embeddings}
         eight, four = {"bits": 8}, {"bits": 4, "group_size": self.group_size}
         return {part: four if count == 4 else eight for part, count in bits.items() if count}
 

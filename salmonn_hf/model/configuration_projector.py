@@ -35,6 +35,7 @@ class ProjectorConfig(PreTrainedConfig):
     """
 
     base_parts = ()  # frozen modules that come from the speech model's checkpoint
+    token_embeddings = ()  # embeddings of Whisper's tokens, by their modules' names
 
     audio_hidden_size: int | None = None
     sound_hidden_size: int | None = None

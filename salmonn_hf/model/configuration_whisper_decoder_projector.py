@@ -29,6 +29,7 @@ class WhisperDecoderProjectorConfig(ProjectorConfig):
 
     model_type = "salmonn_whisper_decoder_projector"
     base_parts = ("decoder",)
+    token_embeddings = ("decoder.embed_tokens",)
     window_stride = property(lambda self: self.window_frames)
     queries_per_window = property(lambda self: 1)
     pad_to_30_seconds = property(lambda self: False)

@@ -32,7 +32,7 @@ class WhisperProjectorConfig(ProjectorConfig):
     """
 
     model_type = "salmonn_whisper_projector"
-    base_parts = ("speech_tokens",)
+    base_parts = token_embeddings = ("speech_tokens",)
     window_stride = property(lambda self: self.window_frames)
     queries_per_window = property(lambda self: 1)
     pad_to_30_seconds = property(lambda self: False)

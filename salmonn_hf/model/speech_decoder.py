@@ -5,6 +5,8 @@ from torch import nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.models.whisper.modeling_whisper import WhisperDecoder
 
+from .quantized_layers import QuantizedMatrix, embedding_rows
+
 # Logistic regression on clips of speech, sounds and noise: how much speaks against words in a clip, see `no_speech`.
 # At this limit 4 of 350 clips of speech have none (sighs, lone syllables), and of 168 without speech 154, all noise
 # among them.
@@ -43,6 +45,13 @@ class SalmonnWhisperDecoder(WhisperDecoder):
             states = layer(states, causal, frames, frames_bias, past_key_values=cache, use_cache=cache is not None)
         return self.layer_norm(states)
 
+    def token_scores(self, states: torch.Tensor) -> torch.Tensor:
+        """Products of states `(rows, d_model)` with the token embeddings, `(rows, vocabulary)`."""
+        tokens = self.embed_tokens
+        if isinstance(tokens, QuantizedMatrix):
+            return tokens.product(states)
+        return nn.functional.linear(states, tokens.weight)
+
     @torch.no_grad()
     def transcribe(
         self,
@@ -78,7 +87,7 @@ class SalmonnWhisperDecoder(WhisperDecoder):
         while len(rows):
             seen = self(ids, frames, bias, cache)
             state = seen[:, -1]
-            scores = nn.functional.linear(state, self.embed_tokens.weight).float()
+            scores = self.token_scores(state).float()
             ids = scores.masked_fill(banned[min(step, 1)], float("-inf")).argmax(-1, keepdim=True)
             if step == 0:
                 no_speech = self.no_speech(seen[:, 0], scores, config)
@@ -107,7 +116,8 @@ class SalmonnWhisperDecoder(WhisperDecoder):
             first_state (`torch.Tensor` of shape `(clips, d_model)`): behind the first token.
             scores (`torch.Tensor` of shape `(clips, vocabulary)`): of the transcript's first token.
         """
-        candidates = self.embed_tokens.weight[[config.no_speech_id, config.prompt_ids[1]]]
+        candidates = torch.tensor([config.no_speech_id, config.prompt_ids[1]], device=first_state.device)
+        candidates = embedding_rows(self.embed_tokens, candidates).to(first_state.dtype)
         no_speech, prompt = nn.functional.linear(first_state, candidates).float().unbind(-1)
         end = scores[:, config.end_id] - scores.logsumexp(-1)
         return NO_SPEECH_WEIGHT * (no_speech - prompt) + END_WEIGHT * end + BIAS

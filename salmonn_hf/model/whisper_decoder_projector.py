@@ -101,7 +101,7 @@ class WhisperDecoderProjector(SalmonnProjector):
         Whisper's greedy transcripts: `transcript_ids` `(clips, tokens)`, of its own vocabulary, and the states that
         predicted them, `transcript_states` `(clips, tokens, d_model)`, both padded, with masks of the same names.
         """
-        config, dtype = self.config, self.decoder.embed_tokens.weight.dtype
+        config, dtype = self.config, self.decoder.layer_norm.weight.dtype
         most = config.max_positions - len(config.prompt_ids)
         limits = [min(transcript_limit(0.02 * frames), most) for frames in audio_frames_mask.sum(-1).tolist()]
         frames, mask = self.with_end(audio_frames.to(dtype), audio_frames_mask)

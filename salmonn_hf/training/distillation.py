@@ -48,6 +48,7 @@ class DistillingTrainer(SalmonnTrainer):
         names = ["input_ids", "attention_mask", "audio_frames", "audio_frames_mask"]
         if self.teacher.config.sound_hidden_size:
             names += ["sound_frames", "sound_frames_mask"]
+        names += [name for name in inputs if name.startswith("transcript_")]
         batch = {name: inputs[name][rows] for name in names}
         with self.accelerator.autocast():
             outputs = self.teacher(**batch, use_cache=False, logits_to_keep=length)

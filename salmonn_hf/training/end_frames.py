@@ -27,7 +27,7 @@ def padded_transcript(model, features: torch.Tensor) -> torch.LongTensor:
     features = nn.functional.pad(features, (0, PADDING), value=float(features.max()) - SILENCE)
     frames = model.encode_speech(features[..., :MAX_FRAMES])
     decoder, config = projector.decoder, projector.config
-    frames, mask = frames["audio_frames"].to(decoder.embed_tokens.weight.dtype), frames["audio_frames_mask"]
+    frames, mask = frames["audio_frames"].to(decoder.layer_norm.weight.dtype), frames["audio_frames_mask"]
     return decoder.transcribe(frames, mask, config, projector.banned, [limit])[0][0]
 
 
@@ -39,7 +39,7 @@ def transcript_loss(projector, frames: list[torch.Tensor], transcripts: list[tor
     rows = pad_sequence([torch.cat([prompt, ids[:-1]]) for ids in transcripts], batch_first=True)
     labels = pad_sequence(transcripts, batch_first=True, padding_value=-100)
     states = decoder(rows, frames, attention_bias(mask, frames.dtype)[:, None, None])[:, len(prompt) - 1 :]
-    scores = nn.functional.linear(states[labels != -100], decoder.embed_tokens.weight)
+    scores = decoder.token_scores(states[labels != -100])
     return nn.functional.cross_entropy(scores.float(), labels[labels != -100])
 
 
@@ -49,7 +49,7 @@ def fit_end_frames(model, dataset: ClipDataset, seed: int = 0) -> float:
     writes where silence follows. The texts of `dataset` have no part in it. Returns the last loss, in nats per token.
     """
     projector, generator = model.projector, torch.Generator().manual_seed(seed)
-    dtype = projector.decoder.embed_tokens.weight.dtype
+    dtype = projector.decoder.layer_norm.weight.dtype
     examples = []
     for index in torch.randperm(len(dataset), generator=generator).tolist():
         clip = dataset[index].get("clip")
