@@ -22,7 +22,7 @@ from .windows import num_windows
 class WhisperDecoderProjector(SalmonnProjector):
     """
     For each token of Whisper's greedy transcript the language model gets its own embedding of the same text, plus a
-    linear map of the decoder's state there. About three tokens stand for a second of speech, as with SALMONN's
+    linear map of the decoder's state there, behind a LayerNorm: as it is, it would drown the text. About three tokens stand for a second of speech, as with SALMONN's
     Q-Former. Behind them comes one for the end; before them, with sound frames, the name of the clip's sound, see
     [`SalmonnSoundSummary`].
 
@@ -58,6 +58,7 @@ class WhisperDecoderProjector(SalmonnProjector):
         self.end_frames = nn.Parameter(torch.zeros(config.num_end_frames, width))
         self.decoder = SalmonnWhisperDecoder._from_config(decoder_config).requires_grad_(False)
         self.register_buffer("pieces", torch.full((config.end_id, MAX_PIECES), -1, dtype=torch.int32))
+        self.state_norm = nn.LayerNorm(width)
         self.proj = nn.Linear(width, config.output_size)
         self.end_marker = nn.Parameter(torch.zeros(config.output_size))
         self.sound_summary = SalmonnSoundSummary(config) if config.sound_summary_size else None
@@ -156,7 +157,9 @@ class WhisperDecoderProjector(SalmonnProjector):
         is_token = is_piece.clone()
         is_token[..., -1] = is_end
         is_token &= mask[..., None]
-        of_states = self.proj(states.to(self.proj.weight.dtype))[..., None, :].expand(*pieces.shape, -1)
+        of_states = self.proj(self.state_norm(states.to(self.proj.weight.dtype)))[..., None, :].expand(
+            *pieces.shape, -1
+        )
         text = embedding_rows(token_embedding, pieces.clamp(min=0)[is_token].long())
         text = torch.where(is_piece[is_token][:, None], text, self.end_marker.to(text.dtype))
         lengths = is_token.flatten(1).sum(-1).tolist()

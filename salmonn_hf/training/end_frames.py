@@ -20,15 +20,19 @@ PADDING = 500  # log-mel frames, 5 s: as good as 30 s, and a fifth of the time
 
 
 @torch.no_grad()
-def padded_transcript(model, features: torch.Tensor) -> torch.LongTensor:
-    """Whisper's own transcript of a clip `(1, mel bins, mel frames)` with silence behind it, as in its training."""
+def padded_transcript(model, features: torch.Tensor) -> tuple[torch.LongTensor, torch.Tensor]:
+    """
+    Whisper's own transcript of a clip `(1, mel bins, mel frames)` with silence behind it, as in its training: token
+    ids and states, see [`SalmonnWhisperDecoder.transcribe`].
+    """
     projector = model.projector
     limit = transcript_limit(0.01 * features.shape[-1])
     features = nn.functional.pad(features, (0, PADDING), value=float(features.max()) - SILENCE)
     frames = model.encode_speech(features[..., :MAX_FRAMES])
     decoder, config = projector.decoder, projector.config
     frames, mask = frames["audio_frames"].to(decoder.layer_norm.weight.dtype), frames["audio_frames_mask"]
-    return decoder.transcribe(frames, mask, config, projector.banned, [limit])[0][0]
+    (ids,), (states,) = decoder.transcribe(frames, mask, config, projector.banned, [limit])
+    return ids, states
 
 
 def transcript_loss(projector, frames: list[torch.Tensor], transcripts: list[torch.LongTensor]) -> torch.Tensor:
@@ -46,11 +50,12 @@ def transcript_loss(projector, frames: list[torch.Tensor], transcripts: list[tor
 def fit_end_frames(model, dataset: ClipDataset, seed: int = 0) -> float:
     """
     Train `end_frames` of the projector of `model`, so that Whisper's decoder writes over a clip's own length what it
-    writes where silence follows. The texts of `dataset` have no part in it. Returns the last loss, in nats per token.
+    writes where silence follows. The texts of `dataset` have no part in it. And start its `state_norm` so that every
+    feature of Whisper's states has mean 0 and variance 1. Returns the last loss, in nats per token.
     """
     projector, generator = model.projector, torch.Generator().manual_seed(seed)
     dtype = projector.decoder.layer_norm.weight.dtype
-    examples = []
+    examples, states = [], []
     for index in torch.randperm(len(dataset), generator=generator).tolist():
         clip = dataset[index].get("clip")
         if clip is not None and "input_features" in clip:
@@ -58,12 +63,17 @@ def fit_end_frames(model, dataset: ClipDataset, seed: int = 0) -> float:
             inputs = pad_features([clip], model.device)
             with torch.no_grad():
                 frames = model.encode_speech(**inputs)["audio_frames"][0].to(dtype)
-            transcript = padded_transcript(model, features)
+            transcript, of_tokens = padded_transcript(model, features)
             # Else it repeats itself, or has no words.
             if len(transcript) > 1 and transcript[-1] == projector.config.end_id:
                 examples.append((frames, transcript))
+                states.append(of_tokens.float())
         if len(examples) == FIT_CLIPS:
             break
+    normed = nn.functional.layer_norm(torch.cat(states), states[0].shape[-1:])
+    with torch.no_grad():
+        projector.state_norm.weight.copy_(1 / normed.std(0))
+        projector.state_norm.bias.copy_(-normed.mean(0) / normed.std(0))
     ends = torch.cat([frames[-1:] for frames, _ in examples]).float()
     with torch.no_grad():  # from what stands there anyway: silence
         projector.end_frames.copy_(ends[: len(projector.end_frames)])

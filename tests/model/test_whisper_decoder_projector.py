@@ -105,10 +105,10 @@ def test_the_language_model_reads_its_own_tokens_and_the_states():
     output = projector(**frames_of([40, 20]), token_embedding=embedding, **kept)
     assert output.num_tokens.tolist() == [4, 1]
     assert output.draft_ids == [[30, 31, 32], []]
-    wanted = embedding(torch.tensor([30, 31, 32])) + projector.proj(states[0, [0, 0, 1]])
+    wanted = embedding(torch.tensor([30, 31, 32])) + projector.proj(projector.state_norm(states[0, [0, 0, 1]]))
     torch.testing.assert_close(output.embeds[:3], wanted)
     ends = torch.stack([states[0, 2], states[1, 1]])
-    torch.testing.assert_close(output.embeds[3:], projector.end_marker + projector.proj(ends))
+    torch.testing.assert_close(output.embeds[3:], projector.end_marker + projector.proj(projector.state_norm(ends)))
 
 
 def test_no_more_tokens_than_places():

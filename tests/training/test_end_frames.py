@@ -19,7 +19,10 @@ def test_they_learn_the_transcripts_and_nothing_else_changes(monkeypatch):
     monkeypatch.setattr(end_frames, "FIT_STEPS", 40)
     taught = [torch.tensor(ids) for ids in ([11, 12, 90], [30, 90], [25, 26, 27, 90], [40, 41])]
     given = iter(taught)
-    monkeypatch.setattr(end_frames, "padded_transcript", lambda *_: next(given))
+    states = torch.randn(4, 5, 16) * 7 + 3
+    monkeypatch.setattr(
+        end_frames, "padded_transcript", lambda *_: (ids := next(given), states[len(ids) - 1][: len(ids)])
+    )
     model, learnt = tiny_model(tiny_config(num_end_frames=3)), []
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     loss = end_frames.transcript_loss
@@ -27,7 +30,7 @@ def test_they_learn_the_transcripts_and_nothing_else_changes(monkeypatch):
     clips = [*clips_of(3), {"path": "broken", "skipped": "damaged"}, *clips_of(1)]
     last = end_frames.fit_end_frames(model, clips)
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert changed == {"projector.end_frames"}
+    assert changed == {"projector.end_frames", "projector.state_norm.weight", "projector.state_norm.bias"}
     taught_ids = {tuple(ids.tolist()) for batch in learnt for ids in batch}
     assert taught_ids == {(11, 12, 90), (30, 90), (25, 26, 27, 90)}  # the other goes on without end
     fresh = tiny_model(tiny_config(num_end_frames=3))
@@ -43,7 +46,7 @@ def test_the_teacher_hears_silence_behind_the_clip(monkeypatch):
     model = tiny_model(tiny_config(num_end_frames=3))
     features, seen = clips_of(1)[0]["clip"]["input_features"][None], []
     model.audio_tower.register_forward_pre_hook(lambda _, args, kwargs: seen.append(args[0]), with_kwargs=True)
-    ids = end_frames.padded_transcript(model, features)
+    ids, _ = end_frames.padded_transcript(model, features)
     assert seen[0].shape[-1] == features.shape[-1] + end_frames.PADDING
     torch.testing.assert_close(seen[0][..., : features.shape[-1]], features)
     # As log-mel frames of a clip padded with zeros: eight decades below the loudest.
