@@ -1,5 +1,5 @@
 """
-Transcribe a Parquet file clip by clip, each by plain greedy decoding and with drafts of the CTC head, and print what
+Transcribe a Parquet file clip by clip, each by plain greedy decoding and with the projector's drafts, and print what
 the drafts save: seconds a transcript, passes of the language model, and in how many clips the text is the same.
 
     python eval/run_drafts.py --model model_cards/salmonn-lite-nano --data test.parquet --output runs/drafts.json
@@ -17,7 +17,7 @@ from salmonn_hf.files import write_atomically
 from salmonn_hf.inference import Transcriber
 from salmonn_hf.terminal import command
 
-WAYS = {"greedy": None, "drafts": "ctc"}
+WAYS = ("greedy", "drafts")
 
 
 @command
@@ -48,7 +48,7 @@ def compare(transcriber: Transcriber, waveforms: list) -> dict:
 
     def transcribe(waveform, way: str) -> tuple[float, int, str]:
         counted.clear()
-        transcriber.speculation_type = WAYS[way]
+        transcriber.speculation_type = None if way == "greedy" else transcriber.model.projector.speculation_type
         start = time.perf_counter()
         (text,) = transcriber([waveform])
         return time.perf_counter() - start, len(counted), text

@@ -2,7 +2,7 @@
 Transcribe a Parquet file with the whole model and with its projector alone, which the language model reads, and
 print both word error rates, and the difference with its 95 % interval by paired bootstrap.
 
-    python eval/run_projector.py --model model_cards/salmonn-lite-small --data test.parquet --without_states
+    python eval/run_projector.py --model model_cards/salmonn-lite-nano --data test.parquet
 
 A projector's own transcript is that of Whisper's decoder, or of its CTC head. With `--without_states` the language
 model also reads the text alone, without the projection of the decoder's states. Clips of up to 30 s.

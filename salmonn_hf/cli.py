@@ -3,7 +3,7 @@ Transcribe, caption or question audio files from the command line.
 
     salmonn transcribe interview.mp3
     salmonn transcribe *.flac --format srt --output_dir subtitles
-    salmonn caption street.wav --format json
+    salmonn caption street.wav --model CHECKPOINT --format json
     salmonn ask street.wav "Is anyone speaking?" --model CHECKPOINT
 
 Audio of any length is cut at pauses, and each segment is answered for itself: nothing of it is lost. The answers go
@@ -40,7 +40,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("files", nargs="+", metavar="FILE", help="audio files or URLs")
         if task == "ask":
             command.add_argument("question", metavar="QUESTION", help="what is asked of each file")
-        command.add_argument("--model", help="checkpoint; default: $SALMONN_MODEL, else salmonn-lite-small")
+        command.add_argument("--model", help="checkpoint; default: $SALMONN_MODEL, else salmonn-lite-nano")
         command.add_argument("--format", choices=SUFFIXES, default="plain", help="default: %(default)s")
         command.add_argument("--output_dir", type=Path, help="write a file for each input instead")
         command.add_argument("--batch_size", type=int, default=8, help="segments at once; default: %(default)s")

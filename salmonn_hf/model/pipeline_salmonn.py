@@ -71,8 +71,9 @@ class SalmonnAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeli
             batch_size (`int`, *optional*): segments that the model transcribes at once. It changes the speed alone.
             chunk_length_s (`float`, *optional*): the longest segment. Default: as long as the encoder's input, 30 s.
             target_length_s (`float`, *optional*): cut at any pause rather than make a segment longer than this.
-            speculation_type (`str`, *optional*): "ctc" transcribes a clip in fewer passes of the language model, which
-                verifies a draft of the CTC head; the text is the same. With batches of one, the default.
+            speculation_type (`str`, *optional*): "ctc", or "transcript" with a projector that is Whisper's whole
+                decoder, transcribes a clip in fewer passes of the language model, which verifies the projector's
+                draft; the text is the same. With batches of one, the default.
             generate_kwargs (`dict`, *optional*): for `model.generate`; they may also be given one by one.
 
         Returns:

@@ -22,9 +22,9 @@ from .windows import num_windows
 class WhisperDecoderProjector(SalmonnProjector):
     """
     For each token of Whisper's greedy transcript the language model gets its own embedding of the same text, plus a
-    linear map of the decoder's state there, behind a LayerNorm: as it is, it would drown the text. About three tokens stand for a second of speech, as with SALMONN's
-    Q-Former. Behind them comes one for the end; before them, with sound frames, the name of the clip's sound, see
-    [`SalmonnSoundSummary`].
+    linear map of the decoder's state there, behind a LayerNorm: as it is, it would drown the text. About three tokens
+    stand for a second of speech, as with SALMONN's Q-Former. Behind them comes one for the end; before them, with
+    sound frames, the name of the clip's sound, see [`SalmonnSoundSummary`].
 
     Whisper was trained on clips padded to 30 s. Over a clip's own length it does not know where the audio ends, and
     repeats itself: `end_frames`, learnt frames behind the clip's own, tell it, see `training/end_frames.py`.
