@@ -319,6 +319,7 @@ class SalmonnForConditionalGeneration(SalmonnModel, SalmonnGenerationMixin):
         frames |= {"sound_frames": sound_frames, "sound_frames_mask": sound_frames_mask}
         frames |= {"transcript_ids": transcript_ids, "transcript_ids_mask": transcript_ids_mask}
         frames |= {"transcript_states": transcript_states, "transcript_states_mask": transcript_states_mask}
+        frames = {name: value for name, value in frames.items() if value is not None}
         if input_features is not None:
             frames = self.encode_audio(input_features, input_features_mask, input_values, input_values_mask)
         if input_ids is None and inputs_embeds is None and ctc_labels is not None:
