@@ -35,8 +35,10 @@ def encode_clips(model, clips: list[dict], cache: FeatureCache | None = None) ->
     mixed = len({parameter.dtype for parameter in model.audio_tower.parameters()}) > 1
     encoded = [{name: clip[name].to(device) for name in KEPT if name in clip} for clip in clips]
     missing = [index for index, clip in enumerate(encoded) if not clip]
+    if not missing:
+        return encoded
     in_batch = device.type != "cpu" or model.projector.transcribing_parameters
-    for group in [missing] * bool(missing) if in_batch else [[index] for index in missing]:
+    for group in [missing] if in_batch else [[index] for index in missing]:
         with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
             outputs = model.encode_audio(**pad_features([clips[index] for index in group], device))
         for row, index in enumerate(group):
