@@ -43,9 +43,7 @@ def transcribe(answerer: Answerer, waveforms: list[np.ndarray], without_states: 
     }
     if without_states:
         kept = frames | {"transcript_states": torch.zeros_like(frames["transcript_states"])}
-        bias, model.projector.proj.bias = model.projector.proj.bias, None
         texts["without states"] = generate_answers(model, processor, inputs | kept, limits, **GREEDY)
-        model.projector.proj.bias = bias
     return texts
 
 

@@ -60,7 +60,8 @@ def make_model(args: ModelArguments, config: SalmonnConfig, tokens: dict[str, li
     if args.audio_lora_r is not None:
         model.add_lora(encoder_lora(args.audio_lora_r), "audio_tower")
     for name, ids in tokens.items():
-        model.projector.get_buffer(name).copy_(torch.tensor(ids))
+        buffer = model.projector.get_buffer(name)
+        buffer.copy_(torch.tensor(ids, dtype=buffer.dtype).view_as(buffer))
     return model
 
 

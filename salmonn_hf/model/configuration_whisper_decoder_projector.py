@@ -1,10 +1,13 @@
 """Configuration of the projector that is Whisper's whole decoder."""
 
+import json
+
 from huggingface_hub.dataclasses import strict
 
 from .configuration_projector import ProjectorConfig
 
 MAX_PIECES = 6  # tokens of the language model that one of Whisper's may be spelt with; more are cut off
+SPACES = ("Ġ", "▁")  # a space, as byte-level and SentencePiece tokenizers spell it
 
 
 @strict
@@ -18,6 +21,8 @@ class WhisperDecoderProjectorConfig(ProjectorConfig):
         prompt_ids (`list[int]`): Whisper's tokens that ask for an English transcript without times.
         end_id (`int`): Whisper's token that ends a transcript. Tokens behind it are no text.
         no_speech_id (`int`): Whisper's token for a clip without speech.
+        num_merges (`int`): of the language model's tokenizer, see [`Respelling`].
+        space_id (`int`, *optional*): its token for a space.
         banned_ids, banned_first_ids (`list[int]`): tokens that no transcript holds, and that none begins with.
         num_layers, num_attention_heads, ffn_dim, vocab_size, max_positions (`int`, *optional*), activation_function
             (`str`, *optional*): of Whisper's decoder. `SalmonnConfig` fills them in from the speech encoder's config.
@@ -39,6 +44,8 @@ class WhisperDecoderProjectorConfig(ProjectorConfig):
     prompt_ids: list[int] | None = None
     end_id: int | None = None
     no_speech_id: int | None = None
+    num_merges: int = 0
+    space_id: int | None = None
     banned_ids: list[int] | None = None
     banned_first_ids: list[int] | None = None
     num_layers: int | None = None
@@ -70,7 +77,9 @@ class WhisperDecoderProjectorConfig(ProjectorConfig):
         self.prompt_ids.append(special.no_timestamps_token_id)
         self.no_speech_id = special.no_timestamps_token_id - 1
         self.banned_ids, self.banned_first_ids = list(special.suppress_tokens), list(special.begin_suppress_tokens)
-        return {"pieces": token_pieces(tokenizer, speech_tokenizer, self.end_id)}
+        merges, self.space_id = token_merges(tokenizer)
+        self.num_merges = len(merges)
+        return {"pieces": token_pieces(tokenizer, speech_tokenizer, self.end_id), "merges": merges}
 
     def fit_to(self, audio_config, sound_hidden_size, text_config):
         """As in [`ProjectorConfig`]; the sizes of Whisper's decoder are filled in as well."""
@@ -104,6 +113,20 @@ def token_pieces(tokenizer, speech_tokenizer, end_id: int) -> list[list[int]]:
         ids = [] if "\ufffd" in text else ids[:MAX_PIECES]
         rows.append(ids + [-1] * (MAX_PIECES - len(ids)))
     return rows
+
+
+def token_merges(tokenizer) -> tuple[list[tuple[int, int, int]], int | None]:
+    """
+    Merges of a tokenizer by byte-pair encoding, in order: left token, right token and the one that they make; and its
+    token for a space, if it has one. No merges of any other tokenizer.
+    """
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    if model["type"] != "BPE":
+        return [], None
+    vocabulary = model["vocab"]
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    merges = [(vocabulary[left], vocabulary[right], vocabulary[left + right]) for left, right in pairs]
+    return merges, next((vocabulary[space] for space in SPACES if space in vocabulary), None)
 
 
 __all__ = ["WhisperDecoderProjectorConfig"]

@@ -14,17 +14,22 @@ from .configuration_whisper_decoder_projector import MAX_PIECES, WhisperDecoderP
 from .projector import ProjectorOutput, SalmonnProjector
 from .quantized_layers import embedding_rows
 from .repetition import cut_repetition
+from .respelling import Respelling
 from .sound_summary import SalmonnSoundSummary
 from .speech_decoder import SalmonnWhisperDecoder
 from .windows import num_windows
 
+END = -1  # in place of a token's id, where a transcript ends
+TEXT_FRAMES = 8  # 20 ms each, that a token of text alone stands for
+
 
 class WhisperDecoderProjector(SalmonnProjector):
     """
-    For each token of Whisper's greedy transcript the language model gets its own embedding of the same text, plus a
-    linear map of the decoder's state there, behind a LayerNorm: as it is, it would drown the text. About three tokens
-    stand for a second of speech, as with SALMONN's Q-Former. Behind them comes one for the end; before them, with
-    sound frames, the name of the clip's sound, see [`SalmonnSoundSummary`].
+    Whisper's greedy transcript is spelt in the language model's tokens, see [`Respelling`]. For each of them the
+    language model gets its own embedding, plus a linear map of the decoder's state there, behind a LayerNorm: as it
+    is, it would drown the text. About three tokens stand for a second of speech, as with SALMONN's Q-Former. Behind
+    them comes one for the end; before them, with sound frames, the name of the clip's sound, see
+    [`SalmonnSoundSummary`].
 
     Whisper was trained on clips padded to 30 s. Over a clip's own length it does not know where the audio ends, and
     repeats itself: `end_frames`, learnt frames behind the clip's own, tell it, see `training/end_frames.py`.
@@ -37,7 +42,7 @@ class WhisperDecoderProjector(SalmonnProjector):
     _no_split_modules = ["WhisperDecoderLayer"]
     base_part_prefixes = {"decoder": ("model.decoder.", "decoder.")}
     frozen_parameters = ("decoder.", "end_frames", "sound_summary.norm.", "sound_summary.mlp.")
-    transcribing_parameters = ("decoder.", "end_frames")
+    transcribing_parameters = ("decoder.", "end_frames", "pieces", "merges")
     sound_parameters = ("sound_summary.marker",)
     speculation_type = "transcript"
     tells_words = True
@@ -58,6 +63,7 @@ class WhisperDecoderProjector(SalmonnProjector):
         self.end_frames = nn.Parameter(torch.zeros(config.num_end_frames, width))
         self.decoder = SalmonnWhisperDecoder._from_config(decoder_config).requires_grad_(False)
         self.register_buffer("pieces", torch.full((config.end_id, MAX_PIECES), -1, dtype=torch.int32))
+        self.register_buffer("merges", torch.zeros(config.num_merges, 3, dtype=torch.int32))
         self.state_norm = nn.LayerNorm(width)
         self.proj = nn.Linear(width, config.output_size)
         self.end_marker = nn.Parameter(torch.zeros(config.output_size))
@@ -71,6 +77,7 @@ class WhisperDecoderProjector(SalmonnProjector):
             nn.init.normal_(self.end_frames)
             nn.init.zeros_(self.end_marker)
             nn.init.constant_(self.pieces, -1)
+            nn.init.zeros_(self.merges)
         elif module is self.proj:
             nn.init.zeros_(module.weight)  # the language model begins as a reader of plain text
             nn.init.zeros_(module.bias)
@@ -88,6 +95,10 @@ class WhisperDecoderProjector(SalmonnProjector):
         banned[0, config.banned_first_ids or []] = True
         return banned
 
+    @cached_property
+    def respelling(self) -> Respelling:
+        return Respelling(self.pieces, self.merges, self.config.space_id)
+
     def with_end(self, frames: torch.Tensor, mask: torch.BoolTensor) -> tuple[torch.Tensor, torch.BoolTensor]:
         """Frames `(clips, frames, width)` and their mask with `end_frames` behind each clip's own."""
         count, lengths = len(self.end_frames), mask.sum(-1, keepdim=True)
@@ -99,23 +110,37 @@ class WhisperDecoderProjector(SalmonnProjector):
     @torch.no_grad()
     def transcribe(self, audio_frames: torch.Tensor, audio_frames_mask: torch.BoolTensor) -> dict[str, torch.Tensor]:
         """
-        Whisper's greedy transcripts: `transcript_ids` `(clips, tokens)`, of its own vocabulary, and the states that
-        predicted them, `transcript_states` `(clips, tokens, d_model)`, both padded, with masks of the same names.
+        Whisper's greedy transcripts: `transcript_ids` `(clips, tokens)`, the language model's, with `END` behind those
+        that have ended, and the states that predicted them, `transcript_states` `(clips, tokens, d_model)`, both
+        padded, with masks of the same names.
         """
         config, dtype = self.config, self.decoder.layer_norm.weight.dtype
         most = config.max_positions - len(config.prompt_ids)
         limits = [min(transcript_limit(0.02 * frames), most) for frames in audio_frames_mask.sum(-1).tolist()]
         frames, mask = self.with_end(audio_frames.to(dtype), audio_frames_mask)
-        said, states = self.decoder.transcribe(frames, mask, config, self.banned, limits)
-        for clip, ids in enumerate(said):
-            kept = len(cut_repetition(ids.tolist()))
-            said[clip], states[clip] = ids[:kept], states[clip][:kept]
-        ids = nn.utils.rnn.pad_sequence(said, batch_first=True)
-        lengths = torch.tensor([len(ids) for ids in said], device=ids.device)
-        mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-        states = nn.utils.rnn.pad_sequence(states, batch_first=True)
-        transcripts = {"transcript_ids": ids, "transcript_states": states}
-        return transcripts | {f"{name}_mask": mask for name in transcripts}
+        rows = []
+        for said, states in zip(*self.decoder.transcribe(frames, mask, config, self.banned, limits), strict=True):
+            said = cut_repetition(said.tolist())
+            ended = said[-1:] == [config.end_id]
+            ids, places = self.respelling(said[:-1] if ended else said)
+            if ended:
+                ids, places = [*ids, END], [*places, len(said) - 1]
+            rows.append((states.new_tensor(ids, dtype=torch.int64), states[places]))
+        return padded_transcripts(rows)
+
+    def text_frames(self, token_ids: torch.LongTensor) -> dict[str, torch.Tensor]:
+        """
+        What `SalmonnModel.encode_audio` would give of a clip whose transcript is this text, `(tokens,)`, but that no
+        state goes with it; without padding. For training on text alone.
+        """
+        config, zeros = self.config, self.end_frames.new_zeros
+        ids = nn.functional.pad(token_ids, (0, 1), value=END)
+        text = {
+            "audio_frames": zeros(TEXT_FRAMES * len(ids), config.audio_hidden_size),
+            "transcript_ids": ids,
+            "transcript_states": zeros(len(ids), config.audio_hidden_size),
+        }
+        return text if self.sound_summary is None else text | {"sound_frames": zeros(0, config.sound_hidden_size)}
 
     def forward(
         self,
@@ -149,35 +174,37 @@ class WhisperDecoderProjector(SalmonnProjector):
         return ProjectorOutput(torch.cat(embeds), num_tokens, num_states=room, draft_ids=draft_ids)
 
     def embed_transcripts(self, ids, states, mask, token_embedding) -> tuple[list[torch.Tensor], list[list[int]]]:
-        """Of each clip its audio tokens `(tokens, hidden size)`, and the transcript in the language model's tokens."""
-        is_end = ids >= self.config.end_id
-        pieces = self.pieces[ids.clamp(max=self.config.end_id - 1)].masked_fill(is_end[..., None], -1)
-        pieces = nn.functional.pad(pieces, (0, 1), value=-1)
-        is_piece = pieces >= 0
-        is_token = is_piece.clone()
-        is_token[..., -1] = is_end
-        is_token &= mask[..., None]
-        of_states = self.proj(self.state_norm(states.to(self.proj.weight.dtype)))[..., None, :].expand(
-            *pieces.shape, -1
-        )
-        text = embedding_rows(token_embedding, pieces.clamp(min=0)[is_token].long())
-        text = torch.where(is_piece[is_token][:, None], text, self.end_marker.to(text.dtype))
-        lengths = is_token.flatten(1).sum(-1).tolist()
-        drafts = [clip[own].tolist() for clip, own in zip(pieces, is_token & is_piece, strict=True)]
-        return list((text + of_states[is_token].to(text.dtype)).split(lengths)), drafts
+        """Of each clip its audio tokens `(tokens, hidden size)`, and the transcript's tokens without the end."""
+        lengths = mask.sum(-1).tolist()
+        ids, states = ids[mask], states[mask]
+        text = embedding_rows(token_embedding, ids.clamp(min=0))
+        text = torch.where(ids[:, None] == END, self.end_marker.to(text.dtype), text)
+        of_states = self.proj(self.state_norm(states.to(self.proj.weight.dtype)))
+        of_states = of_states * states.any(-1, keepdim=True)  # a state of zeros is none, as behind text alone
+        drafts = [[token for token in clip.tolist() if token != END] for clip in ids.split(lengths)]
+        return list((text + of_states.to(text.dtype)).split(lengths)), drafts
 
     def has_words(self, token_embedding, audio_frames, audio_frames_mask, transcript_ids=None, **kept):
         if transcript_ids is None:
             kept = self.transcribe(audio_frames, audio_frames_mask)
             transcript_ids = kept["transcript_ids"]
-        return ((transcript_ids < self.config.end_id) & kept["transcript_ids_mask"]).any(-1)
+        return ((transcript_ids != END) & kept["transcript_ids_mask"]).any(-1)
 
     def draft(self, output, token_embedding):
         return output.draft_ids[0]
 
     def vocabulary_ids(self):
         names = {} if self.sound_summary is None else {"sound_summary.names": self.sound_summary.names.flatten()}
-        return {"pieces": self.pieces.flatten()} | names
+        return {"pieces": self.pieces.flatten(), "merges": self.merges.flatten()} | names
+
+
+def padded_transcripts(rows: list[tuple[torch.LongTensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Token ids `(tokens,)` and states `(tokens, d_model)` of each clip, as `transcribe` gives them."""
+    ids, states = (nn.utils.rnn.pad_sequence(list(of_clips), batch_first=True) for of_clips in zip(*rows, strict=True))
+    lengths = torch.tensor([len(tokens) for tokens, _ in rows], device=ids.device)
+    mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+    transcripts = {"transcript_ids": ids, "transcript_states": states}
+    return transcripts | {f"{name}_mask": mask for name in transcripts}
 
 
 __all__ = ["WhisperDecoderProjector"]

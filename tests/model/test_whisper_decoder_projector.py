@@ -8,8 +8,10 @@ from conftest import noise, tiny_config, tiny_model, tiny_processor
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from salmonn_hf import SalmonnForConditionalGeneration
+from salmonn_hf.data.encoder_features import pad_clips
 from salmonn_hf.model.speech_decoder import SalmonnWhisperDecoder
 from salmonn_hf.model.transcript_draft import TranscriptDraft
+from salmonn_hf.model.whisper_decoder_projector import END
 
 SOUNDS = {"sound_layers": [1], "sound_summary_size": 8, "sound_kinds": 5, "sound_name_size": 3}
 
@@ -93,27 +95,58 @@ def test_end_frames_stand_behind_each_clips_own():
     assert mask.sum(-1).tolist() == [8, 5]
 
 
+def test_a_transcript_is_spelt_in_the_language_models_tokens_with_the_state_of_each(monkeypatch):
+    projector = model_of().projector
+    projector.pieces[11:14] = -1
+    projector.pieces[11, :2], projector.pieces[12, :1] = torch.tensor([30, 31]), 32  # and 13 has none
+    states = [torch.randn(4, 16), torch.randn(1, 16), torch.randn(2, 16)]
+    end = projector.config.end_id
+    said = [torch.tensor([11, 13, 12, end]), torch.tensor([end]), torch.tensor([12, 11])]  # the last at its limit
+    monkeypatch.setattr(SalmonnWhisperDecoder, "transcribe", lambda *_: (said, states))
+    kept = projector.transcribe(**frames_of([40, 20, 20]))
+    rows = zip(kept["transcript_ids"], kept["transcript_ids_mask"], strict=True)
+    assert [ids[mask].tolist() for ids, mask in rows] == [[30, 31, 32, END], [END], [32, 30, 31]]
+    torch.testing.assert_close(kept["transcript_states"][0, :4], states[0][[0, 0, 2, 3]])
+    torch.testing.assert_close(kept["transcript_states"][2, :3], states[2][[0, 1, 1]])
+    words = projector.has_words(None, None, None, **kept)
+    assert words.tolist() == [True, False, True]
+
+
 def test_the_language_model_reads_its_own_tokens_and_the_states():
     model = model_of()
     projector, embedding = model.projector, model.get_input_embeddings()
-    ids = torch.tensor([[11, 12, 90], [13, 90, 0]])
-    states = torch.randn(2, 3, 16)
-    mask = torch.tensor([[True] * 3, [True, True, False]])
-    projector.pieces[11:14] = -1
-    projector.pieces[11, :2], projector.pieces[12, :1] = torch.tensor([30, 31]), 32  # and 13 has none
+    torch.nn.init.normal_(projector.proj.weight)
+    ids = torch.tensor([[30, 31, 32, END], [END, 0, 0, 0]])
+    states, mask = torch.randn(2, 4, 16), torch.tensor([[True] * 4, [True, False, False, False]])
+    states[0, 1] = 0  # which is none
     kept = {"transcript_ids": ids, "transcript_states": states, "transcript_ids_mask": mask}
     output = projector(**frames_of([40, 20]), token_embedding=embedding, **kept)
     assert output.num_tokens.tolist() == [4, 1]
     assert output.draft_ids == [[30, 31, 32], []]
-    wanted = embedding(torch.tensor([30, 31, 32])) + projector.proj(projector.state_norm(states[0, [0, 0, 1]]))
-    torch.testing.assert_close(output.embeds[:3], wanted)
-    ends = torch.stack([states[0, 2], states[1, 1]])
-    torch.testing.assert_close(output.embeds[3:], projector.end_marker + projector.proj(projector.state_norm(ends)))
+    of_states = projector.proj(projector.state_norm(states))
+    torch.testing.assert_close(output.embeds[[0, 2]], embedding(ids[0, [0, 2]]) + of_states[0, [0, 2]])
+    torch.testing.assert_close(output.embeds[1], embedding(ids[0, 1]))
+    ends = torch.stack([of_states[0, 3], of_states[1, 0]])
+    torch.testing.assert_close(output.embeds[3:], projector.end_marker + ends)
+
+
+@pytest.mark.parametrize("changes", [{}, SOUNDS])
+def test_text_alone_is_read_like_a_transcript_without_states_and_sounds(changes):
+    projector, embedding = (model := model_of(**changes)).projector, model.get_input_embeddings()
+    torch.nn.init.normal_(projector.proj.weight)
+    if projector.sound_summary is not None:
+        projector.sound_summary.names[0] = -1  # the first kind is that of clips without sounds
+        projector.sound_summary.mlp[-1].bias.data[0] = -10.0  # which the frames have to say
+    text = torch.tensor([30, 31, 32])
+    frames = pad_clips([projector.text_frames(text), projector.text_frames(text[:1])])
+    output = projector(**frames, token_embedding=embedding)
+    assert output.num_tokens.tolist() == [4, 2]
+    end = projector.end_marker[None]
+    torch.testing.assert_close(output.embeds, torch.cat([embedding(text), end, embedding(text[:1]), end]))
 
 
 def test_no_more_tokens_than_places():
     projector, embedding = model_of().projector, torch.nn.Embedding(300, 32)
-    projector.pieces[:] = 40
     ids = torch.full((1, 9), 20)
     kept = {"transcript_ids": ids, "transcript_states": torch.randn(1, 9, 16), "transcript_ids_mask": ids > 0}
     output = projector(**frames_of([6]), token_embedding=embedding, **kept)
@@ -125,8 +158,8 @@ def test_the_name_of_a_sound_comes_before_the_words():
     projector, embedding = model.projector, model.get_input_embeddings()
     frames = frames_of([60, 30])
     frames |= {"sound_frames": frames["audio_frames"], "sound_frames_mask": frames["audio_frames_mask"]}
-    ids = torch.tensor([[11, 12, 90], [13, 90, 0]])
-    kept = {"transcript_ids": ids, "transcript_states": torch.randn(2, 3, 16), "transcript_ids_mask": ids > 0}
+    ids = torch.tensor([[11, 12, END], [13, END, 0]])
+    kept = {"transcript_ids": ids, "transcript_states": torch.randn(2, 3, 16), "transcript_ids_mask": ids != 0}
     without = projector(**frames_of([60, 30]), token_embedding=embedding, **kept)
     named = projector(**frames, token_embedding=embedding, **kept)
     assert (named.num_tokens - without.num_tokens).tolist() == [3, 3]
