@@ -29,9 +29,9 @@ class ClipDataset(torch.utils.data.Dataset):
 
     An example is `{"clip", "messages", "task", "text", "texts", "path", "seconds"}`. `clip` holds the encoders' frames
     from the cache, or their inputs (see `encode_clips`), and `masked_frames`, bool `(frames,)`, where some are to be
-    masked; `messages` is `None` where the processor's own request for a transcript is meant; `texts` are all that the
-    clip has, and `text` is the one drawn, or the first. Of a clip that cannot be decoded it is
-    `{"path", "skipped": reason}`.
+    masked; of text alone it is `{"text"}`. `messages` is `None` where the processor's own request for a transcript is
+    meant; `texts` are all that the clip has, and `text` is the one drawn, or the first. Of a clip that cannot be
+    decoded it is `{"path", "skipped": reason}`.
 
     Args:
         cache: of clips that are not augmented; the others change with every pass.
@@ -73,12 +73,12 @@ class ClipDataset(torch.utils.data.Dataset):
 
     def example(self, row: dict, source: Source, pass_number: int | None, index: int, seconds: float) -> dict:
         """The example of a row, see above; `seconds` is how long its clip is."""
-        path = row["audio"]["path"] or f"clip {index} of {source.path}"
+        path = source.clip_name(row, index)
+        texts = row_texts(row)
         try:
-            clip = self.clip(row, source.speed, pass_number, index)
+            clip = {"text": texts[0]} if source.is_text else self.clip(row, source.speed, pass_number, index)
         except UnusableClip as error:
             return {"path": path, "skipped": str(error)}
-        texts = row_texts(row)
         task = source.task or row.get("task")
         draw = None if pass_number is None else (self.seed, pass_number, index)
         text = source.choose_text(texts, 0 if draw is None else self._seed(pass_number, index, "text"))

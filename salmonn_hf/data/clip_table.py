@@ -13,6 +13,7 @@ from .text_choice import row_texts
 
 REASONS = ("no text", "unreadable", "zero length", "too short", "too long")
 SCANNED_ROWS = 50_000  # at a time
+CHARACTERS_PER_SECOND = 15  # of speech
 SCANNED_CLIPS = 500  # at a time, where their audio has to be looked at
 
 
@@ -35,13 +36,12 @@ class ClipTable:
     def __init__(self, source: Source, rows=None, min_seconds=0.0, max_seconds=30.0, skipped=None, max_clips=None):
         self.source, self.rows = source, source.open() if rows is None else rows
         skipped = skipped if skipped is not None else SkippedClips()
-        measured = _seconds(self.rows) / source.speed
+        measured = (_text_seconds if source.is_text else _seconds)(self.rows) / source.speed
         short, long = measured < min_seconds, measured > max_seconds
         conditions = (~_has_text(self.rows), np.isnan(measured), measured <= 0, short, long)  # as in REASONS
         reasons = np.select(conditions, range(len(REASONS)), -1)
         for index in np.flatnonzero(reasons >= 0).tolist():
-            path = self.rows[index]["audio"]["path"] or f"{source.path}#{index}"
-            skipped.add(path, REASONS[reasons[index]], f"{measured[index]:.2f} s")
+            skipped.add(source.clip_name(self.rows[index], index), REASONS[reasons[index]], f"{measured[index]:.2f} s")
         self.usable_rows = np.flatnonzero(reasons < 0)[:max_clips]
         self.seconds = measured[self.usable_rows].astype(np.float32)
 
@@ -78,6 +78,11 @@ class ClipTable:
 def _has_text(rows) -> np.ndarray:
     batches = rows.select_columns("text").iter(SCANNED_ROWS)
     return np.array([bool(row_texts({"text": text})) for batch in batches for text in batch["text"]], dtype=bool)
+
+
+def _text_seconds(rows) -> np.ndarray:
+    """How long texts would take to be said, float64."""
+    return np.array([len(text or "") / CHARACTERS_PER_SECOND for text in rows["text"]], dtype=np.float64)
 
 
 def _seconds(rows) -> np.ndarray:

@@ -70,6 +70,7 @@ class ClipCollator:
         examples = [self.clips.example(*item) if isinstance(item, tuple) else item for item in examples]
         skipped = [(example["path"], example["skipped"]) for example in examples if "skipped" in example]
         examples = [example for example in examples if "skipped" not in example] or [self.silence()]
+        examples = [self.with_text_ids(example) for example in examples]
         batch = {
             "clips": [example["clip"] for example in examples],
             "tasks": [example["task"] for example in examples],
@@ -100,6 +101,13 @@ class ClipCollator:
         batch["attention_mask"] = pad_sequence([torch.ones_like(row) for row in rows], **left)
         batch["labels"] = pad_sequence(labels, padding_value=-100, **left)
         return batch
+
+    def with_text_ids(self, example: dict) -> dict:
+        """Of an example of text alone, its clip as `{"text_ids"}`, `(tokens,)`."""
+        if "text" not in example["clip"]:
+            return example
+        ids = self.processor.text_ids(example["clip"]["text"].strip())
+        return example | {"clip": {"text_ids": torch.tensor(ids)}}
 
     def prompt_ids(self, frames: int, messages: list[dict] | None = None) -> list[int]:
         """The tokens of a prompt about one clip of so many encoder frames; `None`: a request for a transcript."""

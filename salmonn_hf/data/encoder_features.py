@@ -3,13 +3,15 @@
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from ..model.answering import FRAMES
+from ..model.whisper_decoder_projector import TEXT_FRAMES
 from .feature_cache import FeatureCache
-
-KEPT = ("audio_frames", "sound_frames", "transcript_ids", "transcript_states")
 
 
 def num_frames(clip: dict) -> int:
     """Frames of the speech encoder (20 ms each) that a clip has, or will have."""
+    if "text_ids" in clip:
+        return TEXT_FRAMES * (len(clip["text_ids"]) + 1)
     if "audio_frames" in clip:
         return len(clip["audio_frames"])
     return (clip["input_features"].shape[-1] + 1) // 2
@@ -27,13 +29,19 @@ def encode_clips(model, clips: list[dict], cache: FeatureCache | None = None) ->
 
     Args:
         model ([`SalmonnModel`]): its encoders, in the precision that they have.
-        clips: as `ClipDataset` gives them: what this function gave, from its cache; or `input_features`
-            `(mel bins, mel frames)` (and `input_values` `(samples,)`), with `key` if the result is to go to `cache`.
+        clips: as `ClipDataset` gives them: what this function gave, from its cache; `text_ids` `(tokens,)`; or
+            `input_features` `(mel bins, mel frames)` (and `input_values` `(samples,)`), with `key` if the result is to
+            go to `cache`.
     """
     device = model.audio_tower.device
     # LoRA in training is in float32, beside frozen weights in bfloat16.
     mixed = len({parameter.dtype for parameter in model.audio_tower.parameters()}) > 1
-    encoded = [{name: clip[name].to(device) for name in KEPT if name in clip} for clip in clips]
+    encoded = [
+        model.projector.text_frames(clip["text_ids"].to(device))
+        if "text_ids" in clip
+        else {name: clip[name].to(device) for name in FRAMES if name in clip}
+        for clip in clips
+    ]
     missing = [index for index, clip in enumerate(encoded) if not clip]
     if not missing:
         return encoded
@@ -42,7 +50,7 @@ def encode_clips(model, clips: list[dict], cache: FeatureCache | None = None) ->
         with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
             outputs = model.encode_audio(**pad_features([clips[index] for index in group], device))
         for row, index in enumerate(group):
-            lengths = {name: int(outputs[f"{name}_mask"][row].sum()) for name in KEPT if name in outputs}
+            lengths = {name: int(outputs[f"{name}_mask"][row].sum()) for name in FRAMES if name in outputs}
             encoded[index] = {name: outputs[name][row, :length] for name, length in lengths.items()}
             if cache is not None and "key" in clips[index]:
                 cache.put(clips[index]["key"], encoded[index])

@@ -32,7 +32,8 @@ class Source:
     Args:
         path (`str`): a Parquet file (or a pattern of several), a `.csv`, `.tsv` or `.jsonl` list of files and their
             texts, a SALMONN annotation `.json`, a directory (of Parquet files, or an audiofolder with a metadata
-            file), or the name of a `datasets` dataset on the hub.
+            file), or the name of a `datasets` dataset on the hub. A `.txt` is text alone, a sentence a line, which a
+            language model behind a projector that transcribes learns to copy: audio goes with none of it.
         prefix (`str`): of an annotation file: the directory that its paths are under.
         name, split (`str`): configuration and split of a dataset.
         columns (`dict[str, str]`): what the source calls `audio`, `text`, `task`, `question` and `seconds` where it is
@@ -71,6 +72,16 @@ class Source:
         if self.streaming and (self.path.endswith((".json", *SUFFIXES)) or self.speed != 1.0):
             raise ValueError(f"Source {self.path!r}: an annotation .json, a list or a speed cannot be streamed.")
 
+        if self.is_text and (self.task or self.streaming or self.speed != 1.0 or self.columns):
+            raise ValueError(
+                f"Source {self.path!r} is text alone, without task, columns, speed or streaming; remove it."
+            )
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is text alone, without audio."""
+        return self.path.endswith(".txt")
+
     @classmethod
     def parse(cls, settings: str | dict) -> "Source":
         """A source from a recipe's mapping, or from the same as JSON on the command line."""
@@ -84,6 +95,10 @@ class Source:
         if "path" not in settings:
             raise ValueError(f"The source {settings} has no path; give one.")
         return cls(**settings)
+
+    def clip_name(self, row: dict, index: int) -> str:
+        """What a row's clip is called where it is skipped: its file, or its number."""
+        return (row.get("audio") or {}).get("path") or f"clip {index} of {self.path}"
 
     def choose_text(self, texts: list[str], number: int = 0) -> str:
         """One of a clip's texts: the most typical, or the one at `number`, counted round and round."""
@@ -102,12 +117,15 @@ class Source:
             audio = {"bytes": Value("binary"), "path": Value("string")}
             features = Features({"audio": audio, **strings, "expand_wav": List(Value("string"))})
             dataset = dataset_of(_annotation_rows, arguments, features)
-        elif self.path.endswith(".parquet"):
+        elif self.path.endswith((".parquet", ".txt")):
             if "://" not in self.path and not glob(self.path):
                 remedy = "other data is named by --train_files, --eval_file or --sources"
                 raise FileNotFoundError(
                     f"There is no {self.path}. A recipe's head says which files to bring; {remedy}."
                 )
+            if self.is_text:
+                dataset = load_dataset("text", data_files=self.path, split="train")
+                return map_columns(dataset, {}, self.path, needed=("text",))
             dataset = open_parquet([self.path], self.streaming)
         elif self.path.endswith(SUFFIXES):
             dataset = open_list(self.path, self.columns.get("audio"), LIST_REMEDY)

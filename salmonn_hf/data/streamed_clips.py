@@ -73,4 +73,4 @@ class StreamedClips(torch.utils.data.IterableDataset):
             reason = f"too {'short' if seconds < self.min_seconds else 'long'} ({seconds:.2f} s)"
         else:
             return row, source, pass_number, index, seconds or 0.0
-        return {"path": row["audio"]["path"] or f"clip {index} of {source.path}", "skipped": reason}
+        return {"path": source.clip_name(row, index), "skipped": reason}

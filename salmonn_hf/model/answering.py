@@ -4,18 +4,18 @@ import torch
 
 from .repetition import RepetitionGuard, cut_repetition, strip_end
 
+FEATURES = ("input_features", "input_values")  # of clips; each has a mask
+FRAMES = ("audio_frames", "sound_frames", "transcript_ids", "transcript_states")  # and what `encode_audio` gives
+
+
+def with_masks(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of these tensors and of their masks."""
+    return tuple(f"{name}{suffix}" for name in names for suffix in ("", "_mask"))
+
 
 def transcript_limit(seconds: float) -> int:
     """The most tokens that a transcript of so many seconds may have: nobody says more than 15 a second."""
     return 16 + int(round(15 * seconds, 6))
-
-
-CLIP_FEATURES = ("input_features", "input_features_mask", "input_values", "input_values_mask")
-FRAMES = tuple(
-    f"{name}{suffix}"
-    for name in ("audio_frames", "sound_frames", "transcript_ids", "transcript_states")
-    for suffix in ("", "_mask")
-)
 
 
 def generate_answers(
@@ -71,10 +71,10 @@ def generate_answers(
 @torch.no_grad()
 def with_frames(model, inputs: dict) -> tuple[dict, list[bool]]:
     """`inputs` with the clips' frames in place of their features, and whether each clip has words."""
-    frames = {name: inputs[name] for name in FRAMES if name in inputs}
+    frames = {name: inputs[name] for name in with_masks(FRAMES) if name in inputs}
     if not frames:
-        frames = model.encode_audio(**{name: inputs[name] for name in CLIP_FEATURES if name in inputs})
-    prompts = {name: value for name, value in inputs.items() if name not in (*CLIP_FEATURES, *FRAMES)}
+        frames = model.encode_audio(**{name: inputs[name] for name in with_masks(FEATURES) if name in inputs})
+    prompts = {name: value for name, value in inputs.items() if name not in with_masks(FEATURES + FRAMES)}
     projector = model.projector
     return prompts | frames, projector.has_words(model.get_input_embeddings(), **frames).tolist()
 

@@ -6,14 +6,13 @@ import torch
 from torch import nn
 from transformers import GenerationMixin, StopStringCriteria
 
-from .answering import transcript_limit
+from .answering import FEATURES, FRAMES, transcript_limit, with_masks
 from .ctc_draft import CTCDraft, decode_with_drafts
 from .generation_options import GenerationOptions, PromptStreamer
 from .kept_cache import cached_length, check_rows, clips_behind_cache, keep_prompt, split_at_cache
 from .placeholders import embed_prompt, expand_request
 from .transcript_draft import TranscriptDraft
 
-CLIPS = ("input_features", "input_values", "audio_frames", "sound_frames", "transcript_ids", "transcript_states")
 PROMPT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 
 
@@ -48,7 +47,7 @@ class SalmonnGenerationMixin(GenerationMixin):
             if kwargs.get(name) is not None:
                 raise ValueError(f"inputs, which come first, and {name} are the same; give one of them.")
             kwargs[name] = inputs
-        clips = {name: kwargs.pop(name, None) for clip in CLIPS for name in (clip, f"{clip}_mask")}
+        clips = {name: kwargs.pop(name, None) for name in with_masks(FEATURES + FRAMES)}
         given = {name: kwargs.pop(name, None) for name in PROMPT}
         has_clips = any(clip is not None for clip in clips.values())
         answers_alone = has_clips and given["input_ids"] is None and given["inputs_embeds"] is None

@@ -41,6 +41,7 @@ class SalmonnSoundSummary(nn.Module):
             mean of several tokens where a name has more of them than the clip has states; zeros on the others.
         """
         kind = self.logits(frame_statistics(sound_frames, sound_frames_mask)).argmax(-1)
+        kind = kind * sound_frames_mask.any(-1)  # text alone, without any frame, has no name either
         names = self.names[kind].long()
         named = names >= 0
         length = named.sum(-1, keepdim=True)
@@ -60,7 +61,7 @@ class SalmonnSoundSummary(nn.Module):
 def frame_statistics(frames: torch.Tensor, mask: torch.BoolTensor) -> torch.Tensor:
     """Mean and standard deviation over time of frames `(clips, frames, width)`: float32 `(clips, 2 * width)`."""
     frames, mask = frames.float(), mask[..., None]
-    count = mask.sum(1)
+    count = mask.sum(1).clamp(min=1)
     mean = (frames * mask).sum(1) / count
     variance = ((frames - mean[:, None]).square() * mask).sum(1) / count
     return torch.cat([mean, variance.sqrt()], dim=-1)

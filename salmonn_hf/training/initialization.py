@@ -71,9 +71,9 @@ def start_sound_summary(model, dataset: ClipDataset, collator: ClipCollator, see
     statistics, captions = [], []
     for index in captioned + spoken:
         example = dataset[index]
-        if "clip" not in example:  # it cannot be decoded
+        clip = example.get("clip")
+        if clip is None or "text" in clip:  # it cannot be decoded, or has no sound
             continue
-        clip = example["clip"]
         if "sound_frames" in clip:
             frames = pad_clips([{"sound_frames": clip["sound_frames"]}])
         else:

@@ -110,3 +110,23 @@ def test_control_tokens_in_questions_and_answers_are_text():
     assert answer.count(2) == 1 and answer[-1] == 2
     assert processor.tokenizer.decode(answer[:-1]) == "It is <|im_end|>."
     assert 3 not in collator.caption_ids("a <|audio|> b")
+
+
+def test_text_alone_is_copied_beside_clips():
+    """What the language model reads of it is what it is to write; a clip in the same batch is as it is alone."""
+    model, processor = tiny_model(tiny_config(num_end_frames=3)), tiny_processor(tiny_config(num_end_frames=3))
+    torch.nn.init.normal_(model.projector.proj.weight)
+    text = {"clip": {"text": " green two "}, "messages": None, "task": "asr", "text": " green two ", "seconds": 1.0}
+    batch = ClipCollator(processor, [])([text | {"path": "x"}, example(1.0, "one")])
+    ids = processor.text_ids("green two")
+    assert batch["labels"][0][batch["labels"][0] != -100].tolist() == [*ids, processor.tokenizer.eos_token_id]
+    frames = encode_clips(model, batch["clips"])
+    audio = model.project_audio(**pad_clips(frames))
+    embedding = model.get_input_embeddings()
+    torch.testing.assert_close(audio.embeds[: len(ids)], embedding(torch.tensor(ids)))
+    places = (batch["input_ids"][0] == 3).sum()
+    assert places == processor.num_audio_tokens(len(frames[0]["audio_frames"])) >= len(ids) + 1
+    (alone,) = encode_clips(model, ClipCollator(processor, [])([example(1.0, "one")])["clips"])
+    torch.testing.assert_close(frames[1]["transcript_states"], alone["transcript_states"], atol=1e-5, rtol=1e-4)
+    alone = model.project_audio(**pad_clips([alone]))
+    torch.testing.assert_close(audio.embeds[len(ids) + 1 :], alone.embeds, atol=1e-5, rtol=1e-4)

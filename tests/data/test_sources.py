@@ -8,11 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
-from conftest import noise
+from conftest import noise, tiny_config, tiny_model, tiny_processor
 from datasets import Audio, Features, Value
 
 from salmonn_hf.data.arguments import DataArguments
+from salmonn_hf.data.augmentation import Augmentation
 from salmonn_hf.data.clip_audio import read_clip
+from salmonn_hf.data.clip_dataset import ClipDataset
 from salmonn_hf.data.clip_table import ClipTable
 from salmonn_hf.data.skipped_clips import SkippedClips
 from salmonn_hf.data.sources import Source
@@ -320,3 +322,32 @@ def test_hints_name_the_option_that_names_the_column(tmp_path):
         parquet_clips([path], "sentences", references_option="captions_column")
     with pytest.raises(ValueError, match="no column 'question'.*Name it with --question_column"):
         parquet_clips([path], "sentence", question="question")
+
+
+def test_text_alone_is_a_sentence_a_line(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("One two three.\n\nA second sentence, of thirty-one.\n", encoding="utf-8")
+    skipped = SkippedClips()
+    source = Source(str(path))
+    table = ClipTable(source, skipped=skipped)
+    assert [row["text"] for row in (table[0], table[1])] == ["One two three.", "A second sentence, of thirty-one."]
+    assert table.seconds.tolist() == pytest.approx([14 / 15, 33 / 15])
+    assert list(table.transcripts()) == ["One two three.", "A second sentence, of thirty-one."]
+    example = ClipDataset([table], tiny_processor().feature_extractor)[0, 1]
+    assert example["clip"] == {"text": "A second sentence, of thirty-one."} and example["task"] == "asr"
+    assert example["text"] == "A second sentence, of thirty-one." and example["messages"] is None
+    for settings in ({"task": "asr"}, {"streaming": True}, {"speed": 1.1}, {"columns": {"text": "a"}}):
+        with pytest.raises(ValueError, match="text alone, without task, columns, speed or streaming"):
+            Source(str(path), **settings)
+
+
+def test_text_alone_is_refused_where_no_projector_transcribes(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("One two three.\n", encoding="utf-8")
+    arguments = DataArguments(sources=[json.dumps({"path": str(path)})], feature_cache="")
+    train, evaluation = arguments.load()
+    given = (train, evaluation, tiny_model(), tiny_processor(), Augmentation(), 0)
+    with pytest.raises(ValueError, match=r"does not transcribe.*\.txt"):
+        arguments.datasets(*given)
+    model = tiny_model(tiny_config(num_end_frames=3))
+    assert len(arguments.datasets(train, evaluation, model, *given[3:])[0]) == 1
