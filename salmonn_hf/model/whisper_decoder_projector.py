@@ -26,8 +26,7 @@ TEXT_FRAMES = 8  # 20 ms each, that a token of text alone stands for
 class WhisperDecoderProjector(SalmonnProjector):
     """
     Whisper's greedy transcript is spelt in the language model's tokens, see [`Respelling`]. For each of them the
-    language model gets its own embedding, plus a linear map of the decoder's state there, behind a LayerNorm: as it
-    is, it would drown the text. About three tokens stand for a second of speech, as with SALMONN's Q-Former. Behind
+    language model gets its own embedding, plus a linear map of the decoder's state there. About three tokens stand for a second of speech, as with SALMONN's Q-Former. Behind
     them comes one for the end; before them, with sound frames, the name of the clip's sound, see
     [`SalmonnSoundSummary`].
 
@@ -179,10 +178,16 @@ class WhisperDecoderProjector(SalmonnProjector):
         ids, states = ids[mask], states[mask]
         text = embedding_rows(token_embedding, ids.clamp(min=0))
         text = torch.where(ids[:, None] == END, self.end_marker.to(text.dtype), text)
-        of_states = self.proj(self.state_norm(states.to(self.proj.weight.dtype)))
-        of_states = of_states * states.any(-1, keepdim=True)  # a state of zeros is none, as behind text alone
+        of_states = self.project_states(states) * states.any(-1, keepdim=True)  # zeros are none, as of text alone
         drafts = [[token for token in clip.tolist() if token != END] for clip in ids.split(lengths)]
         return list((text + of_states.to(text.dtype)).split(lengths)), drafts
+
+    def project_states(self, states: torch.Tensor) -> torch.Tensor:
+        """
+        States `(tokens, d_model)` in the language model's space, `(tokens, hidden size)`. Scaled down: an optimiser
+        such as Adam moves every weight as far, so that the sum over all features would soon drown the text.
+        """
+        return self.proj(self.state_norm(states.to(self.proj.weight.dtype))) * states.shape[-1] ** -0.5
 
     def has_words(self, token_embedding, audio_frames, audio_frames_mask, transcript_ids=None, **kept):
         if transcript_ids is None:
