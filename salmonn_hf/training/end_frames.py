@@ -10,6 +10,7 @@ from ..data.clip_dataset import ClipDataset
 from ..data.encoder_features import pad_features
 from ..model.answering import transcript_limit
 from ..model.speech_decoder import attention_bias
+from .initialization import standardise
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +71,7 @@ def fit_end_frames(model, dataset: ClipDataset, seed: int = 0) -> float:
                 states.append(of_tokens.float())
         if len(examples) == FIT_CLIPS:
             break
-    normed = nn.functional.layer_norm(torch.cat(states), states[0].shape[-1:])
-    with torch.no_grad():
-        projector.state_norm.weight.copy_(1 / normed.std(0))
-        projector.state_norm.bias.copy_(-normed.mean(0) / normed.std(0))
+    standardise(projector.state_norm, torch.cat(states))
     ends = torch.cat([frames[-1:] for frames, _ in examples]).float()
     with torch.no_grad():  # from what stands there anyway: silence
         projector.end_frames.copy_(ends[: len(projector.end_frames)])

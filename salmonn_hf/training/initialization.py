@@ -44,10 +44,15 @@ def standardise_frames(model, dataset: ClipDataset, clips: int = 2000, seed: int
     for kind in ("audio", "sound"):
         if (norm := getattr(model.projector, f"{kind}_norm", None)) is not None:
             frames = torch.cat([frames[f"{kind}_frames"].cpu() for frames in encoded]).float()
-            normed = torch.nn.functional.layer_norm(frames, frames.shape[-1:])
-            with torch.no_grad():
-                norm.weight.copy_(1 / normed.std(0))
-                norm.bias.copy_(-normed.mean(0) / normed.std(0))
+            standardise(norm, frames)
+
+
+@torch.no_grad()
+def standardise(norm: torch.nn.LayerNorm, inputs: torch.Tensor):
+    """Start a LayerNorm so that every feature of `inputs`, `(rows, width)`, float32, has mean 0 and variance 1."""
+    normed = torch.nn.functional.layer_norm(inputs, inputs.shape[-1:])
+    norm.weight.copy_(1 / normed.std(0))
+    norm.bias.copy_(-normed.mean(0) / normed.std(0))
 
 
 def start_sound_summary(model, dataset: ClipDataset, collator: ClipCollator, seed: int = 0):
