@@ -74,7 +74,7 @@ class ClipDataset(torch.utils.data.Dataset):
     def example(self, row: dict, source: Source, pass_number: int | None, index: int, seconds: float) -> dict:
         """The example of a row, see above; `seconds` is how long its clip is."""
         path = source.clip_name(row, index)
-        texts = row_texts(row)
+        texts = source.replaced(row_texts(row))
         try:
             clip = {"text": texts[0]} if source.is_text else self.clip(row, source.speed, pass_number, index)
         except UnusableClip as error:

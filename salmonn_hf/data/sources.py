@@ -44,6 +44,8 @@ class Source:
             transcribed, with the processor's own request instead of a prompt of the task.
         speed (`float`): factor on the speed of the clips, tempo and pitch alike.
         typical_text (`bool`): of a list of texts take the one that has most in common with the others, in every pass.
+        replace (`dict[str, str]`): strings in the texts of an answer, and what the model is to write in their place;
+            for what the audio does not tell, such as three dots where a full stop would do.
         streaming (`bool`): read it row by row, without an index: for what does not fit on the disk.
 
     Raises:
@@ -59,6 +61,7 @@ class Source:
     task: str | None = None
     speed: float = 1.0
     typical_text: bool = False
+    replace: dict[str, str] = field(default_factory=dict)
     streaming: bool = False
 
     def __post_init__(self):
@@ -99,6 +102,12 @@ class Source:
     def clip_name(self, row: dict, index: int) -> str:
         """What a row's clip is called where it is skipped: its file, or its number."""
         return (row.get("audio") or {}).get("path") or f"clip {index} of {self.path}"
+
+    def replaced(self, texts: list[str]) -> list[str]:
+        """Texts with what `replace` names replaced."""
+        for old, new in self.replace.items():
+            texts = [text.replace(old, new) for text in texts]
+        return texts
 
     def choose_text(self, texts: list[str], number: int = 0) -> str:
         """One of a clip's texts: the most typical, or the one at `number`, counted round and round."""

@@ -25,7 +25,7 @@ def draw_clips(sources: list[Source], count: int, seed: int) -> list[dict]:
                 {
                     "audio": read_clip(row, source.speed),
                     "messages": task_prompts.messages(task, row.get("question") or "") if task else None,
-                    "text": source.choose_text(row_texts(row)),
+                    "text": source.choose_text(source.replaced(row_texts(row))),
                 }
             )
     return drawn

@@ -351,3 +351,9 @@ def test_text_alone_is_refused_where_no_projector_transcribes(tmp_path):
         arguments.datasets(*given)
     model = tiny_model(tiny_config(num_end_frames=3))
     assert len(arguments.datasets(train, evaluation, model, *given[3:])[0]) == 1
+
+
+def test_what_the_audio_does_not_tell_is_replaced(tmp_path):
+    path = write(tmp_path / "a.parquet", [embedded(flac(0.5), "a", text=["Well... no...", "Well."])])
+    table = ClipTable(Source(path, replace={"...": ".", "Well": "So"}))
+    assert ClipDataset([table], tiny_processor().feature_extractor)[0]["texts"] == ["So. no.", "So."]
