@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from test_sources import embedded, flac, write
 
+from salmonn_hf.evaluation.answer_metrics import normalise_answer
 from salmonn_hf.model.audio import load_audio
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "training" / "synthesis"))
@@ -124,6 +125,7 @@ def test_answers_follow_from_transcripts_and_say_yes_as_often_as_no(files, tmp_p
     assert sorted(row["text"] for row in asked["name"]) == ["Foster", "Hobbins"]
     for row in asked["first word"] + asked["last word"]:
         said = row["transcript"].strip(".?").split()
+        assert normalise_answer(row["text"])  # which is nothing of an article
         assert row["text"].lower() == said[0 if row["kind"] == "first word" else -1].lower()
 
 

@@ -31,6 +31,7 @@ from transcripts import Token, names_of, related, the_name, the_number, tokens
 
 from salmonn_hf.data.clip_parquet import parquet_rows, write_clips
 from salmonn_hf.data.flac import flac_bytes
+from salmonn_hf.evaluation.answer_metrics import normalise_answer
 from salmonn_hf.model.audio import SAMPLING_RATE, load_audio
 from salmonn_hf.terminal import command
 
@@ -81,6 +82,8 @@ def asks_questions(clips: list[Clip]) -> Iterator[list[Asked]]:
 def word_at(clip: Clip, place: int, names: set[str]) -> str | None:
     word = clip.spoken[place].word if len(clip.spoken) >= 3 else ""
     if not word.replace("'", "").isalpha() or (len(word) == 1 and word.lower() not in "aio"):
+        return None
+    if not normalise_answer(word):  # an article, which no evaluation of answers counts
         return None
     return word if word.lower() in names or word.split("'")[0] == "I" else word.lower()
 
