@@ -40,7 +40,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("files", nargs="+", metavar="FILE", help="audio files or URLs")
         if task == "ask":
             command.add_argument("question", metavar="QUESTION", help="what is asked of each file")
-        command.add_argument("--model", help="checkpoint; default: $SALMONN_MODEL, else salmonn-lite-nano")
+        command.add_argument("--model", help="checkpoint; default: $SALMONN_MODEL, else salmonn-lite-small")
         command.add_argument("--format", choices=SUFFIXES, default="plain", help="default: %(default)s")
         command.add_argument("--output_dir", type=Path, help="write a file for each input instead")
         command.add_argument("--batch_size", type=int, default=8, help="segments at once; default: %(default)s")

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-NAME = "salmonn-lite-nano"
+NAME = "salmonn-lite-small"
 HUB_NAME = f"salmonn-hf/{NAME}"
 HOW_TO_GET = (
     f"No model was named, and the default, {NAME}, is neither in a clone of the project beside this package nor, as "
@@ -13,6 +13,6 @@ HOW_TO_GET = (
 
 
 def default_model() -> str:
-    """`$SALMONN_MODEL`; else the clone's own `model_cards/salmonn-lite-nano`; else that model's name on the hub."""
+    """`$SALMONN_MODEL`; else the clone's own `model_cards/salmonn-lite-small`; else that model's name on the hub."""
     in_clone = Path(__file__).resolve().parents[1] / "model_cards" / NAME
     return os.environ.get("SALMONN_MODEL") or (str(in_clone) if (in_clone / "config.json").is_file() else HUB_NAME)

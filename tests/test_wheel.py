@@ -13,6 +13,7 @@ import pytest
 from conftest import tiny_model, tiny_processor
 
 ROOT = Path(__file__).resolve().parents[1]
+CARDS = ("salmonn-lite-small", "salmonn-lite-nano", "salmonn-lite-nano-sounds")
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 IMPORT_ALL = """
 import pkgutil, sys
@@ -53,7 +54,7 @@ def outside(wheel, tmp_path_factory):
     """A directory with the wheel installed, and the checkpoints (tiny ones) and recordings that the README names."""
     root = tmp_path_factory.mktemp("outside")
     pip("install", "--target", root / "installed", wheel)
-    for name in ("model_cards/salmonn-lite-nano", "model_cards/salmonn-lite-nano-sounds", "runs/mine"):
+    for name in (*(f"model_cards/{card}" for card in CARDS), "runs/mine"):
         model = tiny_model()
         if name == "runs/mine":
             model.add_lora(LORA)

@@ -26,9 +26,9 @@ TEXT_FRAMES = 8  # 20 ms each, that a token of text alone stands for
 class WhisperDecoderProjector(SalmonnProjector):
     """
     Whisper's greedy transcript is spelt in the language model's tokens, see [`Respelling`]. For each of them the
-    language model gets its own embedding, plus a linear map of the decoder's state there. About three tokens stand for a second of speech, as with SALMONN's Q-Former. Behind
-    them comes one for the end; before them, with sound frames, the name of the clip's sound, see
-    [`SalmonnSoundSummary`].
+    language model gets its own embedding, plus a linear map of the decoder's state there. About three tokens stand
+    for a second of speech, as with SALMONN's Q-Former. Behind them comes one for the end; before them, with sound
+    frames, the name of the clip's sound, see [`SalmonnSoundSummary`].
 
     Whisper was trained on clips padded to 30 s. Over a clip's own length it does not know where the audio ends, and
     repeats itself: `end_frames`, learnt frames behind the clip's own, tell it, see `training/end_frames.py`.
