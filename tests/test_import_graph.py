@@ -38,7 +38,16 @@ ALLOWED = {
     "__init__": LOWER | {"base_parts"},
 }
 # What a checkpoint's code may need of others: whoever loads a SALMONN has these.
-OF_CHECKPOINTS = {"huggingface_hub", "numpy", "safetensors", "soundfile", "soxr", "torch", "transformers"}
+OF_CHECKPOINTS = {
+    "huggingface_hub",
+    "numpy",
+    "safetensors",
+    "soundfile",
+    "soxr",
+    "tokenizers",
+    "torch",
+    "transformers",
+}
 MAX_LINES = 500
 
 
