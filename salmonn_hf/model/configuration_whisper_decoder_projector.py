@@ -5,9 +5,9 @@ import json
 from huggingface_hub.dataclasses import strict
 
 from .configuration_projector import ProjectorConfig
+from .respelling import WORD_STARTS
 
 MAX_PIECES = 6  # tokens of the language model that one of Whisper's may be spelt with; more are cut off
-SPACES = ("Ġ", "▁")  # a space, as byte-level and SentencePiece tokenizers spell it
 
 
 @strict
@@ -124,9 +124,8 @@ def token_merges(tokenizer) -> tuple[list[tuple[int, int, int]], int | None]:
     if model["type"] != "BPE":
         return [], None
     vocabulary = model["vocab"]
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    merges = [(vocabulary[left], vocabulary[right], vocabulary[left + right]) for left, right in pairs]
-    return merges, next((vocabulary[space] for space in SPACES if space in vocabulary), None)
+    merges = [(vocabulary[left], vocabulary[right], vocabulary[left + right]) for left, right in model["merges"]]
+    return merges, next((vocabulary[space] for space in WORD_STARTS if space in vocabulary), None)
 
 
 __all__ = ["WhisperDecoderProjectorConfig"]

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from transformers.generation import GenerateDecoderOnlyOutput, SuppressTokensLogitsProcessor
 
+from .respelling import WORD_STARTS
+
 PASS_TOKENS = 24  # of a draft that one pass verifies; those behind the first wrong one cost time for nothing
 END_MARKS = (".", "!", "?", "...")
 REACH = 4  # tokens of a draft among which the language model's next one is looked for
-WORD_STARTS = ("\u0120", "\u2581")  # a space, in byte-level BPE and in SentencePiece
 # Of a transcript that begins with one, a question mark is likelier at the end than a full stop.
 QUESTION_WORDS = set(
     "who what where when why how which whose is are am was were do does did can could will would shall should have "

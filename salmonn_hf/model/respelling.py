@@ -3,6 +3,7 @@
 import torch
 from tokenizers.models import BPE
 
+WORD_STARTS = ("\u0120", "\u2581")  # a space, in byte-level BPE and in SentencePiece
 FIRST_CHARACTER = 0x10000  # each token has a character of its own, behind this one
 
 
