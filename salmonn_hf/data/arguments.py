@@ -90,7 +90,7 @@ class DataArguments:
 
     def datasets(self, train: list, evaluation: list, model, processor, augmentation: Augmentation, seed: int):
         """The training and the evaluation set of what `load` gave; `None` for no evaluation."""
-        if not model.projector.transcribing_parameters and any(table.is_text for table in map(source_of, train)):
+        if not model.projector.transcribing_parameters and any(source.is_text for source in self.training_sources()):
             raise ValueError("The projector does not transcribe: its language model learns from no text (.txt) alone.")
         extractor, cache = processor.feature_extractor, None
         if self.feature_cache and not trains_encoder(model):
@@ -104,10 +104,6 @@ class DataArguments:
             limits = (self.min_seconds, self.max_seconds)
             training_set = StreamedClips(training_set, train, self.shuffle_buffer, *limits)
         return training_set, ClipDataset(evaluation, extractor, **shared) if evaluation else None
-
-
-def source_of(table: ClipTable | Source) -> Source:
-    return table if isinstance(table, Source) else table.source
 
 
 def takes_system_turn(processor) -> bool:

@@ -134,15 +134,15 @@ class Source:
                 )
             if self.is_text:
                 dataset = load_dataset("text", data_files=self.path, split="train")
-                return map_columns(dataset, {}, self.path, needed=("text",))
-            dataset = open_parquet([self.path], self.streaming)
+            else:
+                dataset = open_parquet([self.path], self.streaming)
         elif self.path.endswith(SUFFIXES):
             dataset = open_list(self.path, self.columns.get("audio"), LIST_REMEDY)
         elif metadata := _audiofolder_metadata(self.path, self.split):
             dataset = open_list(metadata, self.columns.get("audio"), LIST_REMEDY)
         else:
             dataset = load_dataset(self.path, self.name, split=self.split, streaming=self.streaming)
-        return map_columns(dataset, self.columns, self.path)
+        return map_columns(dataset, self.columns, self.path, ("text",) if self.is_text else ("audio", "text"))
 
 
 def _audiofolder_metadata(directory: str, split: str) -> Path | None:
