@@ -32,10 +32,11 @@ from salmonn_hf.data.clip_audio import read_clip
 from salmonn_hf.data.clip_dataset import ClipDataset
 from salmonn_hf.data.clip_table import ClipTable
 from salmonn_hf.data.collator import ClipCollator
-from salmonn_hf.data.encoder_features import encode_clips, num_frames, pad_clips
+from salmonn_hf.data.encoder_features import encode_clips, num_frames
 from salmonn_hf.data.flac import flac_bytes
 from salmonn_hf.data.sources import Source
 from salmonn_hf.model.answering import generate_answers
+from salmonn_hf.model.clip_tensors import pad_clips
 from salmonn_hf.terminal import command
 from salmonn_hf.training.freezing import freeze_base_parts
 from salmonn_hf.training.stage import CheckpointArguments, TrainingStage

@@ -1,9 +1,8 @@
 """Encoder features: the frames that the encoders compute for clips, padded to batches."""
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
-from ..model.answering import FRAMES
+from ..model.clip_tensors import FRAMES, pad_clips
 from ..model.whisper_decoder_projector import TEXT_FRAMES
 from .feature_cache import FeatureCache
 
@@ -68,14 +67,3 @@ def pad_features(clips: list[dict[str, torch.Tensor]], device: torch.device) -> 
 def trains_encoder(model) -> bool:
     """Whether the speech encoder is trained, by LoRA: its frames then cannot be cached."""
     return any(parameter.requires_grad for parameter in model.audio_tower.parameters())
-
-
-def pad_clips(clips: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Frames of clips as `SalmonnForConditionalGeneration.forward` takes them: right-padded, with their masks."""
-    batch = {}
-    for name in clips[0]:
-        frames = [clip[name] for clip in clips]
-        batch[name] = pad_sequence(frames, batch_first=True)
-        ones = [torch.ones(len(clip), dtype=torch.bool, device=clip.device) for clip in frames]
-        batch[f"{name}_mask"] = pad_sequence(ones, batch_first=True)
-    return batch

@@ -2,15 +2,8 @@
 
 import torch
 
+from .clip_tensors import FEATURES, FRAMES, with_masks
 from .repetition import RepetitionGuard, cut_repetition, strip_end
-
-FEATURES = ("input_features", "input_values")  # of clips; each has a mask
-FRAMES = ("audio_frames", "sound_frames", "transcript_ids", "transcript_states")  # and what `encode_audio` gives
-
-
-def with_masks(names: tuple[str, ...]) -> tuple[str, ...]:
-    """The names of these tensors and of their masks."""
-    return tuple(f"{name}{suffix}" for name in names for suffix in ("", "_mask"))
 
 
 def transcript_limit(seconds: float) -> int:

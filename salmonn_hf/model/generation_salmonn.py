@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from transformers import GenerationMixin, StopStringCriteria
 
-from .answering import FEATURES, FRAMES, transcript_limit, with_masks
+from .answering import transcript_limit
+from .clip_tensors import FEATURES, FRAMES, with_masks
 from .ctc_draft import CTCDraft, decode_with_drafts
 from .generation_options import GenerationOptions, PromptStreamer
 from .kept_cache import cached_length, check_rows, clips_behind_cache, keep_prompt, split_at_cache

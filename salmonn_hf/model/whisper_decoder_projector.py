@@ -10,6 +10,7 @@ from torch import nn
 from transformers import WhisperConfig
 
 from .answering import transcript_limit
+from .clip_tensors import pad_clips
 from .configuration_whisper_decoder_projector import MAX_PIECES, WhisperDecoderProjectorConfig
 from .projector import ProjectorOutput, SalmonnProjector
 from .quantized_layers import embedding_rows
@@ -117,15 +118,16 @@ class WhisperDecoderProjector(SalmonnProjector):
         most = config.max_positions - len(config.prompt_ids)
         limits = [min(transcript_limit(0.02 * frames), most) for frames in audio_frames_mask.sum(-1).tolist()]
         frames, mask = self.with_end(audio_frames.to(dtype), audio_frames_mask)
-        rows = []
+        clips = []
         for said, states in zip(*self.decoder.transcribe(frames, mask, config, self.banned, limits), strict=True):
             said = cut_repetition(said.tolist())
             ended = said[-1:] == [config.end_id]
             ids, places = self.respelling(said[:-1] if ended else said)
             if ended:
                 ids, places = [*ids, END], [*places, len(said) - 1]
-            rows.append((states.new_tensor(ids, dtype=torch.int64), states[places]))
-        return padded_transcripts(rows)
+            ids = states.new_tensor(ids, dtype=torch.int64)
+            clips.append({"transcript_ids": ids, "transcript_states": states[places]})
+        return pad_clips(clips)
 
     def text_frames(self, token_ids: torch.LongTensor) -> dict[str, torch.Tensor]:
         """
@@ -201,15 +203,6 @@ class WhisperDecoderProjector(SalmonnProjector):
     def vocabulary_ids(self):
         names = {} if self.sound_summary is None else {"sound_summary.names": self.sound_summary.names.flatten()}
         return {"pieces": self.pieces.flatten(), "merges": self.merges.flatten()} | names
-
-
-def padded_transcripts(rows: list[tuple[torch.LongTensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Token ids `(tokens,)` and states `(tokens, d_model)` of each clip, as `transcribe` gives them."""
-    ids, states = (nn.utils.rnn.pad_sequence(list(of_clips), batch_first=True) for of_clips in zip(*rows, strict=True))
-    lengths = torch.tensor([len(tokens) for tokens, _ in rows], device=ids.device)
-    mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-    transcripts = {"transcript_ids": ids, "transcript_states": states}
-    return transcripts | {f"{name}_mask": mask for name in transcripts}
 
 
 __all__ = ["WhisperDecoderProjector"]

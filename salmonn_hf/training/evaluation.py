@@ -21,7 +21,7 @@ from transformers import EvalPrediction
 from ..data.clip_audio import read_clip
 from ..data.clip_dataset import ClipDataset
 from ..data.collator import ClipCollator
-from ..data.encoder_features import encode_clips, num_frames, pad_clips
+from ..data.encoder_features import encode_clips, num_frames
 from ..data.skipped_clips import UnusableClip
 from ..data.task_prompts import is_transcript, training_metric
 from ..data.text_choice import row_texts
@@ -30,6 +30,7 @@ from ..evaluation.caption_metrics import CaptionMetricsError, cider_d, require_j
 from ..evaluation.word_error_rate import word_error_rate
 from ..model.answering import generate_answers, transcript_limit
 from ..model.audio import SAMPLING_RATE
+from ..model.clip_tensors import pad_clips
 from ..model.segmentation import speech_segments
 
 logger = logging.getLogger(__name__)

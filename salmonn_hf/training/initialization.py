@@ -7,9 +7,10 @@ import torch
 from ..data.clip_dataset import ClipDataset
 from ..data.collator import ClipCollator
 from ..data.ctc_vocabulary import ctc_text
-from ..data.encoder_features import encode_clips, pad_clips, pad_features
+from ..data.encoder_features import encode_clips, pad_features
 from ..data.streamed_clips import StreamedClips
 from ..data.task_prompts import CAPTION_TASKS, is_transcript
+from ..model.clip_tensors import pad_clips
 from ..model.sound_summary import frame_statistics
 from .sound_kinds import fit_sound_summary
 

@@ -12,11 +12,12 @@ from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_utils import speed_metrics
 
 from ..data.clip_dataset import ClipDataset
-from ..data.encoder_features import encode_clips, pad_clips, pad_features, trains_encoder
+from ..data.encoder_features import encode_clips, pad_features, trains_encoder
 from ..data.mixture_sampler import MixtureSampler
 from ..data.skipped_clips import SkippedClips
 from ..data.streamed_clips import StreamedClips
 from ..model.checkpoint import is_base_key
+from ..model.clip_tensors import pad_clips
 from . import evaluation, sharding
 from .arguments import SalmonnTrainingArguments
 from .callbacks import EpochOfSampler, FlushFeatureCache, Throughput

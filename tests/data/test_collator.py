@@ -5,7 +5,8 @@ from conftest import noise, tiny_config, tiny_model, tiny_processor
 
 from salmonn_hf.data import task_prompts
 from salmonn_hf.data.collator import ClipCollator
-from salmonn_hf.data.encoder_features import encode_clips, num_frames, pad_clips
+from salmonn_hf.data.encoder_features import encode_clips, num_frames
+from salmonn_hf.model.clip_tensors import pad_clips
 from salmonn_hf.training.freezing import freeze_base_parts
 
 

@@ -10,8 +10,9 @@ from conftest import noise, tiny_config, tiny_model, tiny_processor
 from test_sources import embedded, flac
 
 from salmonn_hf import BeatsConfig, SalmonnFeatureExtractor
-from salmonn_hf.data.encoder_features import encode_clips, pad_clips
+from salmonn_hf.data.encoder_features import encode_clips
 from salmonn_hf.data.feature_cache import FeatureCache, clip_key, encoder_identity, open_shard
+from salmonn_hf.model.clip_tensors import pad_clips
 
 BEATS = BeatsConfig(
     hidden_size=16,

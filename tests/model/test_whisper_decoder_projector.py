@@ -8,7 +8,7 @@ from conftest import noise, tiny_config, tiny_model, tiny_processor
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from salmonn_hf import SalmonnForConditionalGeneration
-from salmonn_hf.data.encoder_features import pad_clips
+from salmonn_hf.model.clip_tensors import pad_clips
 from salmonn_hf.model.speech_decoder import SalmonnWhisperDecoder
 from salmonn_hf.model.transcript_draft import TranscriptDraft
 from salmonn_hf.model.whisper_decoder_projector import END
